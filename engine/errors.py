@@ -1,0 +1,40 @@
+"""Everything that the engine refuses, drawn as the tree that it is. No torch here.
+
+EngineError
+├── CheckpointError          the checkpoint directory is incomplete, damaged or contradicts itself
+├── UnsupportedModelError    the checkpoint is sound, but this engine does not compute that model
+├── TokenizerError           a text or a list of messages cannot be turned into tokens
+├── InvalidStepError         a scheduled chunk that no engine could run
+├── OutOfBlocksError         more KV blocks wanted than are free
+└── BlockAccountingError     a block was given back or shared by somebody who does not hold it
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of everything that `engine` raises on purpose."""
+
+
+class CheckpointError(EngineError):
+    """A file of the checkpoint is missing, truncated, unreadable, or does not fit the others."""
+
+
+class UnsupportedModelError(EngineError):
+    """The checkpoint asks for mathematics, a format or a number type that this engine does not have."""
+
+
+class TokenizerError(EngineError):
+    """The text or the messages cannot be encoded; the message is fit to be shown to whoever sent them."""
+
+
+class InvalidStepError(EngineError):
+    """A chunk is empty, is not covered by its block table, or names tokens or blocks that do not exist."""
+
+
+class OutOfBlocksError(EngineError):
+    """An allocation asked for more KV blocks than are free; nothing was allocated."""
+
+
+class BlockAccountingError(EngineError):
+    """Blocks were added to or dropped by a holder that has no reference to them; nothing was changed."""

@@ -1,0 +1,52 @@
+"""What an operator sees of one worker's engine; the same names for both roles, told apart by their labels."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram
+
+from engine.router_stream import Load
+
+_STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_BATCH_BUCKETS = tuple(float(2**i) for i in range(15))
+
+
+class WorkerMetrics:
+    """role, worker: constant labels. phase: what the steps of this role compute."""
+
+    def __init__(self, registry: CollectorRegistry, role: str, worker: str) -> None:
+        labels, own = ["role", "worker"], (role, worker)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry).labels(*own)
+
+        self._queue_requests = gauge("prelay_queue_requests", "Requests accepted but not yet in the batch.")
+        self._queue_tokens = gauge("prelay_queue_tokens", "Prompt tokens not yet computed.")
+        self._running = gauge("prelay_running_requests", "Requests in the running batch.")
+        blocks = Gauge("prelay_kv_blocks", "KV blocks by state.", [*labels, "state"], registry=registry)
+        self._blocks = {state: blocks.labels(*own, state) for state in ("free", "owned", "leased")}
+        self._step = Histogram(
+            "prelay_step_seconds",
+            "Time of one engine step.",
+            [*labels, "phase"],
+            buckets=_STEP_BUCKETS_S,
+            registry=registry,
+        ).labels(*own, role)
+        self._batch = Histogram(
+            "prelay_batch_tokens",
+            "Tokens computed by one engine step.",
+            labels,
+            buckets=_BATCH_BUCKETS,
+            registry=registry,
+        ).labels(*own)
+
+    def show(self, load: Load) -> None:
+        self._queue_requests.set(load.queue_requests)
+        self._queue_tokens.set(load.queue_tokens)
+        self._running.set(load.running_requests)
+        self._blocks["free"].set(load.free_blocks)
+        self._blocks["owned"].set(load.owned_blocks)
+        self._blocks["leased"].set(load.leased_blocks)
+
+    def stepped(self, step_s: float, num_tokens: int) -> None:
+        self._step.observe(step_s)
+        self._batch.observe(num_tokens)

@@ -1,0 +1,179 @@
+"""Text to tokens and back, from a checkpoint's own files. No torch here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.config import read_json_object
+from engine.errors import CheckpointError, TokenizerError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template. Safe to use from several threads."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]
+    ) -> None:
+        """special_tokens: what a chat template may name, such as {"bos_token": "<s>"}."""
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
+        self._template = None if chat_template is None else _compile(chat_template)
+
+    @classmethod
+    def from_pretrained(cls, path: Path) -> Tokenizer:
+        """Read tokenizer.json, and what there is of tokenizer_config.json and chat_template.jinja.
+
+        Raises CheckpointError for files that are missing or damaged.
+        """
+        tokenizer_path = path / "tokenizer.json"
+        read_json_object(tokenizer_path)  # for its messages: those of `tokenizers` do not name the file
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_path))
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise CheckpointError(f"{tokenizer_path} is not a tokenizer that can be read: {error}") from error
+        # Lengths are the caller's business: a prompt is never cut or filled up in silence.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config_path = path / "tokenizer_config.json"
+        config = read_json_object(config_path) if config_path.exists() else {}
+        return cls(tokenizer, _chat_template(path, config), _special_tokens(config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with what the tokenizer puts around one (BOS). Raises TokenizerError."""
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation up to where the next answer begins, by the checkpoint's chat template.
+
+        messages: {"role": ..., "content": ...} each. Raises TokenizerError if there is no template or it
+        refuses them.
+        """
+        if self._template is None:
+            raise TokenizerError("this model has no chat template: send a plain prompt instead of messages")
+        try:
+            text = self._template.render(
+                messages=messages, add_generation_prompt=True, **self._special_tokens
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise TokenizerError(f"the model's chat template refuses these messages: {error}") from error
+        # The template writes BOS itself where the model wants one.
+        return self._encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one answer that arrives token by token."""
+        return Detokenizer(self)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token stands for a single byte (byte fallback) rather than for text."""
+        token = self._tokenizer.id_to_token(token_id)
+        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+class Detokenizer:
+    """Turns one answer's tokens into text as they come: pushes and flush together are `decode` of all tokens.
+
+    What a token means depends on its neighbours (a leading space, the bytes of one character), so each push
+    decodes a window that begins at the last text that went out, and holds back what a later token may still
+    change.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        # The window's first tokens, whose text has gone out already and is there only as context.
+        self._num_sent = 0
+        self._sent = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that has become certain with this token; often one word, sometimes nothing."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        # A trailing U+FFFD may be the beginning of a character, and a run of byte tokens is only judged as a
+        # whole.
+        if len(text) <= len(self._sent) or text.endswith(_REPLACEMENT) or self._tokenizer.is_byte(token_id):
+            return ""
+        new = text[len(self._sent) :]
+        self._window = self._window[self._num_sent :]
+        self._num_sent = len(self._window)
+        self._sent = self._tokenizer.decode(self._window)
+        return new
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come."""
+        return self._tokenizer.decode(self._window)[len(self._sent) :]
+
+
+def _compile(source: str) -> jinja2.Template:
+    """In transformers' environment for templates, sandboxed: a checkpoint's template is somebody's code."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _to_json
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise CheckpointError(f"the checkpoint's chat template is not valid: {error}") from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """Unlike jinja2's own filter, which escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    template = config.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'}: chat_template is {type(template).__name__}; it must be a text"
+        )
+    return template
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and their like, each given as a text or as {"content": text}."""
+    tokens = {}
+    for key, value in config.items():
+        if key.endswith("_token"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                tokens[key] = text
+    return tokens
