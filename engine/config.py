@@ -1,8 +1,7 @@
 """What a checkpoint says about its model, and how an engine is to run it. No torch here.
 
 `ModelConfig.from_pretrained` reads a Hugging Face `config.json` and refuses by name whatever would change the
-mathematics
-and is not computed here: a wrong answer must not come from a key that was read over.
+mathematics and is not computed here: a wrong answer must not come from a key that was read over.
 """
 
 from __future__ import annotations
@@ -106,10 +105,9 @@ class ModelConfig:
 class EngineConfig:
     """How one worker runs a model.
 
-    block_size: tokens in a KV block. num_blocks: KV blocks of this worker. max_batch_tokens: most tokens of
-    one step.
-    dtype: "float32" or "bfloat16", for weights, computation and KV cache alike. threads: CPU threads of a
-    step.
+    num_blocks: KV blocks of this worker. block_size: tokens in a KV block.
+    max_batch_tokens: most tokens of one step. threads: CPU threads of a step.
+    dtype: "float32" or "bfloat16", for weights, computation and KV cache alike.
     """
 
     num_blocks: int
@@ -166,14 +164,12 @@ def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
 def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     # transformers 5 moved the key from the top level into rope_parameters.
     nested = raw.get("rope_parameters") or {}
-    return _Reader(nested if "rope_theta" in nested else raw, path).positive_float(
-        "rope_theta", default=10000.0
-    )
+    source = nested if "rope_theta" in nested else raw
+    return _Reader(source, path).positive_float("rope_theta", default=10000.0)
 
 
 def _eos_token_ids(reader: _Reader, path: Path) -> tuple[int, ...]:
-    # As in transformers, generation_config.json has the last word: chat models list their end-of-turn tokens
-    # there.
+    # As in transformers, generation_config.json has the last word: there chat models list their turn's end.
     generation_path = path / "generation_config.json"
     if generation_path.exists():
         generation = _Reader(read_json_object(generation_path), generation_path)

@@ -44,12 +44,8 @@ class LlamaModel:
         attention: StepAttention,
         index: int,
     ) -> torch.Tensor:
-        num_heads, num_kv_heads, head_dim = (
-            self.config.num_heads,
-            self.config.num_kv_heads,
-            self.config.head_dim,
-        )
-        heads = linear(normed, layer.qkv).view(-1, num_heads + 2 * num_kv_heads, head_dim)
-        queries, keys, values = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        split = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+        heads = linear(normed, layer.qkv).view(-1, sum(split), self.config.head_dim)
+        queries, keys, values = heads.split_with_sizes(split, dim=1)
         attended = attention.attend(rotate(queries, *rotary), rotate(keys, *rotary), values, index)
         return linear(attended.flatten(1), layer.attention_out)

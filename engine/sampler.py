@@ -106,10 +106,8 @@ def _sample_random(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 def _top_k_top_p(scaled: torch.Tensor, samplings: Sequence[TokenSampling]) -> torch.Tensor:
     """-inf for all but the top_k largest (ties: the lower id), then all but the fewest that reach top_p."""
     vocab_size = scaled.shape[1]
-    top_k = torch.tensor([s.top_k if s.top_k > 0 else vocab_size for s in samplings])[:, None]
-    top_p = torch.tensor([s.top_p if s.top_p < 1 else torch.inf for s in samplings], dtype=torch.float64)[
-        :, None
-    ]
+    top_k = torch.tensor([[s.top_k if s.top_k > 0 else vocab_size] for s in samplings])
+    top_p = torch.tensor([[s.top_p if s.top_p < 1 else torch.inf] for s in samplings], dtype=torch.float64)
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     kept = torch.arange(vocab_size) < top_k
     weights = ordered.exp() * kept

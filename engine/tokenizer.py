@@ -28,6 +28,8 @@ class Tokenizer:
     ) -> None:
         """special_tokens: what a chat template may name, such as {"bos_token": "<s>"}."""
         self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._special_tokens = special_tokens
         self._template = None if chat_template is None else _compile(chat_template)
 
@@ -84,6 +86,10 @@ class Tokenizer:
         """For one answer that arrives token by token."""
         return Detokenizer(self)
 
+    def is_skipped(self, token_id: int) -> bool:
+        """Whether `decode` passes over a token: a special one, or one that the tokenizer does not have."""
+        return token_id in self._special_ids or self._tokenizer.id_to_token(token_id) is None
+
     def is_byte(self, token_id: int) -> bool:
         """Whether a token stands for a single byte (byte fallback) rather than for text."""
         token = self._tokenizer.id_to_token(token_id)
@@ -114,10 +120,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that has become certain with this token; often one word, sometimes nothing."""
+        if self._tokenizer.is_skipped(token_id):
+            return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        # A trailing U+FFFD may be the beginning of a character, and a run of byte tokens is only judged as a
-        # whole.
+        # A trailing U+FFFD may be the beginning of a character; a run of byte tokens is judged only as a whole.
         if len(text) <= len(self._sent) or text.endswith(_REPLACEMENT) or self._tokenizer.is_byte(token_id):
             return ""
         new = text[len(self._sent) :]

@@ -59,8 +59,7 @@ def load_weights(
     UnsupportedModelError for other file formats and number types.
     """
     files = _weight_files(path)
-    # Compared on tensors without memory first: a config that does not fit must not cost gigabytes to find
-    # out.
+    # Compared on tensors without memory first: finding out that a config does not fit must not cost gigabytes.
     expected = _by_name(_allocate(config, dtype, "meta"), config)
     _check(files, expected, config)
     weights = _allocate(config, dtype, "cpu")
@@ -133,7 +132,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def _check(files: Sequence[Path], expected: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
-    """Raises unless the files together hold exactly the expected tensors, in their shapes and a readable type."""
+    """Raises unless the files together hold exactly the expected tensors, in shapes and types that fit."""
     missing = set(expected)
     for file in files:
         with _open(file) as tensors:

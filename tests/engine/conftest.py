@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.engine import Engine
 
-SHAPES: dict[str, dict[str, object]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "mha_tied": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "mqa": {"num_attention_heads": 4, "num_key_value_heads": 1, "rope_theta": 500000.0},
@@ -46,9 +47,9 @@ def new_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return lambda **shape: write_checkpoint(tmp_path, **shape)
 
 
-def write_checkpoint(path: Path, max_shard_size: str = "1GB", **shape: object) -> Path:
+def write_checkpoint(path: Path, max_shard_size: str = "1GB", **shape: Any) -> Path:
     """A small random Llama. Wide initialisation, so that greedy answers do not run into a loop at once."""
-    keys: dict[str, object] = {
+    keys: dict[str, Any] = {
         "vocab_size": 160,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -70,8 +71,8 @@ def write_checkpoint(path: Path, max_shard_size: str = "1GB", **shape: object) -
 def load_engine() -> Callable[..., Engine]:
     """Loads a checkpoint with a KV cache of 64 blocks; takes EngineConfig's keys."""
 
-    def load(path: Path, **keys: object) -> Engine:
-        config: dict[str, object] = {"num_blocks": 64, "block_size": 8}
-        return Engine.load(path, EngineConfig(**(config | keys)), None, lambda fraction: None)  # type: ignore[arg-type]
+    def load(path: Path, **keys: Any) -> Engine:
+        config: dict[str, Any] = {"num_blocks": 64, "block_size": 8}
+        return Engine.load(path, EngineConfig(**(config | keys)), None, lambda fraction: None)
 
     return load

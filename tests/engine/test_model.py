@@ -28,7 +28,7 @@ def test_greedy_answers_are_those_of_transformers(checkpoint: Path, load_engine:
     engine = load_engine(checkpoint, max_batch_tokens=16)
     reference = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for prompt in random_prompts(engine.model_config.vocab_size):
-        expected = reference.generate(
+        expected = reference.generate(  # type: ignore[misc]
             torch.tensor([prompt]), max_new_tokens=120, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
         answer = generate(engine, prompt, GREEDY)

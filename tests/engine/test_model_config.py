@@ -167,7 +167,7 @@ def test_a_missing_file_or_directory_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["num_blocks", "block_size", "max_batch_tokens", "threads"])
 def test_engine_config_refuses_what_is_not_positive(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} is 0; it must be at least 1"):
-        EngineConfig(**({"num_blocks": 4} | {key: 0}))
+        EngineConfig(**({"num_blocks": 4} | {key: 0}))  # type: ignore[arg-type]
 
 
 def test_engine_config_refuses_other_number_types() -> None:

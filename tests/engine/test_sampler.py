@@ -28,7 +28,8 @@ def reference_probabilities(logits: list[float], sampling: TokenSampling) -> np.
     if sampling.top_k:
         ranked = ranked[: sampling.top_k]
     total = sum(weights[token] for token in ranked)
-    kept, mass = [], 0.0
+    kept: list[int] = []
+    mass = 0.0
     for token in ranked:
         if kept and mass >= sampling.top_p * total:
             break

@@ -1,0 +1,6 @@
+"""The whole deployment: its configuration, the command line, and the processes behind `prelay serve`.
+
+Knows: Ray (placement, start, restart), processes, signals, cores, the terminal.
+Does not know: how a request is served; requests never pass through this package.
+Start reading at `cli.py` (what a user can ask for), then `launch.py` (what `serve` starts, watches and ends).
+"""

@@ -1,0 +1,94 @@
+"""The process that runs a deployment under the guard: `python -m cluster.child {serve,demo} RUN_DIRECTORY`.
+
+It reads its order (one line of JSON) from standard input, and stops when it receives SIGTERM or that input
+ends, which means that the guard is gone. Whatever way it ends, it ends everything that it has started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from cluster.errors import ClusterError
+from cluster.orders import Order
+from cluster.process_tree import become_subreaper, kill_descendants
+
+Main = Callable[[Order, Path], Coroutine[None, None, None]]
+"""What is run: returns when it is done, raises ClusterError, and cleans up when it is cancelled."""
+
+
+def run_child(main: Main, order: Order, run_directory: Path) -> int:
+    """Run `main` until it ends or a stop is asked for; returns the exit code. Nothing it started is left
+    afterwards.
+    """
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(main(order, run_directory))
+
+    def stop() -> None:
+        loop.remove_reader(sys.stdin.fileno())
+        task.cancel()
+
+    def stop_once() -> None:
+        # A second cancellation would interrupt the clean-up that the first has begun.
+        if not task.cancelling():
+            stop()
+
+    loop.add_signal_handler(signal.SIGTERM, stop_once)
+    loop.add_reader(sys.stdin.fileno(), stop_once)
+    try:
+        loop.run_until_complete(task)
+        code = 0
+    except asyncio.CancelledError:
+        code = 0
+    except ClusterError as error:
+        code = error.exit_code
+        _report(error, order.debug)
+    except Exception as error:
+        code = 1
+        _report(error, order.debug)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kill_descendants(timeout_s=1.5)
+    return code
+
+
+def _report(error: Exception, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, ClusterError):
+        print(f"prelay: error: {error}", file=sys.stderr)
+    else:
+        hint = "" if debug else "; --debug shows the traceback"
+        print(f"prelay: error: unexpected {type(error).__name__}: {error}{hint}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry of `python -m cluster.child`."""
+    become_subreaper()
+    name, run_directory = sys.argv[1], Path(sys.argv[2])
+    order = Order.from_json(sys.stdin.buffer.readline())
+    logging.basicConfig(
+        level=logging.DEBUG if order.debug else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    if name == "serve":
+        from cluster.serve import serve as run
+    else:
+        from cluster.demo import demo as run
+    code = run_child(run, order, run_directory)
+    if code != 1:
+        # The guard does this too, if it still lives.
+        shutil.rmtree(run_directory, ignore_errors=True)
+    # Not sys.exit: a thread inside ray.init, whose processes are gone, would be waited for.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

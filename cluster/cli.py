@@ -1,0 +1,199 @@
+"""The command `prelay`. Imports what a subcommand needs only when it is used, so that --help is quick."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from cluster.config import ServeConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  done, or stopped on request
+  1  something failed while starting or running
+  2  the command line or the configuration is wrong
+  3  an address is in use
+  4  the model cannot be served
+"""
+
+# Flags that set one key of the configuration each: flag, key, type, metavar, help.
+_KEY_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
+    ("--model", "model.path", str, "DIR", "Checkpoint in Hugging Face format (default: the demo model)."),
+    ("--model-name", "model.name", str, "NAME", "What clients call it (default: the directory's name)."),
+    ("--dtype", "model.dtype", str, "TYPE", "float32 (default) or bfloat16."),
+    ("--max-model-len", "model.max_model_len", int, "N", "Longest prompt and answer together, in tokens."),
+    ("--prefill", "prefill.replicas", int, "N", "Prefill workers (default 1)."),
+    ("--decode", "decode.replicas", int, "N", "Decode workers (default 1)."),
+    ("--http", "router.http", str, "HOST:PORT", "OpenAI-compatible HTTP (default 127.0.0.1:8000)."),
+    ("--grpc", "router.grpc", str, "HOST:PORT", "gRPC (default 127.0.0.1:8001)."),
+    ("--metrics", "router.metrics", str, "HOST:PORT", "Prometheus metrics (default 127.0.0.1:9090)."),
+    ("--admin", "router.admin", str, "HOST:PORT", "Operators' gRPC (default 127.0.0.1, a free port)."),
+    ("--slo-class", "slo.default", str, "NAME", "SLO class of requests that name none (default standard)."),
+    ("--ray-address", "ray.address", str, "HOST:PORT", "Join this Ray cluster instead of starting one."),
+)
+
+
+def _config_options(command: F) -> F:
+    """[CONFIG.yaml], a flag for the keys that are used most, and --set for every other."""
+    decorators = [
+        click.argument("config_file", metavar="[CONFIG.yaml]", required=False, type=Path),
+        *(
+            click.option(flag, type=kind, metavar=metavar, help=text)
+            for flag, _, kind, metavar, text in _KEY_FLAGS
+        ),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set any key of the configuration, as in --set decode.max_num_seqs=32. May be repeated.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def _debug_option(command: F) -> F:
+    text = "Log more, and show tracebacks of errors."
+    return click.option("--debug", is_flag=True, help=text)(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(importlib.metadata.version("prelay"), prog_name="prelay")
+def cli() -> None:
+    """Serve a language model on two pools of workers: prefill workers read prompts, decode workers write
+    answers.
+
+    \b
+    A first look:    prelay demo
+    A server:        prelay serve --model DIR --prefill 1 --decode 1
+    Its settings:    prelay config --show
+    """
+
+
+@cli.command(epilog=_EXIT_CODES)
+@_config_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output when ready.")
+@_debug_option
+def serve(config_file: Path | None, as_json: bool, debug: bool, **settings: Any) -> int:
+    """Start the router and the workers, and serve until Ctrl-C or SIGTERM.
+
+    The settings come from CONFIG.yaml, if given, and from flags, which override it; `prelay config --show`
+    prints them. Without a model of your own, the demo model is served. Every worker is a process on cores
+    of its own, placed by Ray: by one that is started for this server alone, or by the cluster at
+    --ray-address.
+
+    \b
+    Examples:
+      prelay serve
+      prelay serve --model ~/models/SmolLM2-135M --dtype bfloat16 --http 0.0.0.0:8000
+      prelay serve prelay.yaml --prefill 2 --set decode.max_num_seqs=32
+    """
+    config = _load(config_file, settings)
+    return _run_guarded("serve", config, as_json, debug)
+
+
+@cli.command(epilog=_EXIT_CODES)
+@_config_options
+@click.option("--show", is_flag=True, help="Print the effective configuration as YAML.")
+def config(config_file: Path | None, show: bool, **settings: Any) -> int:
+    """Check a configuration, and show what it comes to.
+
+    Takes the same file and flags as `prelay serve`, starts nothing, and looks at no model. What --show
+    prints is a configuration file again.
+
+    \b
+    Examples:
+      prelay config prelay.yaml
+      prelay config --show --prefill 2 > prelay.yaml
+    """
+    from cluster.config_file import dump_config
+
+    loaded = _load(config_file, settings)
+    if show:
+        click.echo(dump_config(loaded), nl=False)
+    else:
+        click.echo(f"{config_file or 'the default configuration'} is valid; --show prints what it comes to")
+    return 0
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@_debug_option
+def demo(as_json: bool, debug: bool) -> int:
+    """Show the main job: answer 24 prompts on one prefill and one decode worker, and check every answer.
+
+    Starts a server on free ports, sends stories and chats through gRPC and through the OpenAI-compatible
+    HTTP front end, prints how each request was served, and compares each answer with the same prompt run in
+    a single process without hand-off. Takes about a minute; fails (exit 1) if one answer differs.
+
+    \b
+    Examples:
+      prelay demo
+      prelay demo --json > demo.json
+    """
+    from cluster.demo import demo_config
+
+    return _run_guarded("demo", demo_config(), as_json, debug)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from cluster.errors import ClusterError
+
+    try:
+        code = cli.main(prog_name="prelay", standalone_mode=False)
+    except click.ClickException as error:
+        hint = (
+            f"; see `{error.ctx.command_path} --help`"
+            if isinstance(error, click.UsageError) and error.ctx
+            else ""
+        )
+        _fail(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
+    except ClusterError as error:
+        _fail(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(0)  # Ctrl-C before anything was started
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"prelay: error: {message}", err=True)
+    sys.exit(code)
+
+
+def _load(config_file: Path | None, settings: dict[str, Any]) -> ServeConfig:
+    from cluster.config_file import Override, load_config, parse_assignment
+
+    overrides = [parse_assignment(text) for text in settings["assignments"]]
+    for flag, key, *_ in _KEY_FLAGS:
+        value = settings[flag.removeprefix("--").replace("-", "_")]
+        if value is not None:
+            overrides.append(Override(tuple(key.split(".")), value, f"{flag} {value}"))
+    return load_config(config_file, overrides).resolved()
+
+
+def _run_guarded(name: str, config: ServeConfig, as_json: bool, debug: bool) -> int:
+    from cluster.config import child_environment
+    from cluster.guard import run_guarded
+    from cluster.orders import Order
+    from cluster.preflight import check_model
+
+    order = Order(check_model(config), as_json, debug)
+    # -P: packages of the folder where the user happens to be must not be taken for ours.
+    command = [sys.executable, "-P", "-m", "cluster.child", name]
+    return run_guarded(command, order.to_json(), child_environment(local_ray=config.ray.address is None))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A deployment: the router, Ray, and the workers of both pools; started in that order, watched, and stopped.
+
+The router comes first because it takes the public ports, and a port in use must be known at once. Stopping
+goes the same way: first the router, which ends its clients' streams with a clear error, then the workers,
+then Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.config import ServeConfig
+from cluster.errors import ClusterError, WorkerError
+from cluster.host import DecodeHost, HostSpec, PrefillHost, WorkerHost
+from cluster.ray_cluster import RayCluster
+from cluster.reporter import Reporter
+from cluster.router_process import RouterAddresses, RouterProcess
+from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
+from router.settings import RouterSettings
+from router.slo import SloLimits
+
+T = TypeVar("T")
+
+_BEATS_PER_TIMEOUT = 6
+"""Snapshots that may be lost or late before a worker counts as dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What listens where, once everything does."""
+
+    config: ServeConfig
+    addresses: RouterAddresses
+    router_pid: int
+    workers: tuple[LiveWorker, ...]
+    startup_s: float
+
+
+class Deployment:
+    """config: resolved, with max_model_len filled in. run_directory: for Ray's files. on_router_log: told
+    each line.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        run_directory: Path,
+        reporter: Reporter,
+        on_router_log: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._reporter = reporter
+        self._on_router_log = on_router_log
+        self._cluster = RayCluster(config.ray.address, config.threads, run_directory)
+        self._router: RouterProcess | None = None
+        self._lives: list[WorkerLife] = []
+
+    async def start(self) -> Ready:
+        """Start everything. Raises a ClusterError that says what could not be started; call `stop` then,
+        too.
+        """
+        begin = time.monotonic()
+        self._reporter.progress("router", "starting", None)
+        settings = router_settings(self._config)
+        router = self._router = await RouterProcess.start(settings.to_json(), self._on_router_log)
+        self._reporter.progress("router", "ready", 1.0)
+        workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
+        return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
+
+    async def run(self) -> None:
+        """Keep the workers alive. Only ends by a ClusterError: the router ended, or a pool has no worker
+        left.
+        """
+        assert self._router is not None
+        tasks = {asyncio.create_task(life.keep_alive()): life for life in self._lives}
+        try:
+            await _unless_it_fails(_end_of(self._router), self._watch(tasks))
+        finally:
+            await _cancel(tasks)
+
+    async def run_while(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, with the deployment kept running until then. Raises like `work` and like
+        `run`.
+        """
+        return await _unless_it_fails(self.run(), work)
+
+    async def stop(self) -> None:
+        """Stop everything that was started, however far `start` came."""
+        if self._router is not None:
+            await self._router.stop()
+        await asyncio.gather(*(life.stop() for life in self._lives))
+        await self._cluster.stop()
+
+    async def _start_workers(self, router: RouterProcess) -> tuple[LiveWorker, ...]:
+        where = self._config.ray.address
+        self._reporter.progress("ray", f"joining {where}" if where else "starting", None)
+        await self._cluster.start()
+        self._reporter.progress("ray", "ready", 1.0)
+        policy = RestartPolicy()
+        self._lives = [
+            WorkerLife(host_class, spec, self._cluster, router, self._reporter, policy)
+            for host_class, spec in worker_specs(self._config)
+        ]
+        workers = await _all(*(life.start() for life in self._lives))
+        if any(worker.report.cores_shared for worker in workers):
+            self._reporter.event(
+                f"warning: the workers have {self._config.threads} threads together, more than there are "
+                "cores: some share a core, and their timings will suffer"
+            )
+        return tuple(workers)
+
+    async def _watch(self, tasks: dict[asyncio.Task[None], WorkerLife]) -> None:
+        """Wait until a pool has lost its last worker for good."""
+        left = dict(tasks)
+        while True:
+            done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                lost = left.pop(task)
+                error = task.exception()
+                if not isinstance(error, ClusterError):
+                    task.result()
+                if not any(life.role == lost.role for life in left.values()):
+                    raise WorkerError(f"{error}; it was the last of its pool") from error
+                self._reporter.event(f"{error}; going on without it")
+
+
+def router_settings(config: ServeConfig) -> RouterSettings:
+    """The router's part of a resolved configuration."""
+    router = config.router
+    return RouterSettings(
+        checkpoint=str(config.model.path),
+        model_name=str(config.model.name),
+        max_model_len=config.model.max_model_len,
+        http=router.http,
+        grpc=router.grpc,
+        metrics=router.metrics,
+        admin=router.admin,
+        slo_classes={name: SloLimits(slo.ttft_s, slo.tpot_s) for name, slo in config.slo.classes.items()},
+        default_slo_class=config.slo.default,
+        liveness_timeout_s=router.liveness_timeout_s,
+        max_body_bytes=router.max_body_bytes,
+        max_choices=router.max_choices,
+        max_gated_requests=router.max_gated_requests,
+        retry_after_s=router.retry_after_s,
+        request_timeout_s=router.request_timeout_s,
+    )
+
+
+def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]:
+    """Every worker of a resolved configuration: prefill first, each on the cores after those of the one
+    before.
+    """
+    model, block_size = config.model, config.kv.block_size
+    assert model.path is not None
+    assert model.name is not None
+    assert model.max_model_len is not None
+    specs: list[tuple[type[WorkerHost], HostSpec]] = []
+    slot = 0
+    for host_class, pool, role, max_batch_tokens, max_num_seqs in (
+        (PrefillHost, config.prefill, "prefill", config.prefill.max_batch_tokens, 0),
+        (DecodeHost, config.decode, "decode", config.decode.max_num_seqs, config.decode.max_num_seqs),
+    ):
+        for index in range(pool.replicas):
+            spec = HostSpec(
+                worker_id=f"{role}-{index}",
+                epoch=0,
+                checkpoint=model.path,
+                model_name=model.name,
+                max_model_len=model.max_model_len,
+                dtype=model.dtype,
+                block_size=block_size,
+                num_blocks=-(-pool.kv_cache_tokens // block_size),
+                threads=pool.threads,
+                first_slot=slot,
+                slots=config.threads,
+                max_batch_tokens=max_batch_tokens,
+                max_num_seqs=max_num_seqs,
+                heartbeat_s=config.router.liveness_timeout_s / _BEATS_PER_TIMEOUT,
+                lease_s=config.transfer.lease_s,
+            )
+            specs.append((host_class, spec))
+            slot += pool.threads
+    return specs
+
+
+async def _end_of(router: RouterProcess) -> None:
+    """Raises RouterError when the router has ended."""
+    raise await router.ended()
+
+
+async def _unless_it_fails(watch: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, unless `watch`, which only ends by raising, ends first: then its error."""
+    tasks = asyncio.create_task(work), asyncio.create_task(watch)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            tasks[1].result()
+        return await tasks[0]
+    finally:
+        await _cancel(tasks)
+
+
+async def _all(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """All results in order; when one fails, the others are cancelled and its error is raised."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

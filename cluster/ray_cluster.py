@@ -1,0 +1,157 @@
+"""Ray, as far as prelay uses it: a place for each worker, and a process there. Requests never pass through
+it.
+
+Ray's calls block, so they run in one thread of their own. That thread must live as long as this process:
+Ray asks the kernel to kill its processes when the thread that started them ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import parse_host_port
+from cluster.errors import RayError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # nothing of size goes through it; Ray's minimum is a little less
+_CONNECT_TIMEOUT_S = 5.0
+_PLACE_TIMEOUT_S = 30.0
+
+
+class RayCluster:
+    """A private Ray on this machine, or a running one that was joined.
+
+    address: HOST:PORT to join, None to start one. num_cpus: what all workers need together. directory: for
+    Ray's files.
+    """
+
+    def __init__(self, address: str | None, num_cpus: int, directory: Path) -> None:
+        self.is_local = address is None
+        self._address = address
+        self._num_cpus = num_cpus
+        self._directory = directory
+        self._namespace = f"prelay-{directory.name.removeprefix('prelay-')}"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._started = False
+        self._node_constraint: dict[str, float] = {}
+
+    async def start(self) -> None:
+        """Raises RayError if Ray does not start, cannot be reached, or has too few CPUs."""
+        for name in ("ray", "ray._private"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        options: dict[str, Any] = {
+            "namespace": self._namespace,
+            "log_to_driver": False,
+            "configure_logging": False,
+            "include_dashboard": False,
+        }
+        if self._address is None:
+            options |= {
+                "address": "local",
+                # More than there are cores, if so configured: the workers then share them.
+                "num_cpus": self._num_cpus,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_temp_dir": str(self._directory),
+            }
+        else:
+            await self._check_address(self._address)
+            options = {**options, "address": self._address}
+            del options["include_dashboard"]
+        try:
+            await self._call(ray.init, **options)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            where = f"join the Ray cluster at {self._address}" if self._address else "start Ray"
+            raise RayError(f"could not {where}: {error}") from error
+        self._started = True
+        if not self.is_local:
+            self._node_constraint = await self._call(self._one_node_for_all)
+
+    async def place(self, name: str, threads: int) -> PlacementGroup:
+        """Reserve CPUs for one worker. Raises RayError if they do not become free in time."""
+        bundle = {"CPU": float(threads), **self._node_constraint}
+        group: PlacementGroup = await self._call(
+            placement_group, [bundle], strategy="STRICT_PACK", name=f"prelay {name}"
+        )
+        deadline = time.monotonic() + _PLACE_TIMEOUT_S
+        while not await self._call(group.wait, 1):
+            if time.monotonic() >= deadline:
+                raise RayError(
+                    f"no room for worker {name}: Ray found no node with {threads} free CPUs "
+                    f"in {_PLACE_TIMEOUT_S:.0f} s"
+                )
+        return group
+
+    async def spawn(
+        self, actor_class: type, group: PlacementGroup, name: str, threads: int, *args: object
+    ) -> Any:
+        """Start an actor's process in a place; returns its handle at once."""
+        # mypy: ray types `remote` by overloads that do not know a class held in a variable.
+        remote_class: Any = ray.remote(actor_class)
+        options = remote_class.options(
+            name=name,
+            num_cpus=threads,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
+        return await self._call(options.remote, *args)
+
+    async def kill(self, actor: Any) -> None:
+        """End an actor's process, if it has not ended."""
+        await self._call(ray.kill, actor, no_restart=True)
+
+    async def stop(self) -> None:
+        """Leave a joined cluster: its actors of ours and their placement groups end.
+
+        A private Ray is not taken down politely: its processes descend from this one and are killed with it.
+        """
+        if self._started and not self.is_local:
+            await self._call(ray.shutdown)
+
+    async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, functools.partial(function, *args, **kwargs))
+
+    async def _check_address(self, address: str) -> None:
+        # ray.init itself would try for a minute and then complain about something else.
+        host, port = parse_host_port(address)
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError) as error:
+            reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+            raise RayError(
+                f"there is no Ray cluster at {address} ({reason}): check ray.address (--ray-address), "
+                "start one with `ray start --head`, or leave it out to start a private one"
+            ) from error
+        writer.close()
+
+    def _one_node_for_all(self) -> dict[str, float]:
+        """The resource that ties all workers to one node: KV blocks move through the memory of one host."""
+        sizes = {
+            node["NodeManagerAddress"]: float(node["Resources"].get("CPU", 0.0))
+            for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+            if node["Alive"]
+        }
+        address = max(sizes, key=lambda node: sizes[node], default="")
+        if sizes.get(address, 0.0) < self._num_cpus:
+            raise RayError(
+                f"the workers need {self._num_cpus} CPUs on one node (transfer.backend is ipc), but the "
+                f"largest node of the Ray cluster at {self._address} has {sizes.get(address, 0.0):g}: lower "
+                "prefill.replicas, decode.replicas or their threads, or add a node"
+            )
+        return {f"node:{address}": 0.001}

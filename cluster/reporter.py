@@ -1,0 +1,83 @@
+"""What a person sees of a deployment that starts and runs: progress while it starts, one line per event
+afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Reporter(Protocol):
+    """Told by the launcher what happens."""
+
+    def progress(self, what: str, stage: str, fraction: float | None) -> None:
+        """`what` (ray, router, a worker) has come `fraction` of the way until it serves; None: nobody
+        knows.
+        """
+
+    def event(self, line: str) -> None:
+        """Something happened that is worth a line."""
+
+    def close(self) -> None:
+        """The deployment is up, or has failed: no progress any more."""
+
+
+class LineReporter:
+    """For logs and pipes: a line for each new stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stages: dict[str, str] = {}
+
+    def progress(self, what: str, stage: str, fraction: float | None) -> None:
+        if self._stages.get(what) != stage:
+            self._stages[what] = stage
+            self.event(f"{what}: {stage}")
+
+    def event(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class BarReporter:
+    """For terminals: a bar for each part, in place; events scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def progress(self, what: str, stage: str, fraction: float | None) -> None:
+        if self._bars is None:
+            self._bars = Progress(
+                TextColumn("{task.fields[what]:<10}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description:<32}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bars.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(stage, total=None, what=what)
+        total = None if fraction is None else 1.0
+        self._bars.update(self._tasks[what], description=stage, completed=fraction, total=total)
+
+    def event(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._tasks.clear()
+
+
+def reporter_for(console: Console) -> Reporter:
+    """Bars where they can be drawn, lines elsewhere."""
+    return BarReporter(console) if console.is_terminal else LineReporter(console)

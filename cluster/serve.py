@@ -1,0 +1,102 @@
+"""`prelay serve`, in the process that runs the deployment: start, say what listens where, watch, stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prelay.v1 import worker_pb2
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+
+from cluster.launch import Deployment, Ready
+from cluster.orders import Order
+from cluster.reporter import reporter_for
+from cluster.worker_life import LiveWorker
+
+_ROLE_NAMES = {worker_pb2.ROLE_PREFILL: "prefill", worker_pb2.ROLE_DECODE: "decode"}
+
+
+async def serve(order: Order, run_directory: Path) -> None:
+    """Runs until it is cancelled, which is how it is stopped. Raises ClusterError if the deployment fails."""
+    console = Console(stderr=True)
+    reporter = reporter_for(console)
+    deployment = Deployment(order.config, run_directory, reporter, on_router_log=reporter.event)
+    try:
+        ready = await deployment.start()
+        reporter.close()
+        if order.as_json:
+            print(json.dumps(ready_json(ready)), flush=True)
+        else:
+            out = Console()
+            # A pipe has no width to respect.
+            out.print(ready_panel(ready), width=None if out.is_terminal else 120)
+        await deployment.run()
+    finally:
+        reporter.close()
+        reporter.event("stopping")
+        await deployment.stop()
+
+
+def ready_json(ready: Ready) -> dict[str, Any]:
+    """What a program needs to use and to watch the deployment."""
+    return {
+        "event": "ready",
+        "model": ready.config.model.name,
+        "max_model_len": ready.config.model.max_model_len,
+        "http": ready.addresses.http,
+        "grpc": ready.addresses.grpc,
+        "metrics": ready.addresses.metrics,
+        "admin": ready.addresses.admin,
+        "router_pid": ready.router_pid,
+        "ray": ready.config.ray.address or "local",
+        "workers": [_worker_json(worker) for worker in ready.workers],
+        "startup_s": round(ready.startup_s, 3),
+    }
+
+
+def _worker_json(worker: LiveWorker) -> dict[str, Any]:
+    info = worker.info
+    return {
+        "worker_id": info.worker_id,
+        "role": _ROLE_NAMES[info.role],
+        "epoch": info.epoch,
+        "pid": info.pid,
+        "cores": list(worker.report.cores),
+        "address": info.address,
+        "metrics": info.metrics_address,
+        "kv_tokens": info.num_blocks * info.block_size,
+        "kv_bytes": worker.report.kv_bytes,
+    }
+
+
+def ready_panel(ready: Ready) -> Panel:
+    """The same for a person."""
+    addresses = ready.addresses
+    listeners = Table.grid(padding=(0, 2))
+    for name, url, note in (
+        ("HTTP", f"http://{addresses.http}", "OpenAI-compatible, under /v1"),
+        ("gRPC", addresses.grpc, "prelay.v1.Inference, health, reflection"),
+        ("metrics", f"http://{addresses.metrics}/metrics", "Prometheus; /targets lists the workers"),
+        ("admin", addresses.admin, "prelay.v1.RouterAdmin"),
+    ):
+        listeners.add_row(f"[bold]{name}[/]", f"[cyan]{url}[/]", f"[dim]{note}[/]")
+    workers = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
+    for column in ("worker", "core", "pid", "epoch", "KV tokens", "address", "metrics"):
+        workers.add_column(column, justify="right" if column == "KV tokens" else "left", no_wrap=True)
+    for worker in ready.workers:
+        info = worker.info
+        workers.add_row(
+            f"[bold]{info.worker_id}[/]",
+            ",".join(map(str, worker.report.cores)),
+            str(info.pid),
+            str(info.epoch),
+            f"{info.num_blocks * info.block_size:,}",
+            info.address,
+            info.metrics_address,
+        )
+    body = Group(listeners, "", workers, "", "[dim]Ctrl-C stops everything.[/]")
+    title = f"prelay serves [bold]{ready.config.model.name}[/], ready in {ready.startup_s:.1f} s"
+    return Panel(body, title=title, title_align="left", expand=False)

@@ -1,0 +1,205 @@
+"""One worker's lives: started, attached to the router, and started again under a new epoch when it dies.
+
+      start -> attach -> serve -> dead --(backoff)--> start ...
+        |                                               |
+        +-- fails before it ever served: WorkerError    +-- fails `max_failures` times in a row: WorkerError
+
+A life that has served for `steady_s` clears the count of failures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prelay.v1 import worker_pb2
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+
+from cluster.errors import ClusterError, ModelError, WorkerError
+from cluster.host import HostSpec, Progress, StartReport, WorkerHost
+from cluster.ray_cluster import RayCluster
+from cluster.reporter import Reporter
+from cluster.router_process import RouterProcess
+from engine.errors import EngineError
+
+_POLL_S = 0.2
+_STOP_TIMEOUT_S = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """backoff_s: before the first restart; doubled with each failure in a row, up to max_backoff_s."""
+
+    backoff_s: float = 0.2
+    max_backoff_s: float = 10.0
+    max_failures: int = 6
+    steady_s: float = 60.0
+
+    def delay_s(self, failures: int) -> float:
+        """Before the restart that follows `failures` failures in a row."""
+        return min(self.backoff_s * 2.0 ** (failures - 1), self.max_backoff_s)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWorker:
+    """A worker that serves."""
+
+    info: worker_pb2.WorkerInfo
+    report: StartReport
+
+
+class WorkerLife:
+    """template: the worker's spec; each life gets an epoch of its own.
+
+    wall_clock_ns: epochs come from it, so that they grow from one deployment to the next as well.
+    """
+
+    def __init__(
+        self,
+        host_class: type[WorkerHost],
+        template: HostSpec,
+        cluster: RayCluster,
+        router: RouterProcess,
+        reporter: Reporter,
+        policy: RestartPolicy,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.worker_id = template.worker_id
+        self.role = host_class.role
+        self.live: LiveWorker | None = None
+        self._host_class = host_class
+        self._template = template
+        self._cluster = cluster
+        self._router = router
+        self._reporter = reporter
+        self._policy = policy
+        self._wall_clock_ns = wall_clock_ns
+        self._clock = clock
+        self._epoch = 0
+        self._group: PlacementGroup | None = None
+        # A handle, which Ray types for actors of any class.
+        self._actor: Any = None
+
+    async def start(self) -> LiveWorker:
+        """Begin a life, up to where the router uses it. Raises ModelError, WorkerError or RayError."""
+        self._epoch = next_epoch(self._epoch, self._wall_clock_ns())
+        spec = replace(self._template, epoch=self._epoch)
+        name = f"{self.worker_id}-{self._epoch}"
+        if self._group is None:
+            self._group = await self._cluster.place(self.worker_id, spec.threads)
+        self._reporter.progress(self.worker_id, "starting a process", 0.0)
+        self._actor = await self._cluster.spawn(self._host_class, self._group, name, spec.threads, spec)
+        report = await self._started(self._actor)
+        info = worker_pb2.WorkerInfo.FromString(report.info)
+        await self._router.register(info)
+        self._reporter.progress(self.worker_id, "ready", 1.0)
+        self.live = LiveWorker(info, report)
+        return self.live
+
+    async def keep_alive(self) -> None:
+        """Start the worker again whenever it dies. Only ends by WorkerError, when that does not help any
+        more.
+        """
+        failures = 0
+        while True:
+            born = self._clock()
+            reason = await self._death()
+            if self._clock() - born >= self._policy.steady_s:
+                failures = 0
+            self._reporter.event(f"worker {self.worker_id} (epoch {self._epoch}) died: {reason}")
+            while True:
+                await self._bury()
+                failures += 1
+                if failures > self._policy.max_failures:
+                    raise WorkerError(f"worker {self.worker_id} died {failures} times in a row: {reason}")
+                await asyncio.sleep(self._policy.delay_s(failures))
+                try:
+                    live = await self.start()
+                except ClusterError as error:
+                    reason = str(error)
+                    self._reporter.event(f"worker {self.worker_id} did not start again: {reason}")
+                else:
+                    self._reporter.event(
+                        f"worker {self.worker_id} serves again (epoch {self._epoch}, pid {live.info.pid})"
+                    )
+                    break
+
+    async def stop(self) -> None:
+        """Let the worker end its streams, then end its process; a worker that does not answer is not waited
+        for.
+        """
+        if self._actor is None:
+            return
+        if self.live is not None:
+            with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+                await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
+        await self._cluster.kill(self._actor)
+
+    async def _started(self, actor: Any) -> StartReport:
+        """Wait for the actor's start, passing on its progress."""
+        start = asyncio.ensure_future(_result(actor.start.remote()))
+        try:
+            while not start.done():
+                await asyncio.wait([start], timeout=_POLL_S)
+                with contextlib.suppress(RayActorError):  # `start` says it better
+                    progress: Progress = await _result(actor.progress.remote())
+                    self._reporter.progress(self.worker_id, progress.stage, progress.fraction)
+            report: StartReport = await start
+            return report
+        except RayActorError as error:
+            raise WorkerError(f"worker {self.worker_id} died while starting: {_reason(error)}") from error
+        except EngineError as error:
+            raise ModelError(f"the model cannot be served: {_cause(error)}") from error
+        except RayTaskError as error:
+            cause = _cause(error)
+            raise WorkerError(
+                f"worker {self.worker_id} did not start: {type(cause).__name__}: {cause}"
+            ) from error
+        finally:
+            start.cancel()
+
+    async def _death(self) -> str:
+        """Wait until the process has ended; returns why, as far as Ray knows."""
+        try:
+            await _result(self._actor.serving.remote())
+        except RayActorError as error:
+            return _reason(error)
+        except RayTaskError as error:
+            return str(_cause(error))
+        raise AssertionError("WorkerHost.serving returned")
+
+    async def _bury(self) -> None:
+        """Make certain that this life is over, and that the router knows."""
+        live, self.live = self.live, None
+        if live is not None:
+            await self._router.remove(self.worker_id, live.info.epoch)
+        await self._cluster.kill(self._actor)
+
+
+def next_epoch(previous: int, now_ns: int) -> int:
+    """The epoch of a life that begins at `now_ns`: milliseconds, but always greater than the one before."""
+    return max(previous + 1, now_ns // 1_000_000)
+
+
+async def _result(reference: Any) -> Any:
+    """Ray's references are awaitable, but not coroutines."""
+    return await reference
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised in the actor, without Ray's remote traceback around it."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def _reason(error: RayActorError) -> str:
+    """The first telling line of Ray's many."""
+    for line in str(error).splitlines():
+        if "exit" in line.lower() or "died because" in line or "killed" in line:
+            return line.strip()
+    return str(error).partition("\n")[0]

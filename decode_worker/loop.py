@@ -1,0 +1,327 @@
+"""The decode role on the engine thread.
+
+The life of a request here:
+  1. `Reserve` arrives: blocks for prompt and whole answer are set aside (leased), or it is refused at once;
+     it is the router that queues. When the link to the prefill worker is up the router gets `Reserved`.
+  2. The prefill worker offers the prompt's KV: it is copied in the transfer thread while steps go on.
+  3. The copy is verified and acknowledged. The blocks now belong to the sequence, which joins the batch at
+     the next step, or waits for a place in it. Its first input is the token that the prefill worker drew.
+  4. Each step gives every running sequence one token; all tokens of a step go to a router in one message.
+  5. A stop token or max_tokens ends the sequence: blocks freed.
+Cancel and the end of the router's stream are legal at any point: blocks are freed at the border of the
+step, or of the copy, that is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from prelay.v1 import transfer_pb2, worker_pb2
+
+from decode_worker.scheduler import Decoded, DecodeScheduler
+from engine.block_pool import BlockPool, Holder
+from engine.loop import check_books
+from engine.metrics import WorkerMetrics
+from engine.router_stream import (
+    Command,
+    Load,
+    Outbox,
+    Owner,
+    RouterBatch,
+    RouterEvent,
+    RouterGone,
+    sampling_of,
+)
+from engine.runner import StepRunner
+from engine.sequence import RequestKey, TokenSampling
+from transfer.handoff import (
+    ConfirmReserved,
+    Connect,
+    Deliver,
+    Fail,
+    Fetch,
+    Free,
+    HandoffFailure,
+    Offered,
+    Peer,
+    PullAction,
+    SendAcknowledge,
+    SendDrop,
+    SendRenew,
+)
+from transfer.link import (
+    FetchDone,
+    FromOfferer,
+    LinkFailed,
+    LinkLost,
+    LinkUp,
+    PullLinkEvent,
+    failure_reason,
+    request_key,
+)
+from transfer.metrics import LeaseMetrics, PullMetrics
+from transfer.pull_side import PullSide
+
+DecodeEvent: TypeAlias = RouterEvent | PullLinkEvent
+DecodeOutput: TypeAlias = RouterBatch | Connect | Fetch | SendAcknowledge | SendDrop | SendRenew
+
+
+@dataclass(slots=True)
+class _Request:
+    owner: Owner
+    prompt_tokens: int
+    sampling: TokenSampling
+    transfer_s: float = 0.0
+    kv_bytes: int = 0
+
+
+class DecodeRole:
+    """engine.loop.Role of a decode worker; everything in it belongs to the engine thread.
+
+    max_model_len: most tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_model_len: int,
+        lease_s: float,
+        clock: Callable[[], float],
+        metrics: WorkerMetrics,
+        leases: LeaseMetrics,
+        pulls: PullMetrics,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._metrics = metrics
+        self._lease_metrics = leases
+        self._pull_metrics = pulls
+        self._scheduler = DecodeScheduler(pool, max_num_seqs)
+        self._pulls = PullSide(lease_s)
+        # Every request of which this worker still holds something.
+        self._requests: dict[RequestKey, _Request] = {}
+        self._outbox = Outbox()
+        self._outputs: list[DecodeOutput] = []
+        self._changed = False
+
+    def handle(self, event: DecodeEvent) -> None:
+        self._changed = True
+        now = self._clock()
+        match event:
+            case Command():
+                self._outbox.seen(event)
+                self._command(event.owner, event.message, now)
+            case RouterGone(owner):
+                for key in [key for key, request in self._requests.items() if request.owner == owner]:
+                    self._cancel(key)
+            case LinkUp(link, peer):
+                self._apply(self._pulls.link_up(link, peer, now))
+            case LinkFailed(peer, reason, message):
+                self._apply(self._pulls.link_failed(peer, reason, message))
+            case LinkLost(link):
+                self._apply(self._pulls.link_lost(link))
+            case FromOfferer(link, offerer_message):
+                self._from_offerer(link, offerer_message, now)
+            case FetchDone():
+                self._fetch_done(event, now)
+
+    def step(self) -> bool:
+        now = self._clock()
+        self._apply(self._pulls.tick(now))
+        chunks = self._scheduler.schedule(now)
+        if not chunks:
+            return False
+        self._changed = True
+        tokens = self._runner.step(chunks)
+        self._metrics.stepped(self._clock() - now, len(chunks))
+        for decoded in self._scheduler.complete(tokens):
+            self._emit(decoded)
+        return True
+
+    def deadline(self) -> float | None:
+        return self._pulls.deadline()
+
+    def take_outputs(self) -> list[DecodeOutput]:
+        outputs, self._outputs = self._outputs, []
+        if self._changed:
+            self._changed = False
+            load = self._load()
+            self._metrics.show(load)
+            self._lease_metrics.hold(self._pulls.counts())
+            outputs.append(self._outbox.take(load))
+        return outputs
+
+    def recover(self, error: Exception, event: DecodeEvent | None) -> None:
+        self._changed = True
+        hit: list[tuple[RequestKey, Owner]] = []
+        match event:
+            case None:
+                hit = [(key, self._requests[key].owner) for key in self._scheduler.abandon()]
+            case Command(owner, message) if message.HasField("reserve"):
+                hit = [(owner.key(message.reserve.request_id, message.reserve.attempt), owner)]
+            case _:
+                pass  # concerns hand-offs only: what is held for them ends with its lease
+        for key, owner in hit:
+            self._outbox.failed(
+                owner, key, worker_pb2.FAILURE_REASON_INTERNAL, f"the engine failed: {error!r}"
+            )
+            self._requests.pop(key, None)
+            self._apply(self._pulls.cancel(key))
+
+    def check(self) -> None:
+        check_books(self._pool, owned=self._scheduler.num_blocks, leased=self._pulls.num_blocks)
+
+    def _command(self, owner: Owner, message: worker_pb2.RouterMessage, now: float) -> None:
+        match message.WhichOneof("message"):
+            case "reserve":
+                self._reserve(owner, message.reserve, now)
+            case "cancel":
+                self._cancel(owner.key(message.cancel.request_id, message.cancel.attempt))
+            case "prefill":
+                key = owner.key(message.prefill.request_id, message.prefill.attempt)
+                invalid = worker_pb2.FAILURE_REASON_INVALID
+                self._outbox.failed(owner, key, invalid, "Prefill: this is a decode worker")
+
+    def _reserve(self, owner: Owner, reserve: worker_pb2.Reserve, now: float) -> None:
+        key = owner.key(reserve.request_id, reserve.attempt)
+        if why := self._why_invalid(key, reserve):
+            self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_INVALID, why)
+            return
+        num_blocks = self._num_blocks(reserve)
+        if not self._pool.can_allocate(num_blocks):
+            free = self._pool.counts().free
+            why = f"{num_blocks} KV blocks wanted, {free} of {self._pool.num_blocks} are free"
+            self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_NO_BLOCKS, why)
+            return
+        blocks = self._pool.allocate(num_blocks, Holder.TRANSFER)
+        self._requests[key] = _Request(owner, reserve.prompt_tokens, sampling_of(reserve.sampling))
+        self._apply(
+            self._pulls.reserve(
+                key,
+                Peer(reserve.prefill.worker_id, reserve.prefill.epoch),
+                reserve.prefill.address,
+                reserve.prompt_tokens,
+                self._pool.num_blocks_for(reserve.prompt_tokens),
+                blocks,
+                now,
+            )
+        )
+
+    def _num_blocks(self, reserve: worker_pb2.Reserve) -> int:
+        return self._pool.num_blocks_for(reserve.prompt_tokens + reserve.sampling.max_tokens)
+
+    def _why_invalid(self, key: RequestKey, reserve: worker_pb2.Reserve) -> str | None:
+        num_tokens, max_tokens = reserve.prompt_tokens, reserve.sampling.max_tokens
+        num_blocks = self._num_blocks(reserve)
+        if key in self._requests:
+            return "this attempt of the request is here already"
+        if not num_tokens or not max_tokens:
+            return f"{num_tokens} prompt tokens and max_tokens {max_tokens}: both must be at least 1"
+        if num_tokens + max_tokens > self._max_model_len:
+            return (
+                f"{num_tokens} prompt tokens and max_tokens {max_tokens} exceed {self._max_model_len} tokens"
+            )
+        if num_blocks > self._pool.num_blocks:
+            return (
+                f"{num_tokens} prompt tokens and max_tokens {max_tokens} need {num_blocks} KV blocks, "
+                f"{self._pool.num_blocks} is all there are"
+            )
+        return None
+
+    def _cancel(self, key: RequestKey) -> None:
+        if self._scheduler.cancel(key):
+            del self._requests[key]
+        self._apply(self._pulls.cancel(key))
+
+    def _from_offerer(self, link: int, message: transfer_pb2.OffererMessage, now: float) -> None:
+        match message.WhichOneof("message"):
+            case "offer":
+                offer = message.offer
+                offered = Offered(
+                    request_key(offer.key),
+                    offer.num_tokens,
+                    offer.first_token,
+                    tuple(offer.blocks),
+                    tuple(offer.generations),
+                )
+                self._apply(self._pulls.offered(link, offered, now))
+            case "withdraw":
+                self._apply(self._pulls.withdrawn(link, request_key(message.withdraw)))
+            case "renew":
+                self._pulls.renewed(link, map(request_key, message.renew.keys), now)
+
+    def _fetch_done(self, done: FetchDone, now: float) -> None:
+        if done.error is not None:
+            self._apply(self._pulls.fetch_failed(done.key, done.error))
+            return
+        self._pull_metrics.copied(done.backend, done.num_bytes, done.copy_s)
+        if (request := self._requests.get(done.key)) is not None:
+            request.kv_bytes = done.num_bytes
+        self._apply(self._pulls.fetched(done.key, now))
+
+    def _emit(self, decoded: Decoded) -> None:
+        request = self._requests[decoded.key]
+        times = None
+        if decoded.decode_queue_s is not None:
+            times = worker_pb2.StageTimes(
+                transfer_s=request.transfer_s,
+                decode_queue_s=decoded.decode_queue_s,
+                kv_bytes=request.kv_bytes,
+            )
+        self._outbox.token(
+            request.owner, decoded.key, decoded.index, decoded.token_id, decoded.stop_reason, times
+        )
+        if decoded.stop_reason is not None:
+            del self._requests[decoded.key]
+
+    def _apply(self, actions: Sequence[PullAction]) -> None:
+        for action in actions:
+            match action:
+                case Free(key, blocks):
+                    self._pool.drop(blocks, Holder.TRANSFER)
+                    self._requests.pop(key, None)
+                    self._changed = True
+                case Fail(key, reason, message):
+                    self._pull_metrics.failed(reason)
+                    if reason is HandoffFailure.LEASE_EXPIRED:
+                        self._lease_metrics.expired()
+                    self._outbox.failed(self._requests[key].owner, key, failure_reason(reason), message)
+                case ConfirmReserved(key):
+                    self._outbox.reserved(self._requests[key].owner, key)
+                case Deliver():
+                    self._deliver(action)
+                case Connect() | Fetch() | SendAcknowledge() | SendDrop() | SendRenew():
+                    self._outputs.append(action)
+
+    def _deliver(self, action: Deliver) -> None:
+        request = self._requests[action.key]
+        request.transfer_s = action.transfer_s
+        self._pull_metrics.delivered(action.transfer_s)
+        self._pool.add(action.blocks, Holder.SEQUENCE)
+        self._pool.drop(action.blocks, Holder.TRANSFER)
+        self._scheduler.add(
+            action.key,
+            request.prompt_tokens,
+            action.first_token,
+            request.sampling,
+            action.blocks,
+            self._clock(),
+        )
+
+    def _load(self) -> Load:
+        counts, scheduler = self._pool.counts(), self._scheduler
+        handing_over = sum(self._pulls.counts().values())
+        return Load(
+            scheduler.num_running,
+            scheduler.num_ready + handing_over,
+            0,
+            counts.free,
+            counts.owned,
+            counts.leased,
+        )

@@ -1,0 +1,111 @@
+"""The prefill role as a service: puts engine thread, routers' streams and links to decode workers
+together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+from prelay.v1 import transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from engine.block_pool import BlockPool
+from engine.layout import KvLayout
+from engine.loop import EngineLoop
+from engine.metrics import WorkerMetrics
+from engine.router_stream import Load, RouterBatch, RouterStreams
+from engine.runner import StepRunner
+from prefill_worker.loop import PrefillEvent, PrefillOutput, PrefillRole
+from transfer.handoff import Fence, SendOffer, SendRenew, SendWithdraw
+from transfer.handshake import our_handshake
+from transfer.ipc import IpcBackend, SharedSegment
+from transfer.link import wire_key, wire_renew
+from transfer.metrics import LeaseMetrics
+from transfer.offer_links import OfferLinks
+
+STOP_TIMEOUT_S = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSettings:
+    """max_batch_tokens: most prompt tokens in one step. heartbeat_s: between snapshots. lease_s: how long
+    an offer stands, and how long a link may be silent."""
+
+    max_batch_tokens: int
+    heartbeat_s: float
+    lease_s: float
+
+
+class PrefillService:
+    """One prefill worker.
+
+    segment: the KV pool; `runner` computes on its bytes. on_fatal: called in the engine thread when the
+    engine cannot go on; the worker should end then. backends: ways to read the segment that decode workers
+    may choose from.
+    """
+
+    def __init__(
+        self,
+        info: worker_pb2.WorkerInfo,
+        runner: StepRunner,
+        layout: KvLayout,
+        segment: SharedSegment,
+        registry: CollectorRegistry,
+        settings: PrefillSettings,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        on_fatal: Callable[[BaseException], None],
+        backends: Sequence[str] = (IpcBackend.name,),
+    ) -> None:
+        self._segment = segment
+        pool = BlockPool(segment.num_blocks, layout.block_size, segment.generations)
+        role = PrefillRole(
+            runner,
+            pool,
+            segment.generations,
+            settings.max_batch_tokens,
+            info.max_model_len,
+            settings.lease_s,
+            clock,
+            WorkerMetrics(registry, "prefill", info.worker_id),
+            LeaseMetrics(registry),
+        )
+        self._engine: EngineLoop[PrefillEvent, PrefillOutput] = EngineLoop(
+            role, self._deliver, on_fatal, clock
+        )
+        idle = Load(0, 0, 0, segment.num_blocks, 0, 0)
+        self._routers = RouterStreams(info, settings.heartbeat_s, self._engine.post, idle)
+        handshake = our_handshake(info, layout, backends, segment.ref)
+        self._links = OfferLinks(handshake, settings.lease_s, self._engine.post)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Before the server starts."""
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._routers, server)
+        transfer_pb2_grpc.add_KvTransferServicer_to_server(self._links, server)
+
+    async def start(self) -> None:
+        """info.address is set by now."""
+        self._engine.start()
+
+    async def stop(self) -> None:
+        """Ends streams, links and the engine thread, within 2 s. No peer can open our memory after it."""
+        self._routers.stop()
+        self._links.stop()
+        await self._engine.stop(STOP_TIMEOUT_S)
+        self._segment.close()
+
+    def _deliver(self, outputs: Sequence[PrefillOutput]) -> None:
+        for output in outputs:
+            match output:
+                case RouterBatch():
+                    self._routers.deliver(output)
+                case SendOffer(link, offered):
+                    self._links.send_offer(link, offered)
+                case SendWithdraw(link, key):
+                    self._links.send(link, transfer_pb2.OffererMessage(withdraw=wire_key(key)))
+                case SendRenew(link, keys):
+                    self._links.send(link, transfer_pb2.OffererMessage(renew=wire_renew(keys)))
+                case Fence(link, message):
+                    self._links.close(link, message)

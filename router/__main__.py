@@ -1,0 +1,67 @@
+"""`python -m router SETTINGS_JSON`: one router process.
+
+Prints one line of JSON on stdout when it listens: {"http": "host:port", "grpc": ..., "metrics": ..., "admin":
+...}. Stops on SIGTERM, on SIGINT, and at the end of stdin (so it never outlives whoever started it). Exit
+codes: 0 stopped as told, 2 wrong settings or checkpoint, 3 an address is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from engine.errors import EngineError
+from router.app import Router
+from router.errors import AddressTakenError, SettingsError
+from router.settings import RouterSettings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs until told to stop; returns the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m router SETTINGS_JSON", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    try:
+        asyncio.run(_serve(RouterSettings.from_json(arguments[0])))
+    except (SettingsError, EngineError) as error:
+        print(f"prelay router: {error}", file=sys.stderr)
+        return 2
+    except AddressTakenError as error:
+        print(f"prelay router: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+async def _serve(settings: RouterSettings) -> None:
+    loop = asyncio.get_running_loop()
+    told_to_stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop.set)
+    router = Router(settings)
+    addresses = await router.start()
+    print(json.dumps(asdict(addresses)), flush=True)
+    threading.Thread(target=_wait_for_stdin_to_end, args=(loop, told_to_stop), daemon=True).start()
+    await told_to_stop.wait()
+    await router.stop()
+
+
+def _wait_for_stdin_to_end(loop: asyncio.AbstractEventLoop, told_to_stop: asyncio.Event) -> None:
+    # os.read and not sys.stdin: a daemon thread must not hold that object's lock when the interpreter exits.
+    while os.read(0, 4096):
+        pass
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(told_to_stop.set)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""`RouterAdmin`: how the launcher and operators talk to the router, on a private port."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+from prelay.v1 import admin_pb2, admin_pb2_grpc
+
+from router.dispatch import Dispatcher
+from router.errors import InvalidRequestError, RouterError
+from router.grpc_errors import abort
+from router.worker_link import ROLE_OF_PROTO, Registration
+from router.workers import Workers
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdminApi(admin_pb2_grpc.RouterAdminServicer):
+    """The servicer."""
+
+    def __init__(self, workers: Workers, dispatcher: Dispatcher) -> None:
+        self._workers = workers
+        self._dispatcher = dispatcher
+
+    async def RegisterWorker(
+        self, request: admin_pb2.RegisterWorkerRequest, context: _Context
+    ) -> admin_pb2.RegisterWorkerResponse:
+        """Returns when the worker is attached."""
+        try:
+            role = ROLE_OF_PROTO.get(request.role)
+            if role is None or not request.worker_id or not request.address:
+                raise InvalidRequestError("worker_id, role and address must be given")
+            registration = Registration(request.worker_id, request.epoch, role, request.address)
+            # A caller that hangs up must not leave half an attachment behind.
+            await asyncio.shield(self._workers.register(registration))
+        except RouterError as error:
+            await abort(context, error)
+        return admin_pb2.RegisterWorkerResponse()
+
+    async def RemoveWorker(
+        self, request: admin_pb2.RemoveWorkerRequest, context: _Context
+    ) -> admin_pb2.RemoveWorkerResponse:
+        """Forgets the worker."""
+        if not self._workers.remove(request.worker_id, request.epoch):
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"no worker {request.worker_id!r} with epoch {request.epoch} is registered",
+            )
+        return admin_pb2.RemoveWorkerResponse()
+
+    async def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: _Context
+    ) -> admin_pb2.GetStatusResponse:
+        """Workers, load, and what became of the requests so far."""
+        return admin_pb2.GetStatusResponse(
+            workers=[
+                admin_pb2.WorkerStatus(info=link.info, up=link.up, load=link.last_snapshot)
+                for link in self._workers.links()
+            ],
+            gated_requests=self._dispatcher.gated_requests,
+            live_requests=self._dispatcher.live_requests,
+            outcomes={outcome.value: count for outcome, count in self._dispatcher.outcomes.items()},
+        )

@@ -1,0 +1,52 @@
+"""Whether a request is let in at all. A core: answers from what it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.errors import NoWorkersError, OverloadedError, PromptTooLongError, RouterError
+from router.pool_view import PoolView, Role
+from router.requests import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is not let in.
+
+    reason: for the metrics. counts: whether it is the deployment that falls short (outcome "rejected", which
+    stays in the denominator of attainment) and not the request that asks for the impossible.
+    """
+
+    reason: str
+    error: RouterError
+    counts: bool
+
+
+class Admission:
+    """Refuses at once what would only wait in vain."""
+
+    def __init__(self, max_gated_requests: int, retry_after_s: float) -> None:
+        """max_gated_requests: more than these do not wait; they may come again after `retry_after_s`."""
+        self._max_gated_requests = max_gated_requests
+        self._retry_after_s = retry_after_s
+
+    def refuse(self, request: Request, pool: PoolView, gated_requests: int) -> Refusal | None:
+        """The refusal, or None when the request may wait at the gate."""
+        missing = pool.missing_role()
+        if missing is not None:
+            return Refusal("no_worker", NoWorkersError(missing), counts=True)
+        largest = max(pool.up(Role.DECODE), key=lambda worker: worker.capacity.num_blocks).capacity
+        needed = largest.blocks_for(request.max_total_tokens)
+        if needed > largest.num_blocks:
+            error = PromptTooLongError(
+                f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens "
+                f"({request.sampling.max_tokens}) need {needed} KV blocks of {largest.block_size} tokens, "
+                f"but the largest decode worker has {largest.num_blocks}; ask for at most "
+                f"{largest.num_blocks * largest.block_size} tokens of both",
+                "max_tokens",
+            )
+            return Refusal("never_fits", error, counts=False)
+        if gated_requests >= self._max_gated_requests:
+            message = f"{gated_requests} requests wait already; try again in {self._retry_after_s:g} s"
+            return Refusal("gate_full", OverloadedError(message, self._retry_after_s), counts=True)
+        return None

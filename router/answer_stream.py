@@ -1,0 +1,59 @@
+"""The way of one answer from the dispatcher to the front end that asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from router.errors import RouterError
+from router.requests import Delta
+
+
+class AnswerStream:
+    """An async iterator of deltas. What the reader has not taken yet is merged into one delta, never queued.
+
+    So a slow client costs at most the text of its own answer, and the workers never wait for it. Ends after
+    the delta that carries `finish`; raises the RouterError that ended the request instead. Use it as an async
+    context manager: leaving it early cancels the request.
+    """
+
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        """cancel: called when the reader leaves; must be harmless when the request has ended."""
+        self.request_id = request_id
+        self._cancel = cancel
+        self._pending: Delta | None = None
+        self._error: RouterError | None = None
+        self._ended = False
+        self._changed = asyncio.Event()
+
+    def put(self, delta: Delta) -> None:
+        """More of the answer."""
+        self._pending = delta if self._pending is None else self._pending.then(delta)
+        self._changed.set()
+
+    def fail(self, error: RouterError) -> None:
+        """The request ended without a complete answer; what is pending still goes out first."""
+        self._error = error
+        self._changed.set()
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            if self._pending is not None:
+                delta, self._pending = self._pending, None
+                self._ended = delta.finish is not None
+                return delta
+            if self._ended:
+                raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def __aenter__(self) -> AnswerStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._cancel()

@@ -1,0 +1,176 @@
+"""Assembles the router: cores, shells, front ends, and the order in which they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prelay.v1 import admin_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from router.admin import AdminApi
+from router.admission import Admission
+from router.dispatch import Dispatcher
+from router.errors import AddressTakenError
+from router.gate_queue import FcfsGateQueue
+from router.grpc_api import SERVICE_NAME, InferenceApi
+from router.http_api import HttpApi
+from router.http_generate import GenerateApi
+from router.intake import Intake, ServedModel
+from router.metrics import RouterMetrics
+from router.metrics_http import metrics_application
+from router.placement.least_loaded import LeastLoadedPlacement
+from router.pool_view import PoolView
+from router.settings import RouterSettings, split_address
+from router.slo import SloPolicy
+from router.workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the router listens, "host:port" with real ports."""
+
+    http: str
+    grpc: str
+    metrics: str
+    admin: str
+
+
+class Router:
+    """One router process's worth of everything; needs a running event loop."""
+
+    def __init__(self, settings: RouterSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        """Reads the tokenizer. Raises SettingsError, or engine.errors.EngineError for a bad checkpoint."""
+        self._settings = settings
+        model = ServedModel.load(settings.model_name, Path(settings.checkpoint), settings.max_model_len)
+        slo = SloPolicy(settings.slo_classes, settings.default_slo_class)
+        self.registry = CollectorRegistry()
+        self.metrics = RouterMetrics(self.registry, settings.slo_classes)
+        self.pool = PoolView()
+        self.dispatcher = Dispatcher(
+            pool=self.pool,
+            admission=Admission(settings.max_gated_requests, settings.retry_after_s),
+            gate=FcfsGateQueue(),
+            placement=LeastLoadedPlacement(),
+            metrics=self.metrics,
+            new_detokenizer=model.tokenizer.detokenizer,
+            clock=clock,
+        )
+        self._workers_changed = asyncio.Event()
+        self.workers = Workers(
+            router_id=uuid.uuid4().hex,
+            pool=self.pool,
+            dispatcher=self.dispatcher,
+            metrics=self.metrics,
+            max_model_len=model.max_model_len,
+            liveness_timeout_s=settings.liveness_timeout_s,
+            clock=clock,
+            on_change=self._workers_changed.set,
+        )
+        self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+        intake = Intake(
+            model=model,
+            executor=self._threads,
+            clock=clock,
+            random_seed=lambda: secrets.randbits(64),
+            request_timeout_s=settings.request_timeout_s,
+            largest_pool_tokens=self.pool.largest_decode_tokens,
+        )
+        generate = GenerateApi(intake, slo, self.dispatcher, settings.max_choices)
+        self._http = HttpApi(intake, generate, self.pool, int(time.time()), settings.max_body_bytes)
+        self._inference = InferenceApi(intake, slo, self.dispatcher)
+        self._health = health.aio.HealthServicer()
+        self._running = AsyncExitStack()
+
+    async def start(self) -> Addresses:
+        """Listens everywhere. Raises AddressTakenError, and then listens nowhere."""
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            # Undone in reverse: first nothing new comes in, then the workers are let go.
+            stack.callback(self._threads.shutdown, wait=False, cancel_futures=True)
+            stack.push_async_callback(self.workers.close)
+            metrics = await _serve_http(
+                stack, "metrics", settings.metrics, metrics_application(self.registry, self.workers)
+            )
+            admin_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
+            admin_pb2_grpc.add_RouterAdminServicer_to_server(
+                AdminApi(self.workers, self.dispatcher), admin_server
+            )
+            admin = await _serve_grpc(stack, "admin", settings.admin, admin_server)
+            public_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
+            self._inference.add_to(public_server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, public_server)
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, public_server)
+            await self._report_health()
+            public = await _serve_grpc(stack, "grpc", settings.grpc, public_server)
+            http = await _serve_http(stack, "http", settings.http, self._http.application())
+            for background in (self.workers.keep_watch(), self._keep_health()):
+                stack.callback(asyncio.create_task(background).cancel)
+            self._running = stack.pop_all()
+        return Addresses(http=http, grpc=public, metrics=metrics, admin=admin)
+
+    async def stop(self) -> None:
+        """Says NOT_SERVING, ends live streams (with an error, after the grace), closes everything."""
+        await self._health.enter_graceful_shutdown()
+        await self.dispatcher.stop(self._settings.stop_grace_s)
+        await self._running.aclose()
+
+    async def _keep_health(self) -> None:
+        while True:
+            await self._workers_changed.wait()
+            self._workers_changed.clear()
+            await self._report_health()
+
+    async def _report_health(self) -> None:
+        serving = self.pool.missing_role() is None
+        states = health_pb2.HealthCheckResponse
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, states.SERVING if serving else states.NOT_SERVING)
+
+
+def _server_options(max_body_bytes: int) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.so_reuseport", 0),  # a second router on this port must fail, not share it
+        ("grpc.max_receive_message_length", max_body_bytes),
+    )
+
+
+async def _serve_grpc(stack: AsyncExitStack, setting: str, address: str, server: grpc.aio.Server) -> str:
+    host, port = split_address(setting, address)
+    literal = f"[{host}]" if ":" in host else host
+    try:
+        bound = server.add_insecure_port(f"{literal}:{port}")
+    except RuntimeError as error:
+        raise AddressTakenError(
+            setting, address, "it is in use, or not an address of this machine"
+        ) from error
+    stack.push_async_callback(server.stop, 0.2)
+    await server.start()
+    return f"{literal}:{bound}"
+
+
+async def _serve_http(stack: AsyncExitStack, setting: str, address: str, app: web.Application) -> str:
+    host, port = split_address(setting, address)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, host, port)
+    try:
+        await site.start()
+    except (OSError, socket.gaierror) as error:
+        raise AddressTakenError(setting, address, error.strerror or str(error)) from error
+    bound = runner.addresses[0][1]
+    return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"

@@ -1,0 +1,107 @@
+"""Values of this package to messages of worker.proto, and back."""
+
+from __future__ import annotations
+
+from prelay.v1 import worker_pb2
+
+from engine.sequence import RequestKey, StopReason, TokenSampling
+from router.pool_view import Load, WorkerCapacity
+from router.record import TokenBatch
+from router.requests import Request, Stage
+
+_STOP_REASONS = {
+    worker_pb2.STOP_REASON_STOP: StopReason.STOP,
+    worker_pb2.STOP_REASON_LENGTH: StopReason.LENGTH,
+}
+
+
+def reserve(key: RequestKey, request: Request, prefill: worker_pb2.PeerRef) -> worker_pb2.RouterMessage:
+    """To the decode worker, before anything else."""
+    return worker_pb2.RouterMessage(
+        reserve=worker_pb2.Reserve(
+            request_id=key.request_id,
+            attempt=key.attempt,
+            prompt_tokens=len(request.prompt_token_ids),
+            sampling=_sampling(request.sampling),
+            prefill=prefill,
+        )
+    )
+
+
+def prefill(key: RequestKey, request: Request, decode: worker_pb2.PeerRef) -> worker_pb2.RouterMessage:
+    """To the prefill worker, once the decode worker is ready."""
+    return worker_pb2.RouterMessage(
+        prefill=worker_pb2.Prefill(
+            request_id=key.request_id,
+            attempt=key.attempt,
+            token_ids=request.prompt_token_ids,
+            sampling=_sampling(request.sampling),
+            decode=decode,
+        )
+    )
+
+
+def cancel(key: RequestKey) -> worker_pb2.RouterMessage:
+    """To either, at any time."""
+    return worker_pb2.RouterMessage(cancel=worker_pb2.Cancel(request_id=key.request_id, attempt=key.attempt))
+
+
+def peer(info: worker_pb2.WorkerInfo) -> worker_pb2.PeerRef:
+    """How one worker of a pair is named to the other."""
+    return worker_pb2.PeerRef(worker_id=info.worker_id, epoch=info.epoch, address=info.address)
+
+
+def token_batch(sequence: worker_pb2.SequenceTokens) -> TokenBatch:
+    """What one engine step produced for one request."""
+    times: tuple[tuple[Stage, float], ...] = ()
+    if sequence.HasField("times"):
+        # Each side reports its own stages with its first token, and index 0 is the prefill worker's.
+        if sequence.first_index == 0:
+            times = (
+                (Stage.PREFILL_QUEUE, sequence.times.prefill_queue_s),
+                (Stage.PREFILL, sequence.times.prefill_s),
+            )
+        else:
+            times = (
+                (Stage.TRANSFER, sequence.times.transfer_s),
+                (Stage.DECODE_QUEUE, sequence.times.decode_queue_s),
+            )
+    return TokenBatch(
+        first_index=sequence.first_index,
+        token_ids=sequence.token_ids,
+        stop_reason=_STOP_REASONS.get(sequence.stop_reason),
+        stage_times=times,
+        kv_bytes=sequence.times.kv_bytes,
+    )
+
+
+def load(snapshot: worker_pb2.Snapshot) -> Load:
+    """A worker's own figures."""
+    return Load(
+        commands_seen=snapshot.commands_seen,
+        requests=snapshot.running_requests + snapshot.queue_requests,
+        queue_tokens=snapshot.queue_tokens,
+        free_blocks=snapshot.free_blocks,
+    )
+
+
+def capacity(info: worker_pb2.WorkerInfo) -> WorkerCapacity:
+    """What placement needs of a hello."""
+    return WorkerCapacity(
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        max_num_seqs=info.max_num_seqs,
+        max_batch_tokens=info.max_batch_tokens,
+    )
+
+
+def _sampling(sampling: TokenSampling) -> worker_pb2.TokenSampling:
+    return worker_pb2.TokenSampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=sorted(sampling.stop_token_ids),
+    )

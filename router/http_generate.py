@@ -1,0 +1,244 @@
+"""POST /v1/completions and /v1/chat/completions: from the body to the last byte of the answer.
+
+1. The body is parsed, the prompts are tokenised, and one request for each choice is submitted. Whatever is
+   wrong by then has an HTTP status of its own.
+2. A stream begins with its first delta, so an error before the first token has an HTTP status, too, and a
+   client can repeat the call. From then on an error is `data: {"error": ...}`, and `[DONE]` ends every
+   stream.
+3. A client that goes away cancels the handler, and leaving the answers' streams cancels the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from router.answer_stream import AnswerStream
+from router.dispatch import Dispatcher
+from router.errors import InvalidRequestError, RouterError
+from router.http_errors import http_error
+from router.http_request import REQUEST_ID, read_json, slo_of, tenant_of
+from router.intake import Intake, SamplingWish
+from router.openai_fields import FieldWatch
+from router.openai_protocol import ChatBody, CompletionBody, Prompt, parse, parse_messages, parse_prompts
+from router.openai_responses import Reply, usage_of
+from router.requests import Delta, Finish, Request
+from router.slo import SloPolicy
+
+_DONE = b"data: [DONE]\n\n"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A parsed call: one request for each choice. echo: text that stands before each choice's answer."""
+
+    requests: Sequence[Request]
+    echo: Sequence[str]
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+
+
+class GenerateApi:
+    """The two endpoints."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        slo: SloPolicy,
+        dispatcher: Dispatcher,
+        max_choices: int,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """max_choices: answers that one call may ask for (prompts times n)."""
+        self._intake = intake
+        self._slo = slo
+        self._dispatcher = dispatcher
+        self._max_choices = max_choices
+        self._wall_clock = wall_clock
+        self._watch = FieldWatch()
+
+    async def completions(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        arrived_at = self._intake.now()
+        body = parse(CompletionBody, await read_json(http), self._watch)
+        self._intake.check_model(body.model)
+        prompts = parse_prompts(body.prompt)
+        count = self._choices(len(prompts), body.n)
+        token_ids = [await self._token_ids(prompt) for prompt in prompts]
+        echo = [""] * len(prompts)
+        if body.echo:
+            echo = [await self._echo(prompt, ids) for prompt, ids in zip(prompts, token_ids, strict=True)]
+        job = _Job(
+            requests=self._requests(http, token_ids, body.wish(), count, arrived_at),
+            echo=[text for text in echo for _ in range(count)],
+            prompt_tokens=sum(map(len, token_ids)),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
+        return await self._answer(http, job, chat=False)
+
+    async def chat(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        arrived_at = self._intake.now()
+        body = parse(ChatBody, await read_json(http), self._watch)
+        self._intake.check_model(body.model)
+        messages = parse_messages(body.messages)
+        count = self._choices(1, body.n)
+        token_ids = await self._intake.tokenize_chat(messages)
+        job = _Job(
+            requests=self._requests(http, [token_ids], body.wish(), count, arrived_at),
+            echo=[""] * count,
+            prompt_tokens=len(token_ids),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
+        return await self._answer(http, job, chat=True)
+
+    def _choices(self, num_prompts: int, n: int | None) -> int:
+        count = 1 if n is None else n
+        if count < 1:
+            raise InvalidRequestError(f"n must be at least 1, got {n}", "n")
+        if num_prompts * count > self._max_choices:
+            param = "n" if num_prompts == 1 else "prompt"
+            raise InvalidRequestError(
+                f"{num_prompts} prompts with n={count} are {num_prompts * count} answers; one call may ask "
+                f"for at most {self._max_choices}",
+                param,
+            )
+        return count
+
+    async def _token_ids(self, prompt: Prompt) -> Sequence[int]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        return await self._intake.tokenize(prompt.text or "")
+
+    async def _echo(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
+        return prompt.text if prompt.text is not None else await self._intake.detokenize(token_ids, "prompt")
+
+    def _requests(
+        self,
+        http: web.Request,
+        token_ids: Sequence[Sequence[int]],
+        wish: SamplingWish,
+        count: int,
+        arrived_at: float,
+    ) -> list[Request]:
+        slo, tenant = slo_of(http, self._slo), tenant_of(http)
+        return [
+            self._intake.request(
+                ids,
+                wish.for_choice(index),
+                slo,
+                request_id=http[REQUEST_ID],
+                tenant=tenant,
+                arrived_at=arrived_at,
+            )
+            for ids in token_ids
+            for index in range(count)
+        ]
+
+    async def _answer(self, http: web.Request, job: _Job, *, chat: bool) -> web.StreamResponse:
+        prefix = "chatcmpl" if chat else "cmpl"
+        reply = Reply(f"{prefix}-{http[REQUEST_ID]}", self._intake.model.name, int(self._wall_clock()), chat)
+        details = http.headers.get("x-prelay-details", "") == "1"
+        async with AsyncExitStack() as stack:
+            answers = [
+                await stack.enter_async_context(self._dispatcher.submit(request)) for request in job.requests
+            ]
+            if job.stream:
+                return await self._stream(http, job, reply, answers, details)
+            return await self._whole(job, reply, answers, details)
+
+    async def _whole(
+        self, job: _Job, reply: Reply, answers: Sequence[AnswerStream], details: bool
+    ) -> web.StreamResponse:
+        texts = list(job.echo)
+        finishes: dict[int, Finish] = {}
+        async with aclosing(_merge(answers)) as deltas:
+            async for index, delta in deltas:
+                texts[index] += delta.text
+                if delta.finish is not None:
+                    finishes[index] = delta.finish
+        in_order = [finishes[index] for index in range(len(answers))]
+        usage = usage_of(job.prompt_tokens, sum(finish.completion_tokens for finish in in_order))
+        return web.json_response(reply.whole(texts, in_order, usage, details))
+
+    async def _stream(
+        self, http: web.Request, job: _Job, reply: Reply, answers: Sequence[AnswerStream], details: bool
+    ) -> web.StreamResponse:
+        async with aclosing(_merge(answers)) as deltas:
+            first = await anext(deltas)
+            response = web.StreamResponse(
+                headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+            )
+            await response.prepare(http)
+            begun: set[int] = set()
+            completion_tokens = 0
+            try:
+                async for index, delta in _chain(first, deltas):
+                    text = delta.text
+                    chunks = []
+                    if index not in begun:
+                        begun.add(index)
+                        text = job.echo[index] + text
+                        if reply.chat:
+                            chunks.append(reply.role_chunk(index))
+                    completion_tokens += len(delta.token_ids)
+                    if text or delta.finish is not None:
+                        chunks.append(reply.text_chunk(index, text, delta.finish, details))
+                    await response.write(b"".join(map(_event, chunks)))
+                if job.include_usage:
+                    await response.write(
+                        _event(reply.usage_chunk(usage_of(job.prompt_tokens, completion_tokens)))
+                    )
+                await response.write(_DONE)
+            except ConnectionError:
+                pass  # the client is gone, and with it whoever could be told
+            except Exception as error:
+                if not isinstance(error, RouterError):
+                    _log.exception("event=defect request=%s", http[REQUEST_ID])
+                await response.write(_event(http_error(error).body) + _DONE)
+        return response
+
+
+async def _merge(answers: Sequence[AnswerStream]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of several answers with their index, as they come; the first error ends all.
+
+    Each answer has at most one delta under way, so that what a slow client does not take is merged where it
+    waits.
+    """
+    waiting = {asyncio.ensure_future(anext(answer)): index for index, answer in enumerate(answers)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in sorted(done, key=waiting.__getitem__):
+                index = waiting.pop(future)
+                delta = future.result()
+                if delta.finish is None:
+                    waiting[asyncio.ensure_future(anext(answers[index]))] = index
+                yield index, delta
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+async def _chain(
+    first: tuple[int, Delta], rest: AsyncIterator[tuple[int, Delta]]
+) -> AsyncIterator[tuple[int, Delta]]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

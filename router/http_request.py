@@ -1,0 +1,62 @@
+"""What all HTTP endpoints read from a request in the same way: its id, its JSON body, its SLO headers."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Any
+
+import pydantic_core
+from aiohttp import web
+
+from router.errors import InvalidRequestError
+from router.slo import Slo, SloPolicy
+
+REQUEST_ID = web.RequestKey("request_id", str)
+"""The client's x-request-id, or one of ours."""
+
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def request_id_of(http: web.Request) -> str:
+    """Raises InvalidRequestError for an id that could not be sent back or logged as it is."""
+    given = http.headers.get("x-request-id")
+    if given is None:
+        return uuid.uuid4().hex
+    if _VISIBLE.fullmatch(given) is None:
+        raise InvalidRequestError("x-request-id must be 1 to 128 visible ASCII characters", "x-request-id")
+    return given
+
+
+async def read_json(http: web.Request) -> Any:
+    """The body as JSON. Raises InvalidRequestError, web.HTTPRequestEntityTooLarge."""
+    body = await http.read()
+    try:
+        return pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+
+
+def tenant_of(http: web.Request) -> str:
+    """Who the request is counted for; empty when not said."""
+    return http.headers.get("x-tenant", "")[:128]
+
+
+def slo_of(http: web.Request, policy: SloPolicy) -> Slo:
+    """The SLO in the headers x-slo-class, x-slo-ttft-ms and x-slo-tpot-ms. Raises InvalidRequestError."""
+    names = ("x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms")
+    return policy.resolve(
+        http.headers.get(names[0]), _seconds(http, names[1]), _seconds(http, names[2]), names=names
+    )
+
+
+def _seconds(http: web.Request, header: str) -> float | None:
+    value = http.headers.get(header)
+    if value is None:
+        return None
+    try:
+        return float(value) / 1000
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"{header} must be a number of milliseconds, got {value[:40]!r}", header
+        ) from error

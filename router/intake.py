@@ -1,0 +1,236 @@
+"""From what a client wrote to an internal `Request`, the same for every front end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from engine.config import ModelConfig
+from engine.errors import TokenizerError
+from engine.sequence import TokenSampling
+from engine.tokenizer import Tokenizer
+from router.errors import InvalidRequestError, ModelNotFoundError, PromptTooLongError, SettingsError
+from router.requests import Request
+from router.slo import Slo
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_TEMPERATURE = 100.0
+DEFAULT_TEMPERATURE = 1.0
+
+_Text = TypeVar("_Text")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model that is served: its name to clients, its limits, its tokenizer."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, name: str, checkpoint: Path, max_model_len: int | None) -> ServedModel:
+        """Reads config and tokenizer, no weights. Raises engine.errors.EngineError, SettingsError."""
+        config = ModelConfig.from_pretrained(checkpoint)
+        longest = config.max_position_embeddings
+        if max_model_len is not None and max_model_len > longest:
+            raise SettingsError(
+                f"max_model_len is {max_model_len}, but {checkpoint} was made for {longest} tokens"
+            )
+        return cls(
+            name=name,
+            max_model_len=longest if max_model_len is None else max_model_len,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            tokenizer=Tokenizer.from_pretrained(checkpoint),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingWish:
+    """Sampling as a client may give it; None is "not given". top_k: 0 and -1 both mean all."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    def for_choice(self, index: int) -> SamplingWish:
+        """The same wish for the `index`-th of several answers to one prompt."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
+
+
+class Intake:
+    """Validates, tokenises (in `executor`, off the event loop) and resolves defaults."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        executor: Executor,
+        clock: Callable[[], float],
+        random_seed: Callable[[], int],
+        request_timeout_s: float,
+        largest_pool_tokens: Callable[[], int | None],
+    ) -> None:
+        """random_seed: where none is given. largest_pool_tokens: what the largest decode worker holds."""
+        self.model = model
+        self._executor = executor
+        self._clock = clock
+        self._random_seed = random_seed
+        self._request_timeout_s = request_timeout_s
+        self._largest_pool_tokens = largest_pool_tokens
+
+    def now(self) -> float:
+        """For stamping an arrival, before anything else is done with a request."""
+        return self._clock()
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError unless `name` is the served model; nothing given means the served one."""
+        if name and name != self.model.name:
+            raise ModelNotFoundError(name, self.model.name)
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Prompt tokens of a text. Raises InvalidRequestError."""
+        return await self._in_thread(self.model.tokenizer.encode, text, "prompt")
+
+    async def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Prompt tokens of a chat ({"role", "content"} each). Raises InvalidRequestError."""
+        return await self._in_thread(self.model.tokenizer.encode_chat, messages, "messages")
+
+    async def detokenize(self, token_ids: Sequence[int], param: str) -> str:
+        """The text of tokens. Raises InvalidRequestError for ids beyond the vocabulary."""
+        self._check_token_ids(token_ids, param)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, self.model.tokenizer.decode, token_ids
+        )
+
+    def request(
+        self,
+        prompt_token_ids: Sequence[int],
+        wish: SamplingWish,
+        slo: Slo,
+        *,
+        request_id: str,
+        tenant: str,
+        arrived_at: float,
+        timeout_s: float | None = None,
+    ) -> Request:
+        """The request to submit. Raises InvalidRequestError naming what is wrong.
+
+        request_id: the client's, or empty; what it becomes is unique, so that a client that uses one twice
+        cannot have its second request mixed up with late messages about the first.
+        timeout_s: the caller's own deadline, from arrival; the router's limit holds beside it.
+        """
+        if not prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
+        self._check_token_ids(prompt_token_ids, "prompt")
+        unique = uuid.uuid4().hex
+        limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
+        return Request(
+            request_id=f"{request_id}-{unique[:12]}" if request_id else unique,
+            prompt_token_ids=tuple(prompt_token_ids),
+            sampling=self._sampling(len(prompt_token_ids), wish),
+            stop=_checked_stop(wish.stop),
+            slo=slo,
+            tenant=tenant,
+            arrived_at=arrived_at,
+            deadline=arrived_at + limit_s,
+        )
+
+    def _sampling(self, prompt_tokens: int, wish: SamplingWish) -> TokenSampling:
+        max_tokens = self._max_tokens(prompt_tokens, wish.max_tokens)
+        min_tokens = 0 if wish.min_tokens is None else wish.min_tokens
+        _require(
+            0 <= min_tokens <= max_tokens,
+            "min_tokens",
+            min_tokens,
+            f"between 0 and max_tokens ({max_tokens})",
+        )
+        temperature = DEFAULT_TEMPERATURE if wish.temperature is None else wish.temperature
+        in_range = math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE
+        _require(in_range, "temperature", temperature, f"between 0 and {MAX_TEMPERATURE:g}")
+        top_p = 1.0 if wish.top_p is None else wish.top_p
+        _require(0 < top_p <= 1, "top_p", top_p, "greater than 0 and at most 1")
+        top_k = 0 if wish.top_k is None or wish.top_k == -1 else wish.top_k
+        _require(0 <= top_k < 2**32, "top_k", top_k, "-1, 0 (all) or a positive number")
+        _require(
+            len(wish.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", len(wish.stop_token_ids),
+            f"a list of at most {MAX_STOP_TOKEN_IDS}",
+        )  # fmt: skip
+        self._check_token_ids(wish.stop_token_ids, "stop_token_ids")
+        return TokenSampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=(self._random_seed() if wish.seed is None else wish.seed) % 2**64,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop_token_ids=frozenset(
+                (() if wish.ignore_eos else self.model.eos_token_ids) + wish.stop_token_ids
+            ),
+        )
+
+    def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
+        longest = self.model.max_model_len
+        if prompt_tokens >= longest:
+            raise PromptTooLongError(
+                f"the prompt has {prompt_tokens} tokens, but the model takes at most {longest} tokens of "
+                "prompt and answer; shorten the prompt",
+                "prompt",
+            )
+        if asked is None:
+            room = min(longest, self._largest_pool_tokens() or longest)
+            return max(1, room - prompt_tokens)
+        _require(asked >= 1, "max_tokens", asked, "at least 1")
+        if prompt_tokens + asked > longest:
+            raise PromptTooLongError(
+                f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}, but the model takes "
+                f"at most {longest} tokens of both; ask for at most {longest - prompt_tokens}",
+                "max_tokens",
+            )
+        return asked
+
+    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.model.vocab_size):
+            wrong = next(token for token in token_ids if not 0 <= token < self.model.vocab_size)
+            raise InvalidRequestError(
+                f"{param} holds token id {wrong}; this model's ids are 0 to {self.model.vocab_size - 1}",
+                param,
+            )
+
+    async def _in_thread(self, encode: Callable[[_Text], list[int]], value: _Text, param: str) -> list[int]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, encode, value)
+        except TokenizerError as error:
+            raise InvalidRequestError(str(error), param) from error
+
+
+def _checked_stop(stop: tuple[str, ...]) -> tuple[str, ...]:
+    _require(
+        len(stop) <= MAX_STOP_STRINGS, "stop", len(stop), f"a list of at most {MAX_STOP_STRINGS} strings"
+    )
+    for text in stop:
+        _require(
+            0 < len(text) <= MAX_STOP_CHARS, "stop", text[:40], f"strings of 1 to {MAX_STOP_CHARS} characters"
+        )
+    return stop
+
+
+def _require(holds: bool, param: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise InvalidRequestError(f"{param} must be {wanted}, got {value!r}", param)

@@ -1,0 +1,147 @@
+"""The router's Prometheus metrics. Labels are few and bounded: never a request id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from router.pool_view import Role
+from router.requests import Details, Outcome, Stage
+from router.slo import SloLimits
+
+_TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+_PER_TOKEN_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+
+
+class RouterMetrics:
+    """Counts and times requests; every method is one event."""
+
+    def __init__(self, registry: CollectorRegistry, slo_classes: Mapping[str, SloLimits]) -> None:
+        """slo_classes: their limits become bucket edges, so that attainment can be read off."""
+        ttft = _edges(_TTFT_BUCKETS, (limits.ttft_s for limits in slo_classes.values()))
+        per_token = _edges(_PER_TOKEN_BUCKETS, (limits.tpot_s for limits in slo_classes.values()))
+
+        def histogram(name: str, meaning: str, label: str, buckets: list[float]) -> Histogram:
+            return Histogram(name, meaning, [label], buckets=buckets, registry=registry)
+
+        self._requests = Counter(
+            "prelay_requests_total",
+            "Requests that ended, by how. Good: complete, with TTFT and TPOT within the request's limits.",
+            ["slo_class", "outcome"],
+            registry=registry,
+        )
+        for slo_class in slo_classes:
+            for outcome in Outcome:
+                self._requests.labels(slo_class, outcome)  # a rate needs the zero before the first event
+        self._ttft = histogram(
+            "prelay_time_to_first_token_seconds", "From arrival to the first token.", "slo_class", ttft
+        )
+        self._tpot = histogram(
+            "prelay_request_time_per_output_token_seconds",
+            "(last token - first token) / (tokens - 1) of each complete answer of more than one token.",
+            "slo_class",
+            per_token,
+        )
+        self._itl = histogram(
+            "prelay_inter_token_latency_seconds",
+            "Between consecutive tokens of one answer.",
+            "slo_class",
+            per_token,
+        )
+        self._duration = histogram(
+            "prelay_request_duration_seconds",
+            "From arrival to the end of every request that was let in.",
+            "slo_class",
+            ttft,
+        )
+        stages = histogram(
+            "prelay_stage_seconds",
+            "Where requests' time went; the stages add up to their duration.",
+            "stage",
+            ttft,
+        )
+        self._stages = {stage: stages.labels(stage) for stage in Stage}
+        self._admission = Counter(
+            "prelay_admission_total",
+            "Requests let in or refused, and why.",
+            ["decision", "reason"],
+            registry=registry,
+        )
+        self._placement = Counter(
+            "prelay_placement_total", "Placements on workers, by kind.", ["kind"], registry=registry
+        )
+        self._devices = Gauge(
+            "prelay_devices",
+            "Devices that the deployment holds; each worker holds one.",
+            ["role"],
+            registry=registry,
+        )
+        for role in Role:
+            self._devices.labels(role).set(0)
+        self._worker_up = Gauge(
+            "prelay_worker_up", "1 while the worker is attached and shows signs of life.", ["role", "worker"],
+            registry=registry,
+        )  # fmt: skip
+        self._worker_epoch = Gauge(
+            "prelay_worker_epoch",
+            "Life of the worker that was registered last.",
+            ["role", "worker"],
+            registry=registry,
+        )
+
+    def admission(self, decision: str, reason: str) -> None:
+        """A request was let in or refused."""
+        self._admission.labels(decision, reason).inc()
+
+    def rejected(self, slo_class: str) -> None:
+        """A request was turned away because of load or missing workers."""
+        self._requests.labels(slo_class, Outcome.REJECTED).inc()
+
+    def placement(self, kind: str) -> None:
+        """A request was placed on workers."""
+        self._placement.labels(kind).inc()
+
+    def tokens(self, slo_class: str, now: float, previous: float | None, count: int) -> None:
+        """`count` tokens of one answer came at `now`; the one before them at `previous`, if there was one."""
+        gaps = count if previous is not None else count - 1
+        gap_s = 0.0 if previous is None else (now - previous) / count
+        histogram = self._itl.labels(slo_class)
+        for _ in range(gaps):
+            histogram.observe(gap_s)
+
+    def finished(self, slo_class: str, details: Details, num_tokens: int) -> None:
+        """A request that was let in has ended, one way or the other."""
+        self._requests.labels(slo_class, details.outcome).inc()
+        self._duration.labels(slo_class).observe(details.duration_s)
+        for stage, seconds in details.stages.items():
+            self._stages[stage].observe(seconds)
+        if details.ttft_s is not None:
+            self._ttft.labels(slo_class).observe(details.ttft_s)
+        complete = details.outcome not in (Outcome.ERROR, Outcome.CANCELLED)
+        if complete and num_tokens > 1:
+            self._tpot.labels(slo_class).observe(details.tpot_s)
+
+    def worker(self, role: Role, worker_id: str, epoch: int, *, up: bool) -> None:
+        """The state of a registered worker."""
+        self._worker_up.labels(role, worker_id).set(up)
+        self._worker_epoch.labels(role, worker_id).set(epoch)
+
+    def worker_removed(self, role: Role, worker_id: str) -> None:
+        """The worker is no longer part of the deployment."""
+        self._worker_up.remove(role, worker_id)
+        self._worker_epoch.remove(role, worker_id)
+
+    def devices(self, role: Role, count: int) -> None:
+        """How many devices the workers of a role hold."""
+        self._devices.labels(role).set(count)
+
+
+def _edges(buckets: Iterable[float], limits: Iterable[float]) -> list[float]:
+    return sorted({float(edge) for edge in (*buckets, *limits)})

@@ -1,0 +1,39 @@
+"""The simplest placement that is not blind: the least loaded worker of each role that has room."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from router.placement.base import Pair
+from router.pool_view import PoolView, Role, WorkerView
+from router.requests import Request
+
+
+class LeastLoadedPlacement:
+    """Prefill: fewest outstanding prompt tokens. Decode: fewest requests. Ties go to the lower worker id.
+
+    Room on a prefill worker: its outstanding tokens are less than two full batches, the running one plus one
+    staged, so that it never runs dry and requests wait where their placement can still change. Room on a
+    decode worker: free blocks for prompt and longest answer, and fewer requests than two full batches.
+    """
+
+    def choose(self, request: Request, pool: PoolView, excluded: Collection[Pair], now: float) -> Pair | None:
+        decodes = sorted(
+            (worker for worker in pool.up(Role.DECODE) if _decode_has_room(worker, request)),
+            key=lambda worker: (worker.requests, worker.worker_id),
+        )
+        prefills = sorted(
+            (worker for worker in pool.up(Role.PREFILL) if _prefill_has_room(worker)),
+            key=lambda worker: (worker.outstanding_tokens, worker.worker_id),
+        )
+        pairs = (Pair(prefill.worker_id, decode.worker_id) for prefill in prefills for decode in decodes)
+        return next((pair for pair in pairs if pair not in excluded), None)
+
+
+def _prefill_has_room(worker: WorkerView) -> bool:
+    return not worker.refused and worker.outstanding_tokens < 2 * worker.capacity.max_batch_tokens
+
+
+def _decode_has_room(worker: WorkerView, request: Request) -> bool:
+    needed = worker.capacity.blocks_for(request.max_total_tokens)
+    return needed <= worker.free_blocks and worker.requests < 2 * worker.capacity.max_num_seqs

@@ -1,0 +1,187 @@
+"""One live request: what has been emitted, when, and how it ended. A core: it is told `now` and does nothing
+itself.
+
+Its life:
+
+    gated --place--> placed --tokens--> streaming --tokens--> finished ^                 |                   |
+    +------retry------+                   +--fail--> failed        (fail is legal in every state before the
+    end)
+
+Tokens come from two workers, so they may arrive out of order (the decode worker overtakes the first token) or
+doubled; they are put in order by index. Prompt and emitted tokens stay here until the end: they are all that
+another pair of workers would need to go on with the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.sequence import RequestKey, StopReason
+from router.requests import Delta, Details, Finish, FinishReason, Outcome, Request, Stage
+from router.stages import StageClock
+from router.stop_strings import StopStrings
+
+
+class Detokenizes(Protocol):
+    """Incremental detokenisation of one answer (`engine.tokenizer.Detokenizer`)."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+
+    def flush(self) -> str:
+        """What was held back of an incomplete character."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Consecutive tokens of one answer as a worker reports them.
+
+    first_index: index of token_ids[0] in the answer. stop_reason: set if the last of them ends the answer.
+    stage_times: seconds measured by the worker, by stage; empty where it reports none.
+    """
+
+    first_index: int
+    token_ids: Sequence[int]
+    stop_reason: StopReason | None
+    stage_times: Sequence[tuple[Stage, float]] = ()
+    kv_bytes: int = 0
+
+
+class RequestRecord:
+    """Bookkeeping of one request from arrival to end."""
+
+    def __init__(self, request: Request, detokenizer: Detokenizes) -> None:
+        self.request = request
+        self.attempt = 0
+        self.prefill_worker = ""
+        self.decode_worker = ""
+        self.token_ids: list[int] = []
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(request.stop)
+        self._stages = StageClock(request.arrived_at)
+        self._early: dict[int, int] = {}  # tokens that came before their predecessors, by index
+        self._end: tuple[int, StopReason] | None = (
+            None  # number of tokens of the whole answer, once a worker said so
+        )
+        self._kv_bytes = 0
+        self._first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self._details: Details | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        """Names the placement in force; what carries another attempt is not about it."""
+        return RequestKey(self.request.request_id, self.attempt)
+
+    @property
+    def details(self) -> Details | None:
+        """How the request was served, once it has ended."""
+        return self._details
+
+    def place(self, now: float, prefill_worker: str, decode_worker: str) -> RequestKey:
+        """The request leaves the gate for a pair of workers, as a new attempt."""
+        self.attempt += 1
+        self.prefill_worker = prefill_worker
+        self.decode_worker = decode_worker
+        self._stages.placed(now)
+        return self.key
+
+    def retry(self, now: float) -> None:
+        """The placement came to nothing before any token was emitted: back to the gate."""
+        self._stages.retried(now)
+        self._early.clear()
+        self._end = None
+        self._kv_bytes = 0
+
+    def tokens(self, now: float, batch: TokenBatch) -> Delta | None:
+        """Takes tokens of the attempt in force; returns what can be emitted because of them, if anything.
+
+        The delta carries `finish` when the answer is complete; nothing is taken after that.
+        """
+        if self._details is not None:
+            return None
+        for stage, seconds in batch.stage_times:
+            self._stages.report(stage, seconds)
+        self._kv_bytes = max(self._kv_bytes, batch.kv_bytes)
+        if batch.stop_reason is not None:
+            self._end = (batch.first_index + len(batch.token_ids), batch.stop_reason)
+        for index, token_id in enumerate(batch.token_ids, start=batch.first_index):
+            if index >= len(self.token_ids):
+                self._early[index] = token_id
+        return self._emit(now)
+
+    def fail(self, now: float, outcome: Outcome) -> Details:
+        """The request ends without a complete answer (outcome: rejected, error or cancelled)."""
+        return self._close(now, outcome)
+
+    def _emit(self, now: float) -> Delta | None:
+        emitted: list[int] = []
+        text: list[str] = []
+        reason: FinishReason | None = None
+        while reason is None and len(self.token_ids) in self._early:
+            token_id = self._early.pop(len(self.token_ids))
+            self.token_ids.append(token_id)
+            emitted.append(token_id)
+            ended_by = self._ended_by()
+            # The token that stops an answer (EOS, say) is counted, but is not text.
+            piece = "" if ended_by is StopReason.STOP else self._detokenizer.push(token_id)
+            if ended_by is not None:
+                piece += self._detokenizer.flush()
+                reason = FinishReason(ended_by.value)
+            out, stopped = self._stops.push(
+                piece, armed=len(self.token_ids) > self.request.sampling.min_tokens
+            )
+            text.append(out)
+            if stopped:
+                reason = FinishReason.STOP
+            elif reason is not None:
+                text.append(self._stops.flush())
+        if not emitted:
+            return None
+        if self._first_token_at is None:
+            self._first_token_at = now
+            self._stages.first_token(now)
+        self.last_token_at = now
+        return Delta(tuple(emitted), "".join(text), None if reason is None else self._finish(now, reason))
+
+    def _ended_by(self) -> StopReason | None:
+        return self._end[1] if self._end is not None and self._end[0] == len(self.token_ids) else None
+
+    def _finish(self, now: float, reason: FinishReason) -> Finish:
+        details = self._close(now, None)
+        return Finish(reason, len(self.request.prompt_token_ids), len(self.token_ids), details)
+
+    def _close(self, now: float, failed: Outcome | None) -> Details:
+        count = len(self.token_ids)
+        ttft_s, tpot_s = None, 0.0
+        if self._first_token_at is not None and self.last_token_at is not None:
+            ttft_s = self._first_token_at - self.request.arrived_at
+            tpot_s = (self.last_token_at - self._first_token_at) / max(1, count - 1)
+        self._details = Details(
+            request_id=self.request.request_id,
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            attempt=self.attempt,
+            kv_bytes=self._kv_bytes,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            duration_s=now - self.request.arrived_at,
+            stages=self._stages.finish(now),
+            outcome=self._judge(ttft_s, tpot_s) if failed is None else failed,
+        )
+        return self._details
+
+    def _judge(self, ttft_s: float | None, tpot_s: float) -> Outcome:
+        """The goodput rule for a complete answer; both limits are inclusive."""
+        limits = self.request.slo.limits
+        match (ttft_s is not None and ttft_s <= limits.ttft_s, tpot_s <= limits.tpot_s):
+            case (True, True):
+                return Outcome.GOOD
+            case (False, True):
+                return Outcome.TTFT_MISS
+            case (True, False):
+                return Outcome.TPOT_MISS
+            case _:
+                return Outcome.BOTH_MISS

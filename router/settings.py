@@ -1,0 +1,106 @@
+"""What a router process is told when it starts, as JSON on its command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from router.errors import SettingsError
+from router.slo import SloLimits
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """Addresses are "host:port"; port 0 lets the system choose.
+
+    checkpoint: directory with the model's config and tokenizer. model_name: what clients call it.
+    max_model_len: most tokens of prompt and answer; None means what the checkpoint's config says.
+    slo_classes, default_slo_class: limits by class name, and the class of requests that name none.
+    liveness_timeout_s: a worker without a snapshot for this long is down.
+    max_body_bytes: of an HTTP body and of a gRPC message.
+    max_choices: answers that one HTTP call may ask for.
+    max_gated_requests: that may wait for a worker; more are refused, to come again after retry_after_s.
+    request_timeout_s: a request that is not complete by then ends with an error.
+    stop_grace_s: how long live streams may go on when the router is told to stop.
+    tokenizer_threads: for tokenisation and chat templates, which stay off the event loop.
+    """
+
+    checkpoint: str
+    model_name: str
+    max_model_len: int | None = None
+    http: str = "127.0.0.1:8000"
+    grpc: str = "127.0.0.1:8001"
+    metrics: str = "127.0.0.1:9090"
+    admin: str = "127.0.0.1:0"
+    slo_classes: dict[str, SloLimits] = field(default_factory=lambda: {"default": SloLimits(2.0, 0.2)})
+    default_slo_class: str = "default"
+    liveness_timeout_s: float = 1.5
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_choices: int = 64
+    max_gated_requests: int = 1024
+    retry_after_s: float = 1.0
+    request_timeout_s: float = 600.0
+    stop_grace_s: float = 1.0
+    tokenizer_threads: int = 2
+
+    @classmethod
+    def from_json(cls, text: str) -> RouterSettings:
+        """Reads what `to_json` wrote. Raises SettingsError naming the field that is wrong."""
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise SettingsError(f"the settings are not JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise SettingsError(f"the settings must be a JSON object, not {type(given).__name__}")
+        known = {entry.name for entry in fields(cls)}
+        if unknown := sorted(given.keys() - known):
+            raise SettingsError(f"unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        if missing := sorted({"checkpoint", "model_name"} - given.keys()):
+            raise SettingsError(f"missing settings: {', '.join(missing)}")
+        if "slo_classes" in given:
+            given["slo_classes"] = _slo_classes(given["slo_classes"])
+        return cls(**given)
+
+    def to_json(self) -> str:
+        """For `python -m router`."""
+        return json.dumps(asdict(self))
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "model_name", "http", "grpc", "metrics", "admin", "default_slo_class"):
+            _require(name, getattr(self, name), str)
+        for name in ("liveness_timeout_s", "retry_after_s", "request_timeout_s", "stop_grace_s"):
+            _require(name, getattr(self, name), (int, float))
+        for name in ("max_body_bytes", "max_choices", "max_gated_requests", "tokenizer_threads"):
+            _require(name, getattr(self, name), int)
+        if self.max_model_len is not None:
+            _require("max_model_len", self.max_model_len, int)
+        for name in ("http", "grpc", "metrics", "admin"):
+            split_address(name, getattr(self, name))
+
+
+def split_address(setting: str, address: str) -> tuple[str, int]:
+    """ "host:port" as (host, port); an IPv6 host stands in brackets. Raises SettingsError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise SettingsError(f"{setting} is {address!r}; give host:port, for example 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def _require(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}, which has the wrong type")
+    if isinstance(value, int | float) and not value > 0:
+        raise SettingsError(f"{name} is {value!r}; it must be greater than 0")
+
+
+def _slo_classes(given: Any) -> dict[str, SloLimits]:
+    try:
+        return {
+            name: SloLimits(float(limits["ttft_s"]), float(limits["tpot_s"]))
+            for name, limits in given.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"slo_classes is {given!r}; give {{name: {{ttft_s: seconds, tpot_s: seconds}}}}"
+        ) from error

@@ -1,0 +1,163 @@
+"""All workers that this router was told about: attaching them, watching over them, forgetting them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from router.dispatch import Dispatcher
+from router.errors import WorkerRefusedError
+from router.metrics import RouterMetrics
+from router.pool_view import PoolView, Role
+from router.worker_link import Registration, WorkerLink, connect
+
+CONNECT_TIMEOUT_S = 10.0
+"""A worker registers when it is ready, so it answers a hello at once or not at all."""
+
+WATCHES_PER_TIMEOUT = 6
+"""How often signs of life are checked within one liveness timeout."""
+
+_log = logging.getLogger(__name__)
+
+
+class Workers:
+    """The links by worker id. A worker that is down stays listed until it is removed or replaced."""
+
+    def __init__(
+        self,
+        router_id: str,
+        pool: PoolView,
+        dispatcher: Dispatcher,
+        metrics: RouterMetrics,
+        max_model_len: int,
+        liveness_timeout_s: float,
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        """on_change: called after any worker came up, went down or was forgotten."""
+        self._router_id = router_id
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._max_model_len = max_model_len
+        self._liveness_timeout_s = liveness_timeout_s
+        self._clock = clock
+        self._on_change = on_change
+        self._links: dict[str, WorkerLink] = {}
+        self._registering = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._watched_at = clock()
+
+    def links(self) -> list[WorkerLink]:
+        """Of all registered workers, those that are down included."""
+        return list(self._links.values())
+
+    async def register(self, registration: Registration) -> None:
+        """Attaches a worker. A known worker that is down, or has a new epoch, takes the place of what was
+        known of it.
+
+        Raises WorkerRefusedError for an epoch older than the one known, and for a worker that cannot serve
+        here; WorkerUnreachableError when it does not answer.
+        """
+        async with self._registering:  # so that two lives of one worker are compared one after the other
+            known = self._links.get(registration.worker_id)
+            if known is not None and known.epoch > registration.epoch:
+                raise WorkerRefusedError(
+                    f"worker {registration.worker_id} is known with epoch {known.epoch}, so epoch "
+                    f"{registration.epoch} is an earlier life of it: register the one that lives now"
+                )
+            if known is not None and known.epoch == registration.epoch and known.up:
+                return  # said twice
+            link = await connect(registration, self._router_id, CONNECT_TIMEOUT_S)
+            try:
+                self._check(link)
+            except WorkerRefusedError:
+                await link.close()
+                raise
+            if known is not None:
+                self._forget(known, f"attached anew with epoch {registration.epoch}")
+            self._links[link.worker_id] = link
+            link.start(self._dispatcher.on_message, self._on_down)
+            self._dispatcher.worker_up(link)
+            _log.info(
+                "worker=%s event=up role=%s epoch=%d address=%s",
+                link.worker_id, link.role, link.epoch, registration.address,
+            )  # fmt: skip
+            self._report()
+
+    def remove(self, worker_id: str, epoch: int) -> bool:
+        """Forgets that life of the worker; its requests end with an error. False when it is not known."""
+        link = self._links.get(worker_id)
+        if link is None or link.epoch != epoch:
+            return False
+        self._forget(link, "it was removed")
+        self._report()
+        return True
+
+    def watch(self) -> None:
+        """Declares workers down that have shown no sign of life for too long; to be called on a beat.
+
+        Silence is counted in time during which this process was awake: after a pause of its own (a long stop,
+        a busy machine) the workers' snapshots are still in the socket, and are read before the next beat.
+        """
+        now = self._clock()
+        elapsed_s = min(now - self._watched_at, 2 * self._liveness_timeout_s / WATCHES_PER_TIMEOUT)
+        self._watched_at = now
+        for link in list(self._links.values()):
+            if link.up and link.silent(elapsed_s) > self._liveness_timeout_s:
+                link.fail(f"no sign of life for {self._liveness_timeout_s:g} s")
+
+    async def keep_watch(self) -> None:
+        """Watches for ever."""
+        while True:
+            await asyncio.sleep(self._liveness_timeout_s / WATCHES_PER_TIMEOUT)
+            self.watch()
+
+    async def close(self) -> None:
+        """Ends all streams; workers cancel what is left."""
+        await asyncio.gather(*(link.close() for link in self._links.values()), *self._closing)
+
+    def _check(self, link: WorkerLink) -> None:
+        info = link.info
+        if info.max_model_len < self._max_model_len:
+            raise WorkerRefusedError(
+                f"worker {link.worker_id} takes {info.max_model_len} tokens, but {self._max_model_len} are "
+                "promised to clients: start it with the same max_model_len"
+            )
+        for other in self._links.values():
+            same = other.info.model_fingerprint == info.model_fingerprint
+            if other.worker_id != link.worker_id and other.up and not same:
+                raise WorkerRefusedError(
+                    f"worker {link.worker_id} has model_fingerprint {info.model_fingerprint!r}, "
+                    f"but {other.worker_id} has {other.info.model_fingerprint!r}: "
+                    "all must load the same checkpoint"
+                )
+
+    def _on_down(self, link: WorkerLink, reason: str) -> None:
+        _log.warning(
+            "worker=%s event=down role=%s epoch=%d reason=%r", link.worker_id, link.role, link.epoch, reason
+        )
+        self._dispatcher.worker_down(link, reason)
+        self._close_later(link)
+        self._report()
+
+    def _forget(self, link: WorkerLink, reason: str) -> None:
+        _log.info("worker=%s event=forgotten epoch=%d reason=%r", link.worker_id, link.epoch, reason)
+        self._dispatcher.worker_down(link, reason)
+        del self._links[link.worker_id]
+        self._pool.remove(link.worker_id)
+        self._metrics.worker_removed(link.role, link.worker_id)
+        self._close_later(link)
+
+    def _close_later(self, link: WorkerLink) -> None:
+        task = asyncio.create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _report(self) -> None:
+        for role in Role:
+            self._metrics.devices(role, sum(link.role is role for link in self._links.values()))
+        for link in self._links.values():
+            self._metrics.worker(link.role, link.worker_id, link.epoch, up=link.up)
+        self._on_change()

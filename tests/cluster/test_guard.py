@@ -1,0 +1,150 @@
+"""The guard ends all that descends from it, whichever of them is asked or killed. No Ray here: small stand-ins.
+
+Every process of a tree inherits the write end of one pipe, so the end of that pipe is the end of the last of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+GUARD = """
+    import os, sys
+    from cluster.guard import run_guarded
+    command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
+    sys.exit(run_guarded(command, b"the order", dict(os.environ), grace_s=float(sys.argv[3])))
+"""
+LEAVE_A_DAEMON = """
+    import os, signal, subprocess, sys
+    if os.fork() == 0:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:
+            signal.pause()
+        os._exit(0)
+    os.wait()
+"""
+OBEY = """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+"""
+IGNORE = """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+"""
+SAY_WHEN_ASKED = """
+    signal.signal(signal.SIGTERM, lambda *_: os.write(int(sys.argv[1]), b"asked\\n"))
+"""
+SAY_READY_AND_WAIT = """
+    os.write(int(sys.argv[1]), b"%d\\n" % os.getpid())
+    while True:
+        signal.pause()
+"""
+SAY_WHEN_INPUT_ENDS = """
+    import os, sys
+    os.write(int(sys.argv[1]), sys.stdin.readline().encode())
+    os.write(int(sys.argv[1]), b"ended" + sys.stdin.read().encode() + b"\\n")
+"""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A running guard with its child. read_line: what the child said."""
+
+    guard: subprocess.Popen[str]
+    read_line: Callable[[], str]
+
+    def all_gone(self) -> bool:
+        """Blocks until the last process of the tree has ended."""
+        return self.read_line() == ""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Tree]]:
+    guards, pipes = [], []
+
+    def start_tree(*script: str, grace_s: float = 20.0) -> Tree:
+        read_end, write_end = os.pipe()
+        code = "".join(textwrap.dedent(part) for part in script)
+        guard = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(GUARD), code, str(write_end), str(grace_s)],
+            pass_fds=[write_end],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        os.close(write_end)
+        guards.append(guard)
+        pipes.append(os.fdopen(read_end))
+        return Tree(guard, pipes[-1].readline)
+
+    yield start_tree
+    for guard in guards:
+        guard.kill()
+        guard.communicate()
+    for pipe in pipes:
+        pipe.close()
+
+
+def test_the_childs_exit_code_is_the_guards(start: Callable[..., Tree]) -> None:
+    tree = start(LEAVE_A_DAEMON, "import sys; sys.exit(3)")
+    assert tree.all_gone()
+    assert tree.guard.wait() == 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_asks_the_child_and_ends_what_it_leaves(
+    start: Callable[..., Tree], signum: signal.Signals
+) -> None:
+    tree = start(LEAVE_A_DAEMON, OBEY, SAY_READY_AND_WAIT)
+    tree.read_line()
+    tree.guard.send_signal(signum)
+    assert tree.all_gone()
+    assert tree.guard.wait() == 0
+
+
+def test_a_child_that_does_not_stop_is_killed(start: Callable[..., Tree]) -> None:
+    tree = start(LEAVE_A_DAEMON, IGNORE, SAY_READY_AND_WAIT, grace_s=0.1)
+    tree.read_line()
+    tree.guard.send_signal(signal.SIGTERM)
+    assert tree.all_gone()
+    assert tree.guard.wait() == 1
+
+
+def test_a_second_signal_kills_at_once(start: Callable[..., Tree]) -> None:
+    tree = start(LEAVE_A_DAEMON, SAY_WHEN_ASKED, SAY_READY_AND_WAIT)
+    tree.read_line()
+    tree.guard.send_signal(signal.SIGINT)
+    assert tree.read_line() == "asked\n"
+    tree.guard.send_signal(signal.SIGINT)
+    assert tree.all_gone()
+    assert tree.guard.wait() == 1
+
+
+def test_a_killed_child_takes_everything_with_it(start: Callable[..., Tree]) -> None:
+    tree = start(LEAVE_A_DAEMON, OBEY, SAY_READY_AND_WAIT)
+    os.kill(int(tree.read_line()), signal.SIGKILL)
+    assert tree.all_gone()
+    assert tree.guard.wait() == 1
+    assert tree.guard.stderr is not None
+    assert "SIGKILL" in tree.guard.stderr.read()
+
+
+def test_the_child_gets_its_order_and_notices_the_end_of_the_guard(start: Callable[..., Tree]) -> None:
+    tree = start(SAY_WHEN_INPUT_ENDS)
+    assert tree.read_line() == "the order\n"
+    tree.guard.kill()
+    assert tree.read_line() == "ended\n"
+    assert tree.all_gone()
+
+
+def test_the_run_directory_goes_with_the_guard(start: Callable[..., Tree]) -> None:
+    tree = start("import os, sys; os.write(int(sys.argv[1]), sys.argv[2].encode() + b'\\n')")
+    directory = Path(tree.read_line().strip())
+    assert tree.guard.wait() == 0
+    assert not directory.exists()

@@ -1,0 +1,339 @@
+"""A whole pair in one process: a prefill and a decode service on real gRPC servers, and a router's client for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from decode_worker.servicer import DecodeService, DecodeSettings
+from engine.fake import FakeRunner
+from engine.layout import KvLayout
+from engine.sequence import RequestKey, ScheduledChunk, TokenSampling
+from prefill_worker.servicer import PrefillService, PrefillSettings
+from prelay.v1 import worker_pb2, worker_pb2_grpc
+from transfer.ipc import SharedSegment
+from transfer.memory import MemoryBackend
+
+LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
+
+
+def sampling(max_tokens: int = 8, stop: Sequence[int] = (), seed: int = 0) -> TokenSampling:
+    return TokenSampling(1.0, 0, 1.0, seed, max_tokens, 0, frozenset(stop))
+
+
+@dataclass
+class Hooks:
+    """Called in the engine threads before each step, and in the transfer thread before each copy."""
+
+    prefill_step: Callable[[Sequence[ScheduledChunk]], None] = lambda chunks: None
+    decode_step: Callable[[Sequence[ScheduledChunk]], None] = lambda chunks: None
+    copy: Callable[[Sequence[int]], None] = lambda blocks: None
+
+
+@dataclass
+class Worker:
+    info: worker_pb2.WorkerInfo
+    service: PrefillService | DecodeService
+    server: grpc.aio.Server
+    segment: SharedSegment
+    registry: CollectorRegistry
+    fatal: list[BaseException]
+
+    @property
+    def ref(self) -> worker_pb2.PeerRef:
+        return worker_pb2.PeerRef(
+            worker_id=self.info.worker_id, epoch=self.info.epoch, address=self.info.address
+        )
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.registry.get_sample_value(name, labels)
+        assert value is not None, f"no sample {name} {labels}"
+        return value
+
+    async def stop(self) -> None:
+        await self.service.stop()
+        await self.server.stop(grace=0)
+
+
+@dataclass
+class Pair:
+    """Makes workers, and ends those that a test leaves behind."""
+
+    hooks: Hooks = field(default_factory=Hooks)
+    num_blocks: int = 64
+    lease_s: float = 30.0
+    max_batch_tokens: int = 16
+    max_num_seqs: int = 4
+    backend: str = "memory"
+    workers: list[Worker] = field(default_factory=list)
+
+    async def prefill(self, epoch: int = 1, layout: KvLayout = LAYOUT, fingerprint: str = "model") -> Worker:
+        segment = SharedSegment.create(layout, self.num_blocks, epoch)
+        runner = FakeRunner(segment.blocks, layout.block_size, lambda chunks: self.hooks.prefill_step(chunks))
+        info = self._info("prefill-0", worker_pb2.ROLE_PREFILL, epoch, fingerprint)
+        registry, fatal = CollectorRegistry(), list[BaseException]()
+        service = PrefillService(
+            info,
+            runner,
+            layout,
+            segment,
+            registry,
+            PrefillSettings(self.max_batch_tokens, 0.05, self.lease_s),
+            on_fatal=fatal.append,
+            backends=[self.backend],
+        )
+        return await self._serve(Worker(info, service, grpc.aio.server(), segment, registry, fatal))
+
+    async def decode(self, source: Worker, epoch: int = 1) -> Worker:
+        """source: whose memory the memory backend reads."""
+        segment = SharedSegment.create(LAYOUT, self.num_blocks, epoch)
+        runner = FakeRunner(segment.blocks, LAYOUT.block_size, lambda chunks: self.hooks.decode_step(chunks))
+        info = self._info("decode-0", worker_pb2.ROLE_DECODE, epoch, "model")
+        registry, fatal = CollectorRegistry(), list[BaseException]()
+        backends = {
+            "memory": lambda theirs: MemoryBackend(source.segment, segment, lambda b: self.hooks.copy(b))
+        }
+        service = DecodeService(
+            info,
+            runner,
+            LAYOUT,
+            segment,
+            registry,
+            DecodeSettings(self.max_num_seqs, 0.05, self.lease_s),
+            on_fatal=fatal.append,
+            backends=backends if self.backend == "memory" else None,
+        )
+        return await self._serve(Worker(info, service, grpc.aio.server(), segment, registry, fatal))
+
+    def _info(
+        self, worker_id: str, role: worker_pb2.Role, epoch: int, fingerprint: str
+    ) -> worker_pb2.WorkerInfo:
+        return worker_pb2.WorkerInfo(
+            worker_id=worker_id,
+            epoch=epoch,
+            role=role,
+            model_fingerprint=fingerprint,
+            max_model_len=200,
+            protocol_version=1,
+        )
+
+    async def _serve(self, worker: Worker) -> Worker:
+        worker.service.add_to(worker.server)
+        worker.info.address = f"127.0.0.1:{worker.server.add_insecure_port('127.0.0.1:0')}"
+        await worker.service.start()
+        await worker.server.start()
+        self.workers.append(worker)
+        return worker
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    made = Pair()
+    yield made
+    for worker in made.workers:
+        await worker.stop()
+
+
+class Stream:
+    """One Attach stream, read to the end by a task."""
+
+    def __init__(self, worker: Worker, router_id: str = "router") -> None:
+        self._channel = grpc.aio.insecure_channel(worker.info.address)
+        self._call = worker_pb2_grpc.WorkerStub(self._channel).Attach()
+        self._worker, self._router_id = worker, router_id
+        self._writing = asyncio.Lock()
+        self.sent = 0
+        self.snapshot = worker_pb2.Snapshot()
+        self.messages: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
+        self._news = asyncio.Condition()
+
+    async def attach(self, protocol_version: int = 1, epoch: int | None = None) -> worker_pb2.WorkerInfo:
+        hello = worker_pb2.RouterHello(
+            router_id=self._router_id,
+            protocol_version=protocol_version,
+            epoch=self._worker.info.epoch if epoch is None else epoch,
+        )
+        await self.send(hello=hello)
+        answer = await self._call.read()
+        self._reader = asyncio.create_task(self._read())
+        return answer.hello
+
+    async def send(self, **message: object) -> int:
+        async with self._writing:
+            self.sent += 1
+            seq = self.sent
+            await self._call.write(worker_pb2.RouterMessage(seq=seq, **message))
+            return seq
+
+    async def idle(self) -> worker_pb2.Snapshot:
+        """A snapshot in which all that was sent is taken into account and nothing is left to do or held."""
+
+        def quiet(now: worker_pb2.Snapshot) -> bool:
+            held = now.running_requests + now.queue_requests + now.owned_blocks + now.leased_blocks
+            return now.commands_seen == self.sent and held == 0
+
+        return await self.snapshot_when(quiet)
+
+    async def snapshot_when(
+        self, condition: Callable[[worker_pb2.Snapshot], bool]
+    ) -> worker_pb2.Snapshot:
+        async with asyncio.timeout(20), self._news:
+            await self._news.wait_for(lambda: condition(self.snapshot))
+            return self.snapshot
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self._channel.close()
+
+    async def _read(self) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                if message.HasField("snapshot"):
+                    async with self._news:
+                        self.snapshot = message.snapshot
+                        self._news.notify_all()
+                else:
+                    self.messages.put_nowait(message)
+
+
+@dataclass
+class Answer:
+    """What a router has heard of one request."""
+
+    tokens: dict[int, int] = field(default_factory=dict)
+    stop_reason: int = worker_pb2.STOP_REASON_UNSPECIFIED
+    failed: worker_pb2.Failed | None = None
+    times: worker_pb2.StageTimes = field(default_factory=worker_pb2.StageTimes)
+    reserved: asyncio.Event = field(default_factory=asyncio.Event)
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def token_ids(self) -> list[int]:
+        assert sorted(self.tokens) == list(range(len(self.tokens)))
+        return [self.tokens[i] for i in range(len(self.tokens))]
+
+
+class Router:
+    """Places requests on one pair as the router does: Reserve, wait for Reserved, Prefill, collect tokens by index."""
+
+    def __init__(self, prefill: Worker, decode: Worker, router_id: str = "router") -> None:
+        self.prefill, self.decode = Stream(prefill, router_id), Stream(decode, router_id)
+        self._refs = (prefill.ref, decode.ref)
+        self.answers: defaultdict[RequestKey, Answer] = defaultdict(Answer)
+
+    async def attach(self) -> None:
+        await self.prefill.attach()
+        await self.decode.attach()
+        self._tasks = [asyncio.create_task(self._collect(s)) for s in (self.prefill, self.decode)]
+
+    async def reserve(self, key: RequestKey, num_tokens: int, wanted: TokenSampling) -> Answer:
+        name = {"request_id": key.request_id, "attempt": key.attempt}
+        wire = _wire(wanted)
+        await self.decode.send(
+            reserve=worker_pb2.Reserve(**name, prompt_tokens=num_tokens, sampling=wire, prefill=self._refs[0])
+        )
+        return self.answers[key]
+
+    async def start_prefill(self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling) -> None:
+        name = {"request_id": key.request_id, "attempt": key.attempt}
+        await self.prefill.send(
+            prefill=worker_pb2.Prefill(
+                **name, token_ids=prompt, sampling=_wire(wanted), decode=self._refs[1]
+            )
+        )
+
+    async def submit(self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling) -> Answer:
+        """Returns once both workers have the request, or it failed."""
+        answer = await self.reserve(key, len(prompt), wanted)
+        await answer.reserved.wait()
+        if answer.failed is None:
+            await self.start_prefill(key, prompt, wanted)
+        return answer
+
+    async def cancel(self, key: RequestKey) -> None:
+        for stream in (self.prefill, self.decode):
+            await stream.send(cancel=worker_pb2.Cancel(request_id=key.request_id, attempt=key.attempt))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.prefill.close()
+        await self.decode.close()
+
+    async def _collect(self, stream: Stream) -> None:
+        while True:
+            message = await stream.messages.get()
+            match message.WhichOneof("message"):
+                case "reserved":
+                    self._answer(message.reserved).reserved.set()
+                case "failed":
+                    answer = self._answer(message.failed)
+                    answer.failed = message.failed
+                    for event in (answer.reserved, answer.first, answer.done):
+                        event.set()
+                case "step":
+                    for tokens in message.step.sequences:
+                        self._tokens(tokens)
+
+    def _tokens(self, tokens: worker_pb2.SequenceTokens) -> None:
+        answer = self._answer(tokens)
+        for i, token in enumerate(tokens.token_ids, tokens.first_index):
+            assert i not in answer.tokens, f"token {i} came twice"
+            answer.tokens[i] = token
+        if tokens.HasField("times"):
+            answer.times.MergeFrom(tokens.times)
+        if 0 in answer.tokens:
+            answer.first.set()
+        if tokens.stop_reason:
+            answer.stop_reason = tokens.stop_reason
+            answer.done.set()
+
+    def _answer(
+        self, of: worker_pb2.Reserved | worker_pb2.Failed | worker_pb2.SequenceTokens
+    ) -> Answer:
+        return self.answers[RequestKey(of.request_id, of.attempt)]
+
+
+def _wire(wanted: TokenSampling) -> worker_pb2.TokenSampling:
+    return worker_pb2.TokenSampling(
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        seed=wanted.seed,
+        max_tokens=wanted.max_tokens,
+        stop_token_ids=sorted(wanted.stop_token_ids),
+    )
+
+
+@pytest.fixture
+async def make_router() -> AsyncIterator[Callable[..., Awaitable[Router]]]:
+    made: list[Router] = []
+
+    async def make(prefill: Worker, decode: Worker, router_id: str = "router") -> Router:
+        router = Router(prefill, decode, router_id)
+        await router.attach()
+        made.append(router)
+        return router
+
+    yield make
+    for router in made:
+        await router.close()
+
+
+@pytest.fixture(name="sampling")
+def sampling_fixture() -> Callable[..., TokenSampling]:
+    return sampling
+
+
+@pytest.fixture
+def kv_layout() -> KvLayout:
+    return LAYOUT

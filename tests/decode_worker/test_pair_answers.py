@@ -1,0 +1,170 @@
+"""A pair of services without faults: every answer is the undisturbed one, and afterwards every block is free."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+
+from engine.fake import fake_answer
+from engine.sequence import RequestKey
+from prelay.v1 import worker_pb2
+
+
+async def all_free(pair, *routers):
+    """Nothing is held on either side, the engines are whole, and the books say the same."""
+    for router in routers:
+        for snapshot in (await router.prefill.idle(), await router.decode.idle()):
+            assert snapshot.free_blocks == pair.num_blocks
+    for worker in pair.workers:
+        assert worker.fatal == []
+
+
+async def test_many_requests_at_once_get_the_undisturbed_answer(pair, make_router, sampling):
+    pair.backend = "ipc"
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    rng = random.Random(1)
+
+    async def ask(number):
+        prompt = [rng.randrange(2048) for _ in range(rng.randint(1, 50))]
+        wanted = sampling(rng.randint(1, 20), stop=rng.sample(range(2048), 60), seed=number)
+        for attempt in range(1000):
+            answer = await router.submit(RequestKey(f"r{number}", attempt), prompt, wanted)
+            if answer.failed is None:
+                break
+            # Pool and batch are far too small for all: workers refuse, the router queues.
+            assert answer.failed.reason == worker_pb2.FAILURE_REASON_NO_BLOCKS
+            await router.decode.snapshot_when(lambda now: now.free_blocks >= 18)
+        await answer.done.wait()
+        assert answer.token_ids == fake_answer(prompt, wanted)
+        stopped = answer.token_ids[-1] in wanted.stop_token_ids
+        assert answer.stop_reason == (
+            worker_pb2.STOP_REASON_STOP if stopped else worker_pb2.STOP_REASON_LENGTH
+        )
+        return len(answer.tokens) > 1, len(prompt)
+
+    served = await asyncio.gather(*(ask(number) for number in range(48)))
+    await all_free(pair, router)
+    moved = sum(-(-num_tokens // 4) for handed_over, num_tokens in served if handed_over)
+    assert decode.metric("prelay_transfer_bytes_total", backend="ipc") == moved * 512
+    labels = {"role": "prefill", "worker": "prefill-0"}
+    assert prefill.metric("prelay_batch_tokens_sum", **labels) == sum(n for _, n in served)
+    assert prefill.metric("prelay_kv_blocks", **labels, state="free") == pair.num_blocks
+
+
+async def test_two_routers_may_use_the_same_request_ids(pair, make_router, sampling):
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    one, two = await make_router(prefill, decode, "one"), await make_router(prefill, decode, "two")
+    key = RequestKey("same", 0)
+    wanted = sampling(12)
+    answers = await asyncio.gather(
+        one.submit(key, [1, 2, 3], wanted), two.submit(key, [4, 5, 6, 7, 8], wanted)
+    )
+    for answer, prompt in zip(answers, ([1, 2, 3], [4, 5, 6, 7, 8]), strict=True):
+        await answer.done.wait()
+        assert answer.token_ids == fake_answer(prompt, wanted)
+    await all_free(pair, one, two)
+
+
+async def test_the_first_token_does_not_wait_for_the_transfer(pair, make_router, sampling):
+    gate = threading.Event()
+    pair.hooks.copy = lambda blocks: gate.wait(20)
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    wanted = sampling(6)
+    answer = await router.submit(RequestKey("a", 0), [1, 2, 3, 4, 5], wanted)
+    await answer.first.wait()
+    held = await router.prefill.snapshot_when(lambda now: now.leased_blocks > 0)
+    assert held.leased_blocks == 2
+    assert list(answer.tokens) == [0]
+    gate.set()
+    await answer.done.wait()
+    assert answer.token_ids == fake_answer([1, 2, 3, 4, 5], wanted)
+    assert answer.times.kv_bytes == 2 * 512
+    assert answer.times.transfer_s > 0
+    assert answer.times.prefill_s > 0
+    await all_free(pair, router)
+
+
+async def test_an_answer_of_one_token_is_never_handed_over(pair, make_router, sampling):
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    answer = await router.submit(RequestKey("a", 0), [1, 2, 3], sampling(1))
+    await answer.done.wait()
+    assert answer.token_ids == fake_answer([1, 2, 3], sampling(1))
+    assert answer.stop_reason == worker_pb2.STOP_REASON_LENGTH
+    await all_free(pair, router)
+    assert decode.registry.get_sample_value("prelay_transfer_bytes_total", {"backend": "memory"}) is None
+
+
+async def test_blocks_are_reserved_for_the_whole_answer_or_refused_at_once(pair, make_router, sampling):
+    pair.num_blocks = 10
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    first = await router.reserve(RequestKey("first", 0), 16, sampling(12))
+    await first.reserved.wait()
+    second = await router.reserve(RequestKey("second", 0), 13, sampling(4))
+    await second.done.wait()
+    assert second.failed.reason == worker_pb2.FAILURE_REASON_NO_BLOCKS
+    assert "5 KV blocks wanted, 3 of 10 are free" in second.failed.message
+    never = await router.reserve(RequestKey("never", 0), 20, sampling(21))
+    await never.done.wait()
+    assert never.failed.reason == worker_pb2.FAILURE_REASON_INVALID
+    await router.cancel(RequestKey("first", 0))
+    await all_free(pair, router)
+
+
+async def test_what_a_worker_can_never_serve_is_refused_with_the_reason(pair, make_router, sampling):
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+
+    async def refused(name, stream, **message):
+        await stream.send(**message)
+        await router.answers[RequestKey(name, 0)].done.wait()
+        failed = router.answers[RequestKey(name, 0)].failed
+        assert failed.reason == worker_pb2.FAILURE_REASON_INVALID
+        return failed.message
+
+    wire = worker_pb2.TokenSampling(max_tokens=10)
+    empty = worker_pb2.Prefill(request_id="empty", sampling=wire)
+    assert "0 prompt tokens" in await refused("empty", router.prefill, prefill=empty)
+    long = worker_pb2.Prefill(request_id="long", token_ids=[1] * 191, sampling=wire)
+    assert "exceed 200" in await refused("long", router.prefill, prefill=long)
+    long_too = worker_pb2.Reserve(request_id="long_too", prompt_tokens=191, sampling=wire)
+    assert "exceed 200" in await refused("long_too", router.decode, reserve=long_too)
+    reserve = worker_pb2.Reserve(request_id="wrong", prompt_tokens=1, sampling=wire)
+    assert "prefill worker" in await refused("wrong", router.prefill, reserve=reserve)
+    prefill_message = worker_pb2.Prefill(request_id="wrong_too", token_ids=[1], sampling=wire)
+    assert "decode worker" in await refused("wrong_too", router.decode, prefill=prefill_message)
+    await all_free(pair, router)
+
+
+async def test_a_snapshot_counts_commands_only_when_they_are_taken_into_account(pair, make_router, sampling):
+    entered, gate = threading.Event(), threading.Event()
+
+    def hold(chunks):
+        entered.set()
+        gate.wait(20)
+
+    pair.hooks.prefill_step = hold
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    await router.submit(RequestKey("a", 0), [1, 2, 3], sampling(4))
+    await asyncio.to_thread(entered.wait, 20)
+    # The engine is in a step: the beat goes on, and the command that waits in the inbox is not in its figures.
+    sent = await router.prefill.send(cancel=worker_pb2.Cancel(request_id="unknown", attempt=0))
+    before = router.prefill.snapshot.seq
+    during = await router.prefill.snapshot_when(lambda now: now.seq >= before + 3)
+    assert during.commands_seen == sent - 1
+    gate.set()
+    await router.prefill.snapshot_when(lambda now: now.commands_seen == sent)
+    await router.answers[RequestKey("a", 0)].done.wait()
+    await all_free(pair, router)

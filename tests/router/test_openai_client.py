@@ -1,0 +1,64 @@
+"""The official `openai` client, unchanged, against the router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+PROMPT = "Once upon a time"
+CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+CHAT_TEXT = "<system>Be brief.\n<user>Hello\n<assistant>"
+
+
+async def test_completion(cluster):
+    async with cluster.openai() as client:
+        answer = await client.completions.create(model="fake", prompt=PROMPT, max_tokens=12)
+    assert answer.choices[0].text == cluster.answer(PROMPT, 12)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": len(PROMPT), "completion_tokens": 12, "total_tokens": len(PROMPT) + 12,
+    }  # fmt: skip
+    await cluster.settled()
+
+
+async def test_streamed_completion_is_the_same_text(cluster):
+    async with cluster.openai() as client:
+        stream = await client.completions.create(
+            model="fake", prompt=PROMPT, max_tokens=12, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == cluster.answer(PROMPT, 12)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+async def test_chat(cluster):
+    async with cluster.openai() as client:
+        answer = await client.chat.completions.create(model="fake", messages=CHAT, max_completion_tokens=9)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == cluster.answer(CHAT_TEXT, 9)
+
+
+async def test_streamed_chat_begins_with_the_role_and_ends_with_the_reason(cluster):
+    async with cluster.openai() as client:
+        stream = await client.chat.completions.create(
+            model="fake", messages=CHAT, max_tokens=9, stream=True, stream_options={}
+        )
+        chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == cluster.answer(CHAT_TEXT, 9)
+    assert [bool(chunk.choices[0].finish_reason) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+async def test_models(cluster):
+    async with cluster.openai() as client:
+        models = [model async for model in client.models.list()]
+        assert [(model.id, model.model_extra["max_model_len"]) for model in models] == [("fake", 512)]
+        assert (await client.models.retrieve("fake")).owned_by == "prelay"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("org/other")

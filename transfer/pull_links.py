@@ -1,0 +1,165 @@
+"""The decode worker's ends of its links: dials prefill workers, and copies their blocks in a thread of its
+own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import grpc
+from prelay.v1 import transfer_pb2, transfer_pb2_grpc
+
+from transfer.base import PullBackend
+from transfer.errors import PeerMismatchError, PeerUnreachableError, SegmentError, TransferError
+from transfer.handoff import Fetch, HandoffFailure, LinkId, Peer
+from transfer.handshake import check_fits, check_is
+from transfer.link import FetchDone, FromOfferer, LinkEnd, LinkFailed, LinkLost, LinkUp, PullLinkEvent
+
+_log = logging.getLogger(__name__)
+
+OpenBackend: TypeAlias = Callable[[transfer_pb2.Handshake], PullBackend]
+"""Opens the offerer's memory as its handshake describes it; raises SegmentError."""
+
+DIAL_TIMEOUT_S = 1.5
+"""For connection and handshake together: a pair that cannot be made must fail well before clients lose
+patience."""
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    # A new life behind an old address gets a connection of its own, not the old one's back-off.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_End = LinkEnd[transfer_pb2.OffererMessage, transfer_pb2.PullerMessage]
+
+
+class PullLinks:
+    """Everything here but the copies runs in the asyncio thread; what happens is told through `post`.
+
+    backends: those that we can use, best first.
+    block_nbytes: bytes in one block, for the record of what a copy moved.
+    """
+
+    def __init__(
+        self,
+        handshake: transfer_pb2.Handshake,
+        backends: Mapping[str, OpenBackend],
+        block_nbytes: int,
+        lease_s: float,
+        post: Callable[[PullLinkEvent], None],
+    ) -> None:
+        self._handshake = handshake
+        self._backends = backends
+        self._block_nbytes = block_nbytes
+        self._lease_s = lease_s
+        self._post = post
+        self._ids = itertools.count(1)
+        self._ends: dict[LinkId, _End] = {}
+        self._opened: dict[LinkId, PullBackend] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # One thread: copies are bound by the memory, and in line they end in the order in which they were
+        # offered.
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prelay-transfer")
+
+    def connect(self, peer: Peer, address: str) -> None:
+        """Dial; LinkUp or LinkFailed follows, and after LinkUp some day LinkLost."""
+        task = asyncio.create_task(self._live(peer, address))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def send(self, link: LinkId, message: transfer_pb2.PullerMessage) -> None:
+        """To nobody, if the link has ended: its end is told of separately."""
+        if (end := self._ends.get(link)) is not None:
+            end.send(message)
+
+    def fetch(self, fetch: Fetch) -> None:
+        """Copy; FetchDone follows. A copy whose link ends meanwhile goes on."""
+        self._copier.submit(self._copy, self._opened.get(fetch.link), fetch)
+
+    async def stop(self) -> None:
+        """Close all links. Waits for no copy."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._copier.shutdown(wait=False, cancel_futures=True)
+
+    async def _live(self, peer: Peer, address: str) -> None:
+        """One link, from dialling to its end."""
+        async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+            try:
+                call, backend = await self._dial(channel, peer, address)
+            except (PeerMismatchError, PeerUnreachableError) as error:
+                mismatch = isinstance(error, PeerMismatchError)
+                reason = HandoffFailure.PEER_MISMATCH if mismatch else HandoffFailure.PEER_UNREACHABLE
+                _log.warning("event=link_failed peer=%s address=%s why=%r", peer, address, str(error))
+                self._post(LinkFailed(peer, reason, str(error)))
+                return
+            link = next(self._ids)
+            end = _End(self._lease_s, beat=lambda: transfer_pb2.PullerMessage(renew=transfer_pb2.Renew()))
+            self._ends[link], self._opened[link] = end, backend
+            self._post(LinkUp(link, peer))
+            _log.info("event=link_up link=%d peer=%s backend=%s", link, peer, backend.name)
+            why = "we are stopping"
+            try:
+                why = await end.run(call, lambda message: self._post(FromOfferer(link, message)))
+            finally:
+                call.cancel()
+                del self._ends[link], self._opened[link]
+                # Behind the copies that still run or wait.
+                self._copier.submit(backend.close)
+                self._post(LinkLost(link, why))
+                _log.info("event=link_lost link=%d peer=%s why=%r", link, peer, why)
+
+    async def _dial(self, channel: grpc.aio.Channel, peer: Peer, address: str) -> tuple[Any, PullBackend]:
+        """The call with its handshake done, and the peer's memory. Raises PeerMismatchError,
+        PeerUnreachableError."""
+        call = transfer_pb2_grpc.KvTransferStub(channel).Link()
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                await call.write(transfer_pb2.PullerMessage(handshake=self._handshake))
+                answer = await call.read()
+            if answer is grpc.aio.EOF or answer.WhichOneof("message") != "handshake":
+                raise PeerUnreachableError(f"{peer} at {address} does not begin its link with a handshake")
+            theirs = answer.handshake
+            check_is(peer, theirs)
+            check_fits(self._handshake, theirs)
+            return call, self._backends[theirs.backends[0]](theirs)
+        except TimeoutError as error:
+            call.cancel()
+            raise PeerUnreachableError(
+                f"{peer} at {address} does not answer within {DIAL_TIMEOUT_S} s"
+            ) from error
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise PeerMismatchError(error.details()) from error
+            message = f"{peer} at {address}: {error.code().name} {error.details()}"
+            raise PeerUnreachableError(message) from error
+        except SegmentError as error:
+            call.cancel()
+            raise PeerUnreachableError(f"{peer} at {address}: {error}") from error
+        except (PeerMismatchError, PeerUnreachableError):
+            call.cancel()
+            raise
+
+    def _copy(self, backend: PullBackend | None, fetch: Fetch) -> None:
+        offered, error, name = fetch.offered, None, "none"
+        started_s = time.perf_counter()
+        try:
+            if backend is None:
+                raise PeerUnreachableError("the link ended before the copy began")
+            name = backend.name
+            backend.pull(offered.blocks, offered.generations, fetch.blocks)
+        except TransferError as failure:
+            error = str(failure)
+        except Exception as failure:
+            # The copy of one request must not end the thread that copies for all.
+            _log.exception("event=copy_failed request=%s", offered.key)
+            error = f"the copy failed: {failure!r}"
+        num_bytes = len(fetch.blocks) * self._block_nbytes
+        self._post(FetchDone(offered.key, name, num_bytes, time.perf_counter() - started_s, error))
