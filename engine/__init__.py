@@ -4,5 +4,6 @@ Knows: checkpoints, tensors, KV blocks, sampling, and the thread in which steps 
 Does not know: other workers, routers' policies, Ray, or where a request came from.
 Start reading at `sequence.py` (what a step is made of), then `runner.py` (one step), then `model.py`.
 
-Importing this package, `sequence`, `config`, `block_pool` or `tokenizer` does not import torch: the router uses them.
+Importing this package, `sequence`, `config`, `block_pool` or `tokenizer` does not import torch: routers use
+them.
 """

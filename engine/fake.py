@@ -2,8 +2,8 @@
 
 It writes each token's id into its KV slot and draws the next token from a hash of ALL the ids that it reads
 back through the block table. So its answers are right only if every byte of every slot of the sequence is
-right: a wrong, stale, swapped or half-copied block changes them as it would a model's, but at once (a token is
-right by chance only once in FAKE_VOCAB_SIZE times).
+right: a wrong, stale, swapped or half-copied block changes them as it would a model's, but at once (a token
+is right by chance only once in FAKE_VOCAB_SIZE times).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The values that a step is made of: sampling parameters in, scheduled chunks, stop reasons out. No torch here."""
+"""The values that a step is made of: sampling parameters, scheduled chunks, stop reasons. No torch here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class TokenSampling:
     """How the tokens of one answer are drawn and when they end.
 
     temperature: 0 is greedy. top_k: 0 means all. top_p: 1.0 means all.
-    seed: with the token's position in the sequence the only source of randomness, so that a resumed or re-run request
-    draws what it would have drawn.
+    seed: with the token's position in the sequence the only source of randomness, so that a resumed or re-run
+    request draws what it would have drawn.
     max_tokens, min_tokens: answer tokens, the first one (sampled by prefill) included.
     stop_token_ids: end the answer; never drawn before min_tokens.
     """
@@ -45,7 +45,7 @@ class TokenSampling:
     stop_token_ids: frozenset[int]
 
     def stop_reason(self, token_id: int, num_output_tokens: int) -> StopReason | None:
-        """Why the answer ends with `token_id`, its `num_output_tokens`-th token (counted from 1); None if it goes on."""
+        """Why the answer ends with `token_id`, its `num_output_tokens`-th token (from 1); None if it goes on."""
         if token_id in self.stop_token_ids:
             return StopReason.STOP
         if num_output_tokens >= self.max_tokens:

@@ -124,7 +124,7 @@ class Detokenizer:
             return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        # A trailing U+FFFD may be the beginning of a character; a run of byte tokens is judged only as a whole.
+        # A trailing U+FFFD may be the beginning of a character; a run of byte tokens is judged as a whole.
         if len(text) <= len(self._sent) or text.endswith(_REPLACEMENT) or self._tokenizer.is_byte(token_id):
             return ""
         new = text[len(self._sent) :]

@@ -59,7 +59,7 @@ def load_weights(
     UnsupportedModelError for other file formats and number types.
     """
     files = _weight_files(path)
-    # Compared on tensors without memory first: finding out that a config does not fit must not cost gigabytes.
+    # Compared on tensors without memory first: a config that does not fit must not cost gigabytes.
     expected = _by_name(_allocate(config, dtype, "meta"), config)
     _check(files, expected, config)
     weights = _allocate(config, dtype, "cpu")

@@ -1,6 +1,7 @@
-"""Generates the Python stubs beside the .proto files; with --check, says whether the committed ones match instead.
+"""Generates the Python stubs beside the .proto files; with --check, says whether the committed ones match.
 
-The path below proto/ equals the protobuf package, so generated imports need no fixing: `from prelay.v1 import worker_pb2`.
+The path below proto/ equals the protobuf package, so generated imports need no fixing:
+`from prelay.v1 import worker_pb2`.
 """
 
 import sys
@@ -35,7 +36,9 @@ def check() -> None:
         want, have = stubs(Path(fresh)), stubs(ROOT)
     differing = sorted(str(path) for path in want.keys() | have.keys() if want.get(path) != have.get(path))
     if differing:
-        sys.exit(f"stubs do not match their .proto files: {', '.join(differing)}; run `make protos` and commit")
+        sys.exit(
+            f"stubs do not match their .proto files: {', '.join(differing)}; run `make protos` and commit"
+        )
     print(f"{len(want)} stubs match their .proto files")
 
 

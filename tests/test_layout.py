@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go only downwards, the router stays free of torch, and our names are only ours."""
+"""The house keeps its shape: imports go downwards, the router is free of torch, our names are ours."""
 
 import ast
 import subprocess
