@@ -35,17 +35,24 @@ class Admission:
         missing = pool.missing_role()
         if missing is not None:
             return Refusal("no_worker", NoWorkersError(missing), counts=True)
-        largest = max(pool.up(Role.DECODE), key=lambda worker: worker.capacity.num_blocks).capacity
-        needed = largest.blocks_for(request.max_total_tokens)
-        if needed > largest.num_blocks:
-            error = PromptTooLongError(
-                f"prompt ({len(request.prompt_token_ids)} tokens) and max_tokens "
-                f"({request.sampling.max_tokens}) need {needed} KV blocks of {largest.block_size} tokens, "
-                f"but the largest decode worker has {largest.num_blocks}; ask for at most "
-                f"{largest.num_blocks * largest.block_size} tokens of both",
-                "max_tokens",
-            )
-            return Refusal("never_fits", error, counts=False)
+        prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+        for role, tokens, what in (
+            (Role.PREFILL, prompt_tokens, f"the {prompt_tokens} tokens of the prompt"),
+            (
+                Role.DECODE,
+                request.max_total_tokens,
+                f"prompt ({prompt_tokens}) and max_tokens ({max_tokens})",
+            ),
+        ):
+            largest = max(pool.up(role), key=lambda worker: worker.capacity.num_blocks).capacity
+            needed = largest.blocks_for(tokens)
+            if needed > largest.num_blocks:
+                error = PromptTooLongError(
+                    f"{what} need {needed} KV blocks of {largest.block_size} tokens, but the largest {role} "
+                    f"worker has {largest.num_blocks}: at most {largest.num_tokens} tokens",
+                    "prompt" if role is Role.PREFILL else "max_tokens",
+                )
+                return Refusal("never_fits", error, counts=False)
         if gated_requests >= self._max_gated_requests:
             message = f"{gated_requests} requests wait already; try again in {self._retry_after_s:g} s"
             return Refusal("gate_full", OverloadedError(message, self._retry_after_s), counts=True)

@@ -17,9 +17,8 @@ class AnswerStream:
     context manager: leaving it early cancels the request.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], None]) -> None:
         """cancel: called when the reader leaves; must be harmless when the request has ended."""
-        self.request_id = request_id
         self._cancel = cancel
         self._pending: Delta | None = None
         self._error: RouterError | None = None

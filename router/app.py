@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import socket
 import time
@@ -36,6 +37,8 @@ from router.pool_view import PoolView
 from router.settings import RouterSettings, split_address
 from router.slo import SloPolicy
 from router.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,9 @@ class Router:
             largest_pool_tokens=self.pool.largest_decode_tokens,
         )
         generate = GenerateApi(intake, slo, self.dispatcher, settings.max_choices)
-        self._http = HttpApi(intake, generate, self.pool, int(time.time()), settings.max_body_bytes)
+        self._http = HttpApi(
+            intake, generate, self.dispatcher, self.pool, int(time.time()), settings.max_body_bytes
+        )
         self._inference = InferenceApi(intake, slo, self.dispatcher)
         self._health = health.aio.HealthServicer()
         self._running = AsyncExitStack()
@@ -118,7 +123,9 @@ class Router:
             public = await _serve_grpc(stack, "grpc", settings.grpc, public_server)
             http = await _serve_http(stack, "http", settings.http, self._http.application())
             for background in (self.workers.keep_watch(), self._keep_health()):
-                stack.callback(asyncio.create_task(background).cancel)
+                task = asyncio.create_task(background)
+                task.add_done_callback(_report_defect)
+                stack.callback(task.cancel)
             self._running = stack.pop_all()
         return Addresses(http=http, grpc=public, metrics=metrics, admin=admin)
 
@@ -135,10 +142,16 @@ class Router:
             await self._report_health()
 
     async def _report_health(self) -> None:
-        serving = self.pool.missing_role() is None
+        serving = self.dispatcher.serving
         states = health_pb2.HealthCheckResponse
         for service in ("", SERVICE_NAME):
             await self._health.set(service, states.SERVING if serving else states.NOT_SERVING)
+
+
+def _report_defect(task: asyncio.Task[None]) -> None:
+    """Background tasks end by being cancelled; anything else must not stay unseen."""
+    if not task.cancelled():
+        _log.critical("event=background_task_ended", exc_info=task.exception())
 
 
 def _server_options(max_body_bytes: int) -> tuple[tuple[str, int], ...]:

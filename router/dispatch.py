@@ -112,10 +112,15 @@ class Dispatcher:
         """Requests that have not ended, those at the gate included."""
         return len(self._live)
 
+    @property
+    def serving(self) -> bool:
+        """Whether a request can be taken in now."""
+        return not self._stopping and self._pool.missing_role() is None
+
     def submit(self, request: Request) -> AnswerStream:
         """Takes a request in. Raises the RouterError with which it is refused."""
         self._admit(request)
-        stream = AnswerStream(request.request_id, cancel=lambda: self.cancel(request.request_id))
+        stream = AnswerStream(cancel=lambda: self.cancel(request.request_id))
         self._live[request.request_id] = _Live(
             request=request,
             record=RequestRecord(request, self._new_detokenizer()),
@@ -139,24 +144,19 @@ class Dispatcher:
         self._close(live, live.record.fail(self._clock(), Outcome.ERROR if late else Outcome.CANCELLED))
 
     def worker_up(self, link: CommandLink) -> None:
-        """A worker is attached and takes requests from now on."""
+        """A worker is attached and takes requests from now on; what its earlier life had ends."""
+        earlier = self._links.get(link.worker_id)
+        if earlier is not None:
+            self._lose(earlier, f"it was attached anew, with epoch {link.epoch}")
         self._links[link.worker_id] = link
-        self._pool.add(
-            WorkerView(link.worker_id, link.epoch, link.role, commands.capacity(link.info)),
-        )
+        self._pool.add(WorkerView(link.worker_id, link.epoch, link.role, commands.capacity(link.info)))
         self._pump()
 
     def worker_down(self, link: CommandLink, reason: str) -> None:
         """A worker is gone: what depends on it ends now."""
         if self._links.get(link.worker_id) is not link:
             return
-        del self._links[link.worker_id]
-        self._pool[link.worker_id].up = False
-        for live in list(self._live.values()):
-            if live.decode is link or (
-                live.prefill is link and not (live.decoding and live.record.token_ids)
-            ):
-                self._fail(live, WorkerLostError(link.worker_id, reason))
+        self._lose(link, reason)
         missing = self._pool.missing_role()
         if missing is not None:
             for live in [live for live in self._live.values() if live.decode is None]:
@@ -191,6 +191,14 @@ class Dispatcher:
             for live in list(self._live.values()):
                 self._fail(live, StoppingError())
 
+    def _lose(self, link: CommandLink, reason: str) -> None:
+        self._pool[link.worker_id].up = False
+        for live in list(self._live.values()):
+            handed_over = live.decoding and live.record.token_ids
+            if live.decode is link or (live.prefill is link and not handed_over):
+                self._fail(live, WorkerLostError(link.worker_id, reason))
+        del self._links[link.worker_id]
+
     def _admit(self, request: Request) -> None:
         if self._stopping:
             raise StoppingError
@@ -223,11 +231,12 @@ class Dispatcher:
             self._pumping = False
 
     def _no_pair_left(self, live: _Live) -> bool:
-        return bool(live.unreachable) and all(
-            Pair(prefill.worker_id, decode.worker_id) in live.unreachable
-            for prefill in self._pool.up(Role.PREFILL)
-            for decode in self._pool.up(Role.DECODE)
-        )
+        if not live.unreachable:
+            return False
+        decodes = self._pool.up(Role.DECODE)
+        pairs = {Pair(one.worker_id, two.worker_id) for one in self._pool.up(Role.PREFILL) for two in decodes}
+        # Without any pair it is a matter of workers that are down, which ends requests elsewhere.
+        return bool(pairs) and pairs <= live.unreachable
 
     def _place(self, live: _Live, pair: Pair, now: float) -> None:
         request = live.request
@@ -274,8 +283,7 @@ class Dispatcher:
         self._metrics.tokens(live.request.slo.slo_class, now, previous, len(delta.token_ids))
         live.stream.put(delta)
         if delta.finish is not None:
-            # A decode worker that ended the answer itself holds nothing of it any more, and neither does its
-            # peer.
+            # A decode worker that ended the answer itself holds nothing of it any more, nor does its peer.
             ended_there = link is live.decode and sequence.stop_reason != worker_pb2.STOP_REASON_UNSPECIFIED
             self._close(live, delta.finish.details, tell_workers=not ended_there)
 
@@ -285,12 +293,8 @@ class Dispatcher:
             return
         _log.info(
             "request=%s attempt=%d worker=%s event=failed reason=%s message=%r",
-            failed.request_id,
-            failed.attempt,
-            link.worker_id,
-            reason_name(failed),
-            failed.message,
-        )
+            failed.request_id, failed.attempt, link.worker_id, reason_name(failed), failed.message,
+        )  # fmt: skip
         if failed.reason == worker_pb2.FAILURE_REASON_PEER_UNREACHABLE:
             live.unreachable.add(Pair(live.record.prefill_worker, live.record.decode_worker))
         elif failed.reason == worker_pb2.FAILURE_REASON_NO_BLOCKS:
@@ -320,9 +324,9 @@ class Dispatcher:
     def _fail(self, live: _Live, error: RouterError) -> None:
         details = live.record.fail(self._clock(), Outcome.ERROR)
         _log.warning(
-            "request=%s event=ended_with_error prefill=%s decode=%s tokens=%d error=%r",
-            live.request.request_id, live.record.prefill_worker, live.record.decode_worker,
-            len(live.record.token_ids), str(error),
+            "request=%s tenant=%r event=ended_with_error prefill=%s decode=%s tokens=%d error=%r",
+            live.request.request_id, live.request.tenant, live.record.prefill_worker,
+            live.record.decode_worker, len(live.record.token_ids), str(error),
         )  # fmt: skip
         live.stream.fail(error)
         self._close(live, details)

@@ -23,6 +23,8 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine.sequence import RequestKey
 
+_GOES_ON = worker_pb2.STOP_REASON_UNSPECIFIED
+
 
 class Hold(Enum):
     """The places at which a fake worker can be made to wait."""
@@ -57,14 +59,14 @@ def fake_answer(
     seed = zlib.crc32(b"".join(token.to_bytes(4, "little") for token in prompt))
     answer: list[int] = []
     while True:
-        at_end = model.answer_tokens is not None and len(answer) + 1 >= max(
+        num_tokens = len(answer) + 1
+        at_end = model.answer_tokens is not None and num_tokens >= max(
             model.answer_tokens, sampling.min_tokens
         )
         if at_end and model.eos_token_id in sampling.stop_token_ids:
             return [*answer, model.eos_token_id], worker_pb2.STOP_REASON_STOP
-        answer.append(
-            model.low + zlib.crc32(len(answer).to_bytes(4, "little"), seed) % (model.high - model.low)
-        )
+        draw = zlib.crc32(num_tokens.to_bytes(4, "little"), seed)
+        answer.append(model.low + draw % (model.high - model.low))
         if len(answer) >= sampling.max_tokens:
             return answer, worker_pb2.STOP_REASON_LENGTH
 
@@ -212,9 +214,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this is epoch {self.info.epoch}, not {hello.hello.epoch}",
             )
-        yield worker_pb2.WorkerMessage(hello=self.info)
         self._broken.clear()
         self._outgoing = asyncio.Queue()
+        yield worker_pb2.WorkerMessage(hello=self.info)
         tasks = [asyncio.create_task(self._obey(request_iterator)), asyncio.create_task(self._beat())]
         broken = asyncio.create_task(self._broken.wait())
         try:
@@ -263,12 +265,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             prompt: asyncio.Future[Sequence[int]] = asyncio.get_running_loop().create_future()
             sequence = _Sequence(key, command.sampling, num_blocks, prompt)
             self._sequences[key] = sequence
-            work = (
-                self._decode(sequence)
-                if isinstance(command, worker_pb2.Reserve)
-                else self._prefill(sequence, command)
-            )
-            sequence.task = asyncio.create_task(work)
+            if isinstance(command, worker_pb2.Reserve):
+                sequence.task = asyncio.create_task(self._decode(sequence))
+            else:
+                sequence.task = asyncio.create_task(self._prefill(sequence, command))
 
     async def _prefill(self, sequence: _Sequence, command: worker_pb2.Prefill) -> None:
         await self._pass(Hold.PREFILL)
@@ -279,7 +279,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             peer.take_over(sequence.key, command.token_ids)
         await self._pass(Hold.FIRST_TOKEN)
         times = worker_pb2.StageTimes(prefill_queue_s=1e-6, prefill_s=1e-6)
-        self._send(sequence, 0, answer[0], reason if only else worker_pb2.STOP_REASON_UNSPECIFIED, times)
+        self._send(sequence, 0, answer[0], reason if only else _GOES_ON, times)
         self._drop(sequence)
         await self._notify()
 
@@ -297,14 +297,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         answer, reason = fake_answer(self._fleet.model, prompt, sequence.sampling)
         for index in range(1, len(answer)):
             await self._pass(Hold.TRANSFER if index == 1 else Hold.DECODE)
+            times = worker_pb2.StageTimes(transfer_s=1e-6, decode_queue_s=1e-6, kv_bytes=len(prompt))
             last = index == len(answer) - 1
-            times = (
-                worker_pb2.StageTimes(transfer_s=1e-6, decode_queue_s=1e-6, kv_bytes=len(prompt))
-                if index == 1
-                else None
-            )
             self._send(
-                sequence, index, answer[index], reason if last else worker_pb2.STOP_REASON_UNSPECIFIED, times
+                sequence, index, answer[index], reason if last else _GOES_ON, times if index == 1 else None
             )
         self._drop(sequence)
         await self._notify()

@@ -1,5 +1,4 @@
-"""The gRPC front end: `prelay.v1.Inference`. A client that hangs up cancels the handler, and so the
-request."""
+"""The gRPC front end: `prelay.v1.Inference`. A client that hangs up cancels its request."""
 
 from __future__ import annotations
 
@@ -33,8 +32,11 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceApi:
-    """The servicer. Registered with `add_to` and not with the generated function, which answers bytes that
-    are not a message (text that is not UTF-8, say) with INTERNAL instead of INVALID_ARGUMENT."""
+    """The servicer.
+
+    Registered with `add_to` and not with the generated function, which answers bytes that are not a message
+    (text that is not UTF-8, say) with INTERNAL instead of INVALID_ARGUMENT.
+    """
 
     def __init__(self, intake: Intake, slo: SloPolicy, dispatcher: Dispatcher) -> None:
         self._intake = intake
@@ -70,8 +72,9 @@ class InferenceApi:
         )
 
     async def generate(self, message: inference_pb2.GenerateRequest | DecodeError, context: _Context) -> None:
-        """Streams one answer. (By `context.write`: a generator that is cancelled while it is suspended at a
-        `yield` would leave its request to the garbage collector.)"""
+        """Streams one answer."""
+        # With context.write: a generator that is cancelled while it is suspended at a `yield` would leave its
+        # request to the garbage collector.
         arrived_at = self._intake.now()
         try:
             if isinstance(message, DecodeError):

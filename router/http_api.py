@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.http_errors import HttpError, http_error, plain_error
 from router.http_generate import GenerateApi
@@ -25,11 +26,18 @@ class HttpApi:
     """Everything that is served on the public HTTP port."""
 
     def __init__(
-        self, intake: Intake, generate: GenerateApi, pool: PoolView, started_at: int, max_body_bytes: int
+        self,
+        intake: Intake,
+        generate: GenerateApi,
+        dispatcher: Dispatcher,
+        pool: PoolView,
+        started_at: int,
+        max_body_bytes: int,
     ) -> None:
         """started_at: Unix time, seconds; the model's `created`."""
         self._intake = intake
         self._generate = generate
+        self._dispatcher = dispatcher
         self._pool = pool
         self._started_at = started_at
         self._max_body_bytes = max_body_bytes
@@ -119,7 +127,7 @@ class HttpApi:
 
     async def _health(self, http: web.Request) -> web.Response:
         workers = {role.value: len(self._pool.up(role)) for role in Role}
-        healthy = self._pool.missing_role() is None
+        healthy = self._dispatcher.serving
         return web.json_response(
             {"status": "ok" if healthy else "unavailable", "workers": workers}, status=200 if healthy else 503
         )
@@ -129,4 +137,5 @@ class HttpApi:
 
 
 async def _add_request_id(http: web.Request, response: web.StreamResponse) -> None:
-    response.headers.setdefault("x-request-id", http.get(REQUEST_ID, ""))
+    if REQUEST_ID in http:
+        response.headers["x-request-id"] = http[REQUEST_ID]

@@ -196,7 +196,8 @@ class GenerateApi:
                     completion_tokens += len(delta.token_ids)
                     if text or delta.finish is not None:
                         chunks.append(reply.text_chunk(index, text, delta.finish, details))
-                    await response.write(b"".join(map(_event, chunks)))
+                    if chunks:
+                        await response.write(b"".join(map(_event, chunks)))
                 if job.include_usage:
                     await response.write(
                         _event(reply.usage_chunk(usage_of(job.prompt_tokens, completion_tokens)))

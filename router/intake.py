@@ -24,6 +24,8 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 DEFAULT_TEMPERATURE = 1.0
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are 0 (greedy): logits divided by them would overflow."""
 
 _Text = TypeVar("_Text")
 
@@ -174,7 +176,7 @@ class Intake:
         )  # fmt: skip
         self._check_token_ids(wish.stop_token_ids, "stop_token_ids")
         return TokenSampling(
-            temperature=temperature,
+            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
             top_k=top_k,
             top_p=top_p,
             seed=(self._random_seed() if wish.seed is None else wish.seed) % 2**64,

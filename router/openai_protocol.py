@@ -90,11 +90,9 @@ class ChatBody(_Generate):
     def wish(self) -> SamplingWish:
         """`max_completion_tokens` is the newer name; clients that send both mean the same by both."""
         wish = super().wish()
-        return (
-            wish
-            if self.max_completion_tokens is None
-            else replace(wish, max_tokens=self.max_completion_tokens)
-        )
+        if self.max_completion_tokens is not None:
+            wish = replace(wish, max_tokens=self.max_completion_tokens)
+        return wish
 
 
 class TokenizeBody(_Body):
@@ -127,8 +125,7 @@ def parse(kind: type[_Model], data: Any, watch: FieldWatch | None = None) -> _Mo
     try:
         body = kind.model_validate(data)
     except pydantic.ValidationError as error:
-        # Where a field may be of several types, the complaint that goes deepest is about the one that was
-        # meant.
+        # Where a field may be of several types, the deepest complaint is about the one that was meant.
         first = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
         # Members of a union are part of pydantic's location, not of the client's document.
         location = [part for part in first["loc"] if isinstance(part, int) or not _is_type_name(part)]
@@ -158,7 +155,7 @@ def parse_prompts(value: Any) -> list[Prompt]:
 
 
 def parse_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """`max_completion_tokens` is the newer name; clients that send both mean the same."""
+    """Messages as chat templates take them. Raises InvalidRequestError, also for what is not text."""
     if not messages:
         raise InvalidRequestError("messages is empty; give at least one message", "messages")
     parsed = []

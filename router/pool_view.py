@@ -33,6 +33,11 @@ class WorkerCapacity:
     max_num_seqs: int
     max_batch_tokens: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions that all blocks together hold."""
+        return self.num_blocks * self.block_size
+
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that `num_tokens` positions take."""
         return -(-num_tokens // self.block_size)
@@ -177,7 +182,4 @@ class PoolView:
 
     def largest_decode_tokens(self) -> int | None:
         """Tokens that the roomiest decode worker can hold; None when none is up."""
-        return max(
-            (worker.capacity.num_blocks * worker.capacity.block_size for worker in self.up(Role.DECODE)),
-            default=None,
-        )
+        return max((worker.capacity.num_tokens for worker in self.up(Role.DECODE)), default=None)

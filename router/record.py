@@ -1,11 +1,8 @@
-"""One live request: what has been emitted, when, and how it ended. A core: it is told `now` and does nothing
-itself.
+"""One live request: what has been emitted, when, and how it ended. A core: told `now`, does nothing itself.
 
-Its life:
-
-    gated --place--> placed --tokens--> streaming --tokens--> finished ^                 |                   |
-    +------retry------+                   +--fail--> failed        (fail is legal in every state before the
-    end)
+    gated --place--> placed --tokens--> streaming --tokens--> finished
+      ^                 |
+      +------retry------+       and from every state before the end: --fail--> failed
 
 Tokens come from two workers, so they may arrive out of order (the decode worker overtakes the first token) or
 doubled; they are put in order by index. Prompt and emitted tokens stay here until the end: they are all that
@@ -62,9 +59,8 @@ class RequestRecord:
         self._stops = StopStrings(request.stop)
         self._stages = StageClock(request.arrived_at)
         self._early: dict[int, int] = {}  # tokens that came before their predecessors, by index
-        self._end: tuple[int, StopReason] | None = (
-            None  # number of tokens of the whole answer, once a worker said so
-        )
+        # Number of tokens of the whole answer and why it ends there, once a worker has said so.
+        self._end: tuple[int, StopReason] | None = None
         self._kv_bytes = 0
         self._first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -74,11 +70,6 @@ class RequestRecord:
     def key(self) -> RequestKey:
         """Names the placement in force; what carries another attempt is not about it."""
         return RequestKey(self.request.request_id, self.attempt)
-
-    @property
-    def details(self) -> Details | None:
-        """How the request was served, once it has ended."""
-        return self._details
 
     def place(self, now: float, prefill_worker: str, decode_worker: str) -> RequestKey:
         """The request leaves the gate for a pair of workers, as a new attempt."""
@@ -113,7 +104,7 @@ class RequestRecord:
         return self._emit(now)
 
     def fail(self, now: float, outcome: Outcome) -> Details:
-        """The request ends without a complete answer (outcome: rejected, error or cancelled)."""
+        """The request ends without a complete answer (outcome: error or cancelled)."""
         return self._close(now, outcome)
 
     def _emit(self, now: float) -> Delta | None:
@@ -130,9 +121,8 @@ class RequestRecord:
             if ended_by is not None:
                 piece += self._detokenizer.flush()
                 reason = FinishReason(ended_by.value)
-            out, stopped = self._stops.push(
-                piece, armed=len(self.token_ids) > self.request.sampling.min_tokens
-            )
+            armed = len(self.token_ids) > self.request.sampling.min_tokens
+            out, stopped = self._stops.push(piece, armed=armed)
             text.append(out)
             if stopped:
                 reason = FinishReason.STOP

@@ -80,7 +80,7 @@ class RouterSettings:
 
 
 def split_address(setting: str, address: str) -> tuple[str, int]:
-    """ "host:port" as (host, port); an IPv6 host stands in brackets. Raises SettingsError."""
+    """(host, port) of "host:port"; an IPv6 host stands in brackets. Raises SettingsError."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"{setting} is {address!r}; give host:port, for example 127.0.0.1:8000")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 
 from router.dispatch import Dispatcher
@@ -45,7 +46,8 @@ class Workers:
         self._clock = clock
         self._on_change = on_change
         self._links: dict[str, WorkerLink] = {}
-        self._registering = asyncio.Lock()
+        # By worker id, so that two lives of one worker are compared one after the other.
+        self._registering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closing: set[asyncio.Task[None]] = set()
         self._watched_at = clock()
 
@@ -54,13 +56,12 @@ class Workers:
         return list(self._links.values())
 
     async def register(self, registration: Registration) -> None:
-        """Attaches a worker. A known worker that is down, or has a new epoch, takes the place of what was
-        known of it.
+        """Attaches a worker; a known one that is down or has a new epoch takes the place of its earlier life.
 
         Raises WorkerRefusedError for an epoch older than the one known, and for a worker that cannot serve
         here; WorkerUnreachableError when it does not answer.
         """
-        async with self._registering:  # so that two lives of one worker are compared one after the other
+        async with self._registering[registration.worker_id]:
             known = self._links.get(registration.worker_id)
             if known is not None and known.epoch > registration.epoch:
                 raise WorkerRefusedError(
@@ -75,11 +76,12 @@ class Workers:
             except WorkerRefusedError:
                 await link.close()
                 raise
-            if known is not None:
-                self._forget(known, f"attached anew with epoch {registration.epoch}")
             self._links[link.worker_id] = link
             link.start(self._dispatcher.on_message, self._on_down)
             self._dispatcher.worker_up(link)
+            if known is not None:
+                self._metrics.worker_removed(known.role, known.worker_id)
+                self._close_later(known)
             _log.info(
                 "worker=%s event=up role=%s epoch=%d address=%s",
                 link.worker_id, link.role, link.epoch, registration.address,
@@ -91,7 +93,12 @@ class Workers:
         link = self._links.get(worker_id)
         if link is None or link.epoch != epoch:
             return False
-        self._forget(link, "it was removed")
+        _log.info("worker=%s event=removed epoch=%d", link.worker_id, link.epoch)
+        self._dispatcher.worker_down(link, "it was removed")
+        del self._links[worker_id]
+        self._pool.remove(worker_id)
+        self._metrics.worker_removed(link.role, worker_id)
+        self._close_later(link)
         self._report()
         return True
 
@@ -141,14 +148,6 @@ class Workers:
         self._dispatcher.worker_down(link, reason)
         self._close_later(link)
         self._report()
-
-    def _forget(self, link: WorkerLink, reason: str) -> None:
-        _log.info("worker=%s event=forgotten epoch=%d reason=%r", link.worker_id, link.epoch, reason)
-        self._dispatcher.worker_down(link, reason)
-        del self._links[link.worker_id]
-        self._pool.remove(link.worker_id)
-        self._metrics.worker_removed(link.role, link.worker_id)
-        self._close_later(link)
 
     def _close_later(self, link: WorkerLink) -> None:
         task = asyncio.create_task(link.close())

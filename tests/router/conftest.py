@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -102,6 +104,11 @@ class Cluster:
         tokens, _ = fake_answer(self.fleet.model, prompt.encode(), wanted)
         return bytes(token for token in tokens if token < EOS).decode()
 
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Lets the event loop turn until `holds()`; the test's own timeout is the limit."""
+        while not holds():  # noqa: ASYNC110 (there is no event for everything that a test may wait for)
+            await asyncio.sleep(0)
+
     async def settled(self) -> None:
         """Returns when nothing is left of any request, on the workers and in the ledger."""
         for worker in self.fleet.workers.values():
@@ -126,14 +133,14 @@ async def start_cluster(checkpoint: Path) -> AsyncIterator[StartCluster]:
 
     async def start(
         model: FakeModel | None = None, prefill: dict[str, Any] | None = None,
-        decode: dict[str, Any] | None = None, **settings: Any,
+        decode: dict[str, Any] | None = None, clock: Callable[[], float] = time.monotonic, **settings: Any,
     ) -> Cluster:  # fmt: skip
         base = RouterSettings(
             checkpoint=str(checkpoint), model_name="fake", http="127.0.0.1:0", grpc="127.0.0.1:0",
             metrics="127.0.0.1:0", admin="127.0.0.1:0", stop_grace_s=0.05, liveness_timeout_s=60.0,
             slo_classes={"default": SloLimits(30.0, 30.0), "strict": SloLimits(1e-9, 1e-9)},
         )  # fmt: skip
-        router = Router(replace(base, **settings))
+        router = Router(replace(base, **settings), clock)
         fleet = FakeFleet(model or FakeModel(eos_token_id=EOS, max_model_len=MAX_MODEL_LEN))
         cluster = Cluster(
             router=router,

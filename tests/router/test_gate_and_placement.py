@@ -110,7 +110,11 @@ def test_admission(make_request):
     huge = admission.refuse(make_request(prompt_tokens=65, max_tokens=64), pool_of(num_blocks=8), 0)
     assert isinstance(huge.error, PromptTooLongError)
     assert (huge.reason, huge.counts) == ("never_fits", False)
-    assert "at most 128 tokens" in str(huge.error)
+    assert "largest decode worker has 8: at most 128 tokens" in str(huge.error)
+    pool = pool_of(decode=0, num_blocks=2)
+    pool.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 64, 4, 100)))
+    huge = admission.refuse(make_request(prompt_tokens=33, max_tokens=1), pool, 0)
+    assert "largest prefill worker has 2: at most 32 tokens" in str(huge.error)
 
 
 def test_what_becomes_of_failures():

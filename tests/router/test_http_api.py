@@ -146,13 +146,16 @@ async def test_an_error_in_a_stream_is_an_event_and_then_done(cluster):
 async def test_an_error_before_the_first_token_has_a_status(cluster):
     cluster.prefill.hold(Hold.PREFILL)
     payload = {"prompt": PROMPT, "max_tokens": 9, "stream": True}
+
+    async def status_and_code(http):
+        async with http.post("/v1/completions", json=payload) as response:
+            return response.status, (await response.json())["error"]["code"]
+
     async with cluster.http() as http:
-        posting = asyncio.create_task(http._request("POST", "/v1/completions", json=payload))
+        posting = asyncio.create_task(status_and_code(http))
         await cluster.prefill.waiting_at(Hold.PREFILL)
         cluster.prefill.break_stream()
-        response = await posting
-        assert response.status == 503
-        assert (await response.json())["error"]["code"] == "worker_lost"
+        assert await posting == (503, "worker_lost")
 
 
 async def test_one_choice_of_several_fails_all(cluster):

@@ -182,10 +182,9 @@ async def test_neutral_values_and_unknown_fields_are_accepted(cluster, caplog):
     neutral = {
         "tools": [], "tool_choice": "none", "functions": None, "response_format": {"type": "text"},
         "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "presence_penalty": 0,
-        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "best_of": 1, "modalities": ["text"], "user": "u",
-        "store": True, "metadata": {"a": "b"},
-        "service_tier": "auto", "parallel_tool_calls": True, "seed": -1, "top_k": -1,
-        "top_p": 1,
+        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "best_of": 1, "modalities": ["text"],
+        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
+        "parallel_tool_calls": True, "seed": -1, "top_k": -1, "top_p": 1,
     }  # fmt: skip
     caplog.set_level(logging.INFO, "router.openai_fields")
     async with cluster.http() as http:

@@ -1,0 +1,54 @@
+"""The way of an answer to its reader: merged while nobody reads, never longer than one delta."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from router.answer_stream import AnswerStream
+from router.errors import StoppingError
+from router.requests import Delta, Finish, FinishReason
+
+
+def delta(token, text, *, last=False):
+    return Delta((token,), text, Finish(FinishReason.STOP, 1, 1, None) if last else None)
+
+
+async def test_what_is_not_read_is_merged():
+    stream = AnswerStream(cancel=lambda: None)
+    for index in range(1000):
+        stream.put(delta(index, "x", last=index == 999))
+    got = [one async for one in stream]
+    assert len(got) == 1
+    assert got[0].token_ids == tuple(range(1000))
+    assert got[0].text == "x" * 1000
+    assert got[0].finish is not None
+
+
+async def test_a_waiting_reader_gets_each_delta():
+    stream = AnswerStream(cancel=lambda: None)
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    stream.put(delta(1, "a"))
+    assert (await reading).text == "a"
+    stream.put(delta(2, "b", last=True))
+    assert (await anext(stream)).text == "b"
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_an_error_comes_after_what_was_there_before_it():
+    stream = AnswerStream(cancel=lambda: None)
+    stream.put(delta(1, "a"))
+    stream.fail(StoppingError())
+    assert (await anext(stream)).text == "a"
+    with pytest.raises(StoppingError):
+        await anext(stream)
+
+
+async def test_leaving_cancels():
+    left = []
+    async with AnswerStream(cancel=lambda: left.append("r")):
+        pass
+    assert left == ["r"]
