@@ -112,7 +112,7 @@ class InferenceApi:
     async def _prompt(self, message: inference_pb2.GenerateRequest) -> list[int]:
         match message.WhichOneof("prompt"):
             case "text":
-                return await self._intake.tokenize(message.text)
+                return await self._intake.tokenize_prompt(message.text)
             case "token_ids":
                 return list(message.token_ids.ids)
             case "chat":

@@ -120,7 +120,7 @@ class GenerateApi:
     async def _token_ids(self, prompt: Prompt) -> Sequence[int]:
         if prompt.token_ids is not None:
             return prompt.token_ids
-        return await self._intake.tokenize(prompt.text or "")
+        return await self._intake.tokenize_prompt(prompt.text or "")
 
     async def _echo(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         return prompt.text if prompt.text is not None else await self._intake.detokenize(token_ids, "prompt")

@@ -106,8 +106,14 @@ class Intake:
         if name and name != self.model.name:
             raise ModelNotFoundError(name, self.model.name)
 
+    async def tokenize_prompt(self, text: str) -> list[int]:
+        """Tokens of a prompt to be answered. Raises InvalidRequestError, also where there is no text at all."""
+        if not text:  # the tokenizer may add a token of its own, so the number of tokens does not tell
+            raise InvalidRequestError("the prompt is empty; give at least one character", "prompt")
+        return await self.tokenize(text)
+
     async def tokenize(self, text: str) -> list[int]:
-        """Prompt tokens of a text. Raises InvalidRequestError."""
+        """Tokens of a text. Raises InvalidRequestError."""
         return await self._in_thread(self.model.tokenizer.encode, text, "prompt")
 
     async def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -1,0 +1,44 @@
+"""What a prompt becomes before it is a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, cast
+
+import pytest
+
+from engine.tokenizer import Tokenizer
+from router.errors import InvalidRequestError
+from router.intake import Intake, ServedModel
+
+BOS = 1
+
+
+class BosTokenizer:
+    """Begins every text with a token of its own, as most models' tokenizers do."""
+
+    def encode(self, text: str) -> list[int]:
+        return [BOS, *text.encode()]
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as threads:
+        yield threads
+
+
+@pytest.fixture
+def intake(executor: Executor) -> Intake:
+    model = ServedModel("m", 64, 256, (2,), cast(Tokenizer, cast(Any, BosTokenizer())))
+    return Intake(model, executor, lambda: 0.0, lambda: 0, 1.0, lambda: None)
+
+
+async def test_a_prompt_without_text_is_refused_although_the_tokenizer_adds_a_token(intake: Intake):
+    with pytest.raises(InvalidRequestError, match="empty"):
+        await intake.tokenize_prompt("")
+    assert await intake.tokenize_prompt("a") == [BOS, ord("a")]
+
+
+async def test_the_tokenize_endpoint_may_ask_for_the_tokens_of_nothing(intake: Intake):
+    assert await intake.tokenize("") == [BOS]
