@@ -107,7 +107,7 @@ class Intake:
             raise ModelNotFoundError(name, self.model.name)
 
     async def tokenize_prompt(self, text: str) -> list[int]:
-        """Tokens of a prompt to be answered. Raises InvalidRequestError, also where there is no text at all."""
+        """Tokens of a prompt to be answered. Raises InvalidRequestError, also where there is no text."""
         if not text:  # the tokenizer may add a token of its own, so the number of tokens does not tell
             raise InvalidRequestError("the prompt is empty; give at least one character", "prompt")
         return await self.tokenize(text)

@@ -1,0 +1,139 @@
+"""Two prefill and two decode workers behind a real router, in one process: all but the model is real.
+
+A fake engine's answer is a hash of its whole context as it stands in the KV blocks, so an equal answer means
+that the right blocks were handed over, whatever was cancelled beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from prelay.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from prometheus_client import CollectorRegistry
+
+from decode_worker.servicer import DecodeService, DecodeSettings
+from engine.fake import FakeRunner, fake_answer
+from engine.layout import KvLayout
+from engine.sequence import TokenSampling
+from prefill_worker.servicer import PrefillService, PrefillSettings
+from router.app import Router
+from router.settings import RouterSettings
+from router.worker_link import ROLE_OF_PROTO, Registration
+from transfer.ipc import SharedSegment
+
+STORYTELLER = Path(__file__).parents[2] / "deploy" / "models" / "storyteller"
+LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32")
+NUM_BLOCKS = 128
+EPOCH = 1
+
+Service = PrefillService | DecodeService
+
+
+@asynccontextmanager
+async def worker(
+    role: worker_pb2.Role, worker_id: str
+) -> AsyncIterator[tuple[worker_pb2.WorkerInfo, CollectorRegistry]]:
+    segment = SharedSegment.create(LAYOUT, NUM_BLOCKS, EPOCH)
+    registry = CollectorRegistry()
+    server = grpc.aio.server()
+    info = worker_pb2.WorkerInfo(
+        worker_id=worker_id, epoch=EPOCH, role=role, model="fake", model_fingerprint="fake",
+        max_model_len=1024, block_size=LAYOUT.block_size, num_blocks=NUM_BLOCKS, max_num_seqs=16, max_batch_tokens=256,
+        protocol_version=1,
+    )  # fmt: skip
+    runner = FakeRunner(segment.blocks, LAYOUT.block_size)
+    service: Service
+    fatal: list[BaseException] = []
+    if role == worker_pb2.ROLE_PREFILL:
+        prefill = PrefillSettings(max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0)
+        service = PrefillService(info, runner, LAYOUT, segment, registry, prefill, on_fatal=fatal.append)
+    else:
+        decode = DecodeSettings(max_num_seqs=16, heartbeat_s=0.1, lease_s=5.0)
+        service = DecodeService(info, runner, LAYOUT, segment, registry, decode, on_fatal=fatal.append)
+    service.add_to(server)
+    info.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    await service.start()
+    try:
+        yield info, registry
+    finally:
+        await service.stop()
+        await server.stop(0)
+        segment.close()
+        assert not fatal
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[tuple[Router, str]]:
+    anywhere = {door: "127.0.0.1:0" for door in ("http", "grpc", "metrics", "admin")}
+    router = Router(RouterSettings(checkpoint=str(STORYTELLER), model_name="fake", **anywhere))
+    addresses = await router.start()
+    yield router, addresses.grpc
+    await router.stop()
+
+
+def free_blocks(registry: CollectorRegistry, info: worker_pb2.WorkerInfo) -> float | None:
+    role = ROLE_OF_PROTO[info.role].value
+    return registry.get_sample_value(
+        "prelay_kv_blocks", {"state": "free", "role": role, "worker": info.worker_id}
+    )
+
+
+async def ask(
+    stub: inference_pb2_grpc.InferenceStub, prompt: list[int], max_tokens: int, leave_after: int | None
+) -> list[int] | None:
+    """The answer's tokens; None if the call was cancelled, after `leave_after` tokens."""
+    call = stub.Generate(
+        inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=prompt),
+            sampling=inference_pb2.SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+        )
+    )
+    tokens: list[int] = []
+    try:
+        if leave_after == 0:
+            call.cancel()
+        async for message in call:
+            tokens += message.token_ids
+            if leave_after is not None and len(tokens) >= leave_after:
+                call.cancel()
+    except asyncio.CancelledError:
+        return None
+    return tokens
+
+
+async def test_200_at_once_with_cancellations_leave_right_answers_and_no_blocks(router: tuple[Router, str]):
+    app, address = router
+    rng = random.Random(1)
+    async with AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(worker(role, f"{name}-{index}"))
+            for role, name in ((worker_pb2.ROLE_PREFILL, "prefill"), (worker_pb2.ROLE_DECODE, "decode"))
+            for index in range(2)
+        ]
+        for info, _ in workers:
+            await app.workers.register(
+                Registration(info.worker_id, EPOCH, ROLE_OF_PROTO[info.role], info.address)
+            )
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        prompts = [[rng.randrange(3, 2000) for _ in range(rng.randint(1, 200))] for _ in range(200)]
+        lengths = [rng.randint(1, 60) for _ in prompts]
+        leaves = [rng.randrange(length) if rng.random() < 0.4 else None for length in lengths]
+        answers = await asyncio.gather(
+            *(ask(stub, *call) for call in zip(prompts, lengths, leaves, strict=True))
+        )
+        for prompt, length, leave, answer in zip(prompts, lengths, leaves, answers, strict=True):
+            if leave is None or answer is not None:
+                assert answer == fake_answer(prompt, TokenSampling(0.0, 0, 1.0, 0, length, 0, frozenset()))
+        assert answers.count(None) > 40
+        async with asyncio.timeout(10):  # cancellations are still on their way
+            while any(free_blocks(registry, info) != NUM_BLOCKS for info, registry in workers):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert app.dispatcher.live_requests == 0
