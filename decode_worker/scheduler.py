@@ -15,8 +15,7 @@ from engine.sequence import RequestKey, ScheduledChunk, StopReason, TokenSamplin
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One new token. index: its place in the answer. decode_queue_s: set with the sequence's first token
-    here."""
+    """One new token. index: its place in the answer. decode_queue_s: set with the first one drawn here."""
 
     key: RequestKey
     index: int
@@ -107,9 +106,10 @@ class DecodeScheduler:
     def complete(self, tokens: Sequence[int | None]) -> list[Decoded]:
         """Take the step's tokens (one entry a chunk) into account; sequences that end free their blocks."""
         decoded: list[Decoded] = []
-        for sequence, token in zip(list(self._running.values()), tokens, strict=True):
-            if token is None:
-                raise ValueError(f"the runner drew no token for {sequence.key}")
+        drawn = [token for token in tokens if token is not None]
+        if len(drawn) != len(self._running):
+            raise ValueError(f"the runner drew {len(drawn)} tokens for {len(self._running)} sequences")
+        for sequence, token in zip(list(self._running.values()), drawn, strict=True):
             index = sequence.num_output_tokens
             sequence.num_output_tokens += 1
             sequence.last_token = token

@@ -1,5 +1,4 @@
-"""The decode role as a service: puts engine thread, routers' streams and links to prefill workers
-together."""
+"""The decode role as a service: engine thread, routers' streams and links to prefill workers together."""
 
 from __future__ import annotations
 

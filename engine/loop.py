@@ -38,8 +38,7 @@ class Role(Protocol[EventIn, Output]):
         ...
 
     def step(self) -> bool:
-        """Do what time and state ask for and run at most one engine step; False if there was no step to
-        run."""
+        """Do what time and state ask for, and run an engine step; False if there was none to run."""
         ...
 
     def deadline(self) -> float | None:
@@ -51,8 +50,7 @@ class Role(Protocol[EventIn, Output]):
         ...
 
     def recover(self, error: Exception, event: EventIn | None) -> None:
-        """Fail and release the requests that an exception hit: those of `event`, or those of the step
-        (None)."""
+        """Fail and release the requests that an exception hit: those of `event`, or of the step (None)."""
         ...
 
     def check(self) -> None:
@@ -103,8 +101,7 @@ class EngineLoop(Generic[Event, Output]):
         self._inbox.put(event)
 
     async def stop(self, timeout_s: float) -> None:
-        """Ends the thread after the turn it is in; a step that takes longer than `timeout_s` is left to
-        itself."""
+        """End the thread after the turn it is in; a step that takes longer than `timeout_s` is left alone."""
         self._inbox.put(_Stop())
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
@@ -121,8 +118,7 @@ class EngineLoop(Generic[Event, Output]):
             self._on_fatal(error)
 
     def _take(self, wait: bool) -> list[Event] | None:
-        """All events that have come; with `wait`, sleeps until one comes or a deadline is reached. None:
-        stop."""
+        """All events that have come; with `wait`, sleeps until one comes or a deadline. None: stop."""
         events: list[Event] = []
         timeout_s = self._sleep_s() if wait else 0.0
         try:

@@ -233,8 +233,7 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
             await context.abort(code, why)
 
     def deliver(self, batch: RouterBatch) -> None:
-        """Pass on what a turn of the engine has to say. What is for a stream that has ended is thrown
-        away."""
+        """Pass on what a turn of the engine has to say; what is for an ended stream is thrown away."""
         self._load = batch.load
         for number, seen in batch.commands_seen.items():
             if (stream := self._streams.get(number)) is not None:

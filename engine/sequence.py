@@ -45,7 +45,7 @@ class TokenSampling:
     stop_token_ids: frozenset[int]
 
     def stop_reason(self, token_id: int, num_output_tokens: int) -> StopReason | None:
-        """Why the answer ends with `token_id`, its `num_output_tokens`-th token (from 1); None if it goes on."""
+        """Why the answer ends with `token_id`, its `num_output_tokens`-th (from 1); None if it goes on."""
         if token_id in self.stop_token_ids:
             return StopReason.STOP
         if num_output_tokens >= self.max_tokens:

@@ -1,5 +1,4 @@
-"""Which prompt tokens the next step computes: first come, first served, in chunks that fill a token budget.
-A core.
+"""Which prompt tokens the next step computes: first come first served, up to a token budget. A core.
 
 The oldest prompt takes what it needs of the budget, the next what is left, so at most one prompt is ever
 half done at the end of a step. A prompt gets blocks for all its tokens when it starts; one that has to wait
@@ -18,8 +17,7 @@ from engine.sequence import RequestKey, ScheduledChunk, StopReason, TokenSamplin
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prompt whose KV is computed. Its blocks carry a SEQUENCE reference, which is the receiver's from
-    now on."""
+    """A prompt whose KV is computed. The SEQUENCE reference of its blocks is the receiver's from now on."""
 
     key: RequestKey
     num_tokens: int
@@ -46,8 +44,7 @@ class _Prompt:
 
 
 class PrefillScheduler:
-    """Call `schedule`, run the chunks, call `complete` (or `abandon` if they failed); cancel only in
-    between."""
+    """Call `schedule`, run the chunks, call `complete`, or `abandon` if they failed; cancel in between."""
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int) -> None:
         self._pool = pool
@@ -94,8 +91,7 @@ class PrefillScheduler:
         return False
 
     def schedule(self, now: float) -> list[ScheduledChunk]:
-        """The chunks of the next step, at most max_batch_tokens tokens together; empty if there is nothing
-        to do."""
+        """The chunks of the next step, at most max_batch_tokens tokens together; none if there is nothing."""
         budget = self._max_batch_tokens
         for prompt in self._running:
             budget -= self._take(prompt, budget)
@@ -111,15 +107,15 @@ class PrefillScheduler:
         return [_chunk(prompt, count) for prompt, count in self._batch]
 
     def complete(self, tokens: Sequence[int | None], now: float) -> list[Prefilled]:
-        """Take the step's tokens (one entry a chunk) into account; returns the prompts that are done,
-        oldest first."""
+        """Take the step's tokens (one entry a chunk) into account; returns the prompts that are done."""
         done: list[Prefilled] = []
         for (prompt, count), token in zip(self._batch, tokens, strict=True):
+            if (token is None) != (count < prompt.num_left):
+                raise ValueError(f"the runner drew {token} after {count} tokens of {prompt.key}")
+        for (prompt, count), token in zip(self._batch, tokens, strict=True):
             prompt.num_computed += count
-            if prompt.num_left:
-                continue
             if token is None:
-                raise ValueError(f"the runner drew no token after the last chunk of {prompt.key}")
+                continue
             self._running.remove(prompt)
             done.append(
                 Prefilled(

@@ -1,5 +1,4 @@
-"""The prefill role as a service: puts engine thread, routers' streams and links to decode workers
-together."""
+"""The prefill role as a service: engine thread, routers' streams and decode workers' links together."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Moves the KV cache of one request from its prefill to its decode worker: offered by one, pulled by the
-other.
+"""Moves a request's KV cache from its prefill to its decode worker: offered by one, pulled by the other.
 
 Knows: the hand-off protocol (leases, epochs, acknowledgement), and ways to copy blocks out of a peer's
 memory. Does not know: schedulers, routers, models, or what the bytes of a block mean.

@@ -1,5 +1,4 @@
-"""How KV blocks get from a peer's memory into ours: the interface of the backends, and the copy that they
-share.
+"""How KV blocks get from a peer's memory into ours: the backends' interface, and the copy they share.
 
 Known backends: `ipc` (shared memory between processes on one host) and `memory` (one process, for tests).
 """
@@ -58,11 +57,9 @@ def copy_blocks(
     relies on stores and loads keeping their order, which x86-64 promises and which elsewhere the
     interpreter's lock, taken between the copy and the comparison, sees to.
     """
-    for first, (at, to, count) in _runs(remote, local):
+    for at, to, count in _runs(remote, local):
         if at + count > len(source):
-            raise TransferError(
-                f"block {at + count - 1} (number {first} of the offer) is not one of {len(source)}"
-            )
+            raise TransferError(f"block {at + count - 1} is offered; the peer has {len(source)} blocks")
         target[to : to + count] = source[at : at + count]
     found = source_generations[list(remote)]
     stale = np.flatnonzero(found != np.asarray(generations, dtype=np.uint32))
@@ -74,10 +71,10 @@ def copy_blocks(
         )
 
 
-def _runs(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """(index, (remote, local, count)) of stretches that are contiguous on both sides: few large copies."""
+def _runs(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(remote, local, count) of stretches that are contiguous on both sides: few large copies."""
     start = 0
     for i in range(1, len(remote) + 1):
         if i == len(remote) or remote[i] != remote[i - 1] + 1 or local[i] != local[i - 1] + 1:
-            yield start, (remote[start], local[start], i - start)
+            yield remote[start], local[start], i - start
             start = i

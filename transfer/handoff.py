@@ -76,8 +76,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """The hand-off holds these blocks of our own pool no longer: drop the TRANSFER reference. The entry is
-    gone."""
+    """The entry is gone: drop the TRANSFER reference of these blocks of our own pool."""
 
     key: RequestKey
     blocks: tuple[int, ...]
@@ -165,8 +164,7 @@ class SendDrop:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The KV is here and verified: the blocks (all that were reserved) now belong to the sequence. The
-    entry is gone."""
+    """The KV is here and verified, the entry gone: all blocks that were reserved are the sequence's now."""
 
     key: RequestKey
     blocks: tuple[int, ...]

@@ -1,5 +1,4 @@
-"""The first message each way on a link: who we are, what our KV looks like, and how it can be reached. Pure
-functions."""
+"""The first message each way on a link: who we are, what our KV looks like, how it can be reached."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ def choose_backend(ours: transfer_pb2.Handshake, theirs: transfer_pb2.Handshake)
 
 
 def check_is(peer: Peer, theirs: transfer_pb2.Handshake) -> None:
-    """Raises PeerUnreachableError if another worker, or another life of it, answered at the peer's
-    address."""
+    """Raises PeerUnreachableError if another worker, or another life of it, answered."""
     if Peer(theirs.worker_id, theirs.epoch) != peer:
         raise PeerUnreachableError(
             f"{theirs.worker_id}@{theirs.epoch} answers at the address of {peer}: it has been replaced"

@@ -40,8 +40,10 @@ _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
 
 @dataclass(frozen=True, slots=True)
 class SegmentRef:
-    """Where another process finds a segment. host_id tells apart hosts (and process namespaces) whose process
-    numbers mean different processes."""
+    """Where another process finds a segment.
+
+    host_id: tells apart hosts and process namespaces, in which the same pid means another process.
+    """
 
     pid: int
     fd: int
@@ -73,8 +75,7 @@ class SharedSegment:
         num_bytes = data_at + num_blocks * layout.block_nbytes
         fd = os.memfd_create("prelay-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # Reserves the memory: without it a host that is out of memory kills the process at some later
-            # touch.
+            # Otherwise a host that is out of memory kills the process when it touches a page some day.
             os.posix_fallocate(fd, 0, num_bytes)
             # A peer that maps the segment must not be killed by its shrinking.
             fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
@@ -135,7 +136,9 @@ class IpcBackend:
         except OSError as error:
             raise SegmentError(f"the peer's shared memory {path} cannot be opened: {error}") from error
         try:
-            memory = mmap.mmap(fd, ref.num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            # Mapped page by page while copying, the first copies would be several times slower.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            memory = mmap.mmap(fd, ref.num_bytes, flags=flags, prot=mmap.PROT_READ)
         except (OSError, ValueError) as error:
             raise SegmentError(f"{path} is not shared memory of {ref.num_bytes} bytes: {error}") from error
         finally:

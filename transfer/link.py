@@ -119,8 +119,10 @@ class LinkEnd(Generic[In, Out]):
         try:
             done, _ = await asyncio.wait([reader, writer, self._closed], return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
+        except grpc.aio.AioRpcError as error:
+            return f"the connection broke: {error.code().name} {error.details()}"
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            return f"the connection broke: {type(error).__name__}"
+            return f"the connection broke: {error!r}"
         finally:
             reader.cancel()
             writer.cancel()

@@ -53,7 +53,7 @@ class OfferLinks(transfer_pb2_grpc.KvTransferServicer):
         why = "the call was cancelled"
         try:
             await context.write(self._answer(theirs))
-            why = await end.run(context, lambda message: self._post(FromPuller(link, message)))
+            why = await end.run(context, lambda message: self._receive(link, message))
         finally:
             del self._ends[link]
             self._post(LinkLost(link, why))
@@ -88,6 +88,11 @@ class OfferLinks(transfer_pb2_grpc.KvTransferServicer):
         self._stopping = True
         for link in list(self._ends):
             self.close(link, "the worker is stopping")
+
+    def _receive(self, link: LinkId, message: transfer_pb2.PullerMessage) -> None:
+        # An empty Renew is the link's own sign of life: an idle engine sleeps through it.
+        if not message.HasField("renew") or message.renew.keys:
+            self._post(FromPuller(link, message))
 
     async def _shake_hands(self, context: Any) -> transfer_pb2.Handshake:
         try:

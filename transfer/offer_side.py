@@ -1,5 +1,4 @@
-"""The prefill worker's half of every hand-off: a core (no I/O, no clock; see handoff.py for the whole
-picture).
+"""The prefill worker's half of every hand-off. A core; handoff.py has the whole picture.
 
       promise                offer                  withdraw
     ----------> PROMISED ------------> OFFERED ------------------> WITHDRAWN
@@ -77,8 +76,7 @@ class OfferSide:
         return actions
 
     def link_lost(self, link: LinkId) -> list[OfferAction]:
-        """The link is closed: nobody reads what was offered on it, or finds out by the generations that it
-        is gone."""
+        """The link is closed. Who still reads what was offered on it finds out by the generations."""
         peer = self._links.pop(link, None)
         if peer is None:
             return []
@@ -118,8 +116,7 @@ class OfferSide:
         ]
 
     def withdraw(self, key: RequestKey) -> list[OfferAction]:
-        """The request is cancelled, failed, or ended with its first token. Legal in every state and for
-        unknown keys."""
+        """The request is cancelled, failed, or ended with its first token. Legal at any time, for any key."""
         entry = self._entries.get(key)
         if entry is None:
             return []
@@ -151,8 +148,7 @@ class OfferSide:
                 entry.lease_end_s = now + self._lease_s
 
     def tick(self, now: float) -> list[OfferAction]:
-        """Ends leases whose time is over and renews the peers' leases on the beat. Events that came before
-        `now` must have been told before."""
+        """End leases whose time is over, renew the peers' on the beat; not before older events are told."""
         actions: list[OfferAction] = []
         for key, entry in list(self._entries.items()):
             if entry.link is not None and entry.link in self._links and entry.lease_end_s <= now:

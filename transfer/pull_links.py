@@ -1,5 +1,4 @@
-"""The decode worker's ends of its links: dials prefill workers, and copies their blocks in a thread of its
-own."""
+"""The decode worker's ends of its links: dials prefill workers, and copies their blocks in a thread."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ OpenBackend: TypeAlias = Callable[[transfer_pb2.Handshake], PullBackend]
 """Opens the offerer's memory as its handshake describes it; raises SegmentError."""
 
 DIAL_TIMEOUT_S = 1.5
-"""For connection and handshake together: a pair that cannot be made must fail well before clients lose
-patience."""
+"""For connection and handshake together: a pair that cannot be made must fail soon."""
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -63,12 +61,14 @@ class PullLinks:
         self._ends: dict[LinkId, _End] = {}
         self._opened: dict[LinkId, PullBackend] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # One thread: copies are bound by the memory, and in line they end in the order in which they were
-        # offered.
+        self._stopping = False
+        # One thread: copies are bound by the memory, and in line they end in the order of the offers.
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prelay-transfer")
 
     def connect(self, peer: Peer, address: str) -> None:
         """Dial; LinkUp or LinkFailed follows, and after LinkUp some day LinkLost."""
+        if self._stopping:
+            return
         task = asyncio.create_task(self._live(peer, address))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -80,10 +80,13 @@ class PullLinks:
 
     def fetch(self, fetch: Fetch) -> None:
         """Copy; FetchDone follows. A copy whose link ends meanwhile goes on."""
+        if self._stopping:
+            return
         self._copier.submit(self._copy, self._opened.get(fetch.link), fetch)
 
     async def stop(self) -> None:
         """Close all links. Waits for no copy."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -100,6 +103,12 @@ class PullLinks:
                 _log.warning("event=link_failed peer=%s address=%s why=%r", peer, address, str(error))
                 self._post(LinkFailed(peer, reason, str(error)))
                 return
+            except Exception as error:
+                # Whatever it is, it must be told: the engine waits for an answer and dials no second time.
+                _log.exception("event=link_failed peer=%s address=%s", peer, address)
+                message = f"the link to {peer} cannot be opened: {error!r}"
+                self._post(LinkFailed(peer, HandoffFailure.PEER_UNREACHABLE, message))
+                return
             link = next(self._ids)
             end = _End(self._lease_s, beat=lambda: transfer_pb2.PullerMessage(renew=transfer_pb2.Renew()))
             self._ends[link], self._opened[link] = end, backend
@@ -107,7 +116,7 @@ class PullLinks:
             _log.info("event=link_up link=%d peer=%s backend=%s", link, peer, backend.name)
             why = "we are stopping"
             try:
-                why = await end.run(call, lambda message: self._post(FromOfferer(link, message)))
+                why = await end.run(call, lambda message: self._receive(link, message))
             finally:
                 call.cancel()
                 del self._ends[link], self._opened[link]
@@ -116,9 +125,16 @@ class PullLinks:
                 self._post(LinkLost(link, why))
                 _log.info("event=link_lost link=%d peer=%s why=%r", link, peer, why)
 
+    def _receive(self, link: LinkId, message: transfer_pb2.OffererMessage) -> None:
+        # An empty Renew is the link's own sign of life: an idle engine sleeps through it.
+        if not message.HasField("renew") or message.renew.keys:
+            self._post(FromOfferer(link, message))
+
     async def _dial(self, channel: grpc.aio.Channel, peer: Peer, address: str) -> tuple[Any, PullBackend]:
-        """The call with its handshake done, and the peer's memory. Raises PeerMismatchError,
-        PeerUnreachableError."""
+        """The call with its handshake done, and the peer's memory.
+
+        Raises PeerMismatchError or PeerUnreachableError.
+        """
         call = transfer_pb2_grpc.KvTransferStub(channel).Link()
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
@@ -129,7 +145,8 @@ class PullLinks:
             theirs = answer.handshake
             check_is(peer, theirs)
             check_fits(self._handshake, theirs)
-            return call, self._backends[theirs.backends[0]](theirs)
+            # Mapping much memory takes its time.
+            return call, await asyncio.to_thread(self._open, theirs)
         except TimeoutError as error:
             call.cancel()
             raise PeerUnreachableError(
@@ -143,9 +160,17 @@ class PullLinks:
         except SegmentError as error:
             call.cancel()
             raise PeerUnreachableError(f"{peer} at {address}: {error}") from error
-        except (PeerMismatchError, PeerUnreachableError):
+        except BaseException:
             call.cancel()
             raise
+
+    def _open(self, theirs: transfer_pb2.Handshake) -> PullBackend:
+        chosen = theirs.backends[0] if theirs.backends else "none"
+        if chosen not in self._backends:
+            raise PeerMismatchError(
+                f"backends: {theirs.worker_id} chose {chosen}, we can use {list(self._backends)}"
+            )
+        return self._backends[chosen](theirs)
 
     def _copy(self, backend: PullBackend | None, fetch: Fetch) -> None:
         offered, error, name = fetch.offered, None, "none"

@@ -1,5 +1,4 @@
-"""The decode worker's half of every hand-off: a core (no I/O, no clock; see handoff.py for the whole
-picture).
+"""The decode worker's half of every hand-off. A core; handoff.py has the whole picture.
 
       reserve               link up               offered                 fetched
     ----------> CONNECTING ---------> RESERVED -------------> FETCHING ------------> Deliver, gone
@@ -76,6 +75,7 @@ class PullSide:
         self._entries: dict[RequestKey, _Entry] = {}
         self._links: dict[LinkId, Peer] = {}
         self._link_of: dict[Peer, LinkId] = {}
+        self._dialling: set[Peer] = set()
         self._next_beat_s: float | None = None
 
     def reserve(
@@ -88,12 +88,13 @@ class PullSide:
         blocks: Sequence[int],
         now: float,
     ) -> list[PullAction]:
-        """Blocks are set aside (TRANSFER reference) for prompt and answer; the first `num_prompt_blocks` of
-        them take the prompt's KV."""
+        """Blocks are set aside (TRANSFER reference) for prompt and answer.
+
+        The first num_prompt_blocks of them take the KV of the prompt's num_tokens tokens.
+        """
         if key in self._entries:
             raise HandoffError(f"{key} is reserved already")
         link = self._link_of.get(peer)
-        connecting = any(e.state is PullState.CONNECTING and e.peer == peer for e in self._entries.values())
         state = PullState.CONNECTING if link is None else PullState.RESERVED
         self._entries[key] = _Entry(
             peer, num_tokens, num_prompt_blocks, tuple(blocks), state, now + self._lease_s, link
@@ -102,13 +103,18 @@ class PullSide:
             self._next_beat_s = now + self._lease_s / 4
         if link is not None:
             return [ConfirmReserved(key)]
-        return [] if connecting else [Connect(peer, address)]
+        # Even if those who asked for the link have left: a second one to the same peer would end the first.
+        if peer in self._dialling:
+            return []
+        self._dialling.add(peer)
+        return [Connect(peer, address)]
 
     def link_up(self, link: LinkId, peer: Peer, now: float) -> list[PullAction]:
         """A link that was dialled stands; a link that there was to the same peer is over."""
         actions: list[PullAction] = []
         if (old := self._link_of.get(peer)) is not None:
             actions += self.link_lost(old)
+        self._dialling.discard(peer)
         self._links[link] = peer
         self._link_of[peer] = link
         for key, entry in self._entries.items():
@@ -119,12 +125,12 @@ class PullSide:
 
     def link_failed(self, peer: Peer, reason: HandoffFailure, message: str) -> list[PullAction]:
         """The peer could not be reached or does not fit."""
+        self._dialling.discard(peer)
         waiting = [k for k, e in self._entries.items() if e.state is PullState.CONNECTING and e.peer == peer]
         return [action for key in waiting for action in (Fail(key, reason, message), self._free(key))]
 
     def link_lost(self, link: LinkId) -> list[PullAction]:
-        """The link is closed. What was reserved over it fails; a running copy goes on and is judged when it
-        ends."""
+        """The link is closed. What was reserved over it fails; a copy goes on and is judged when it ends."""
         peer = self._links.pop(link, None)
         if peer is None:
             return []
@@ -163,8 +169,7 @@ class PullSide:
         return [Fetch(link, offered, entry.blocks[:wanted])]
 
     def withdrawn(self, link: LinkId, key: RequestKey) -> list[PullAction]:
-        """No offer will come, or the one that came is taken back; the router knows from the prefill
-        worker."""
+        """No offer will come, or the one that came is taken back; the prefill worker tells the router."""
         entry = self._entries.get(key)
         if entry is None or entry.link != link:
             return [SendDrop(link, key)]
@@ -202,8 +207,7 @@ class PullSide:
                 entry.lease_end_s = now + self._lease_s
 
     def tick(self, now: float) -> list[PullAction]:
-        """Ends leases whose time is over and renews the peers' leases on the beat. Events that came before
-        `now` must have been told before."""
+        """End leases whose time is over, renew the peers' on the beat; not before older events are told."""
         actions: list[PullAction] = []
         for key, entry in list(self._entries.items()):
             if entry.state is not PullState.DISCARDING and entry.lease_end_s <= now:

@@ -1,4 +1,4 @@
-"""A whole pair in one process: a prefill and a decode service on real gRPC servers, and a router's client for them."""
+"""A pair in one process: a prefill and a decode service on real gRPC servers, and a router's client."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 
 import grpc
 import pytest
+from prelay.v1 import worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from decode_worker.servicer import DecodeService, DecodeSettings
 from engine.fake import FakeRunner
 from engine.layout import KvLayout
+from engine.router_stream import Command, RouterEvent
+from engine.runner import StepRunner
 from engine.sequence import RequestKey, ScheduledChunk, TokenSampling
 from prefill_worker.servicer import PrefillService, PrefillSettings
-from prelay.v1 import worker_pb2, worker_pb2_grpc
 from transfer.ipc import SharedSegment
 from transfer.memory import MemoryBackend
 
@@ -45,6 +47,19 @@ class Worker:
     segment: SharedSegment
     registry: CollectorRegistry
     fatal: list[BaseException]
+    posted: list[RouterEvent] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def took(self, condition: Callable[[RouterEvent], bool]) -> None:
+        """Until such an event is in the engine's inbox, or further."""
+        async with asyncio.timeout(20):
+            while not any(map(condition, self.posted)):
+                self.news.clear()
+                await self.news.wait()
+
+    async def took_all_of(self, stream: Stream) -> None:
+        """Until the last command that was sent on the stream is in the engine's inbox, or further."""
+        await self.took(lambda event: isinstance(event, Command) and event.message.seq == stream.sent)
 
     @property
     def ref(self) -> worker_pb2.PeerRef:
@@ -64,7 +79,10 @@ class Worker:
 
 @dataclass
 class Pair:
-    """Makes workers, and ends those that a test leaves behind."""
+    """Makes workers, and ends those that a test leaves behind.
+
+    load: makes the engine over a worker's memory; fake engines with hooks, if it is not set.
+    """
 
     hooks: Hooks = field(default_factory=Hooks)
     num_blocks: int = 64
@@ -72,11 +90,16 @@ class Pair:
     max_batch_tokens: int = 16
     max_num_seqs: int = 4
     backend: str = "memory"
+    layout: KvLayout = LAYOUT
+    load: Callable[[SharedSegment], StepRunner] | None = None
     workers: list[Worker] = field(default_factory=list)
 
-    async def prefill(self, epoch: int = 1, layout: KvLayout = LAYOUT, fingerprint: str = "model") -> Worker:
+    async def prefill(
+        self, epoch: int = 1, layout: KvLayout | None = None, fingerprint: str = "model"
+    ) -> Worker:
+        layout = layout or self.layout
         segment = SharedSegment.create(layout, self.num_blocks, epoch)
-        runner = FakeRunner(segment.blocks, layout.block_size, lambda chunks: self.hooks.prefill_step(chunks))
+        runner = self._runner(segment, layout, lambda chunks: self.hooks.prefill_step(chunks))
         info = self._info("prefill-0", worker_pb2.ROLE_PREFILL, epoch, fingerprint)
         registry, fatal = CollectorRegistry(), list[BaseException]()
         service = PrefillService(
@@ -93,8 +116,8 @@ class Pair:
 
     async def decode(self, source: Worker, epoch: int = 1) -> Worker:
         """source: whose memory the memory backend reads."""
-        segment = SharedSegment.create(LAYOUT, self.num_blocks, epoch)
-        runner = FakeRunner(segment.blocks, LAYOUT.block_size, lambda chunks: self.hooks.decode_step(chunks))
+        segment = SharedSegment.create(self.layout, self.num_blocks, epoch)
+        runner = self._runner(segment, self.layout, lambda chunks: self.hooks.decode_step(chunks))
         info = self._info("decode-0", worker_pb2.ROLE_DECODE, epoch, "model")
         registry, fatal = CollectorRegistry(), list[BaseException]()
         backends = {
@@ -103,7 +126,7 @@ class Pair:
         service = DecodeService(
             info,
             runner,
-            LAYOUT,
+            self.layout,
             segment,
             registry,
             DecodeSettings(self.max_num_seqs, 0.05, self.lease_s),
@@ -111,6 +134,13 @@ class Pair:
             backends=backends if self.backend == "memory" else None,
         )
         return await self._serve(Worker(info, service, grpc.aio.server(), segment, registry, fatal))
+
+    def _runner(
+        self, segment: SharedSegment, layout: KvLayout, hook: Callable[[Sequence[ScheduledChunk]], None]
+    ) -> StepRunner:
+        if self.load is not None:
+            return self.load(segment)
+        return FakeRunner(segment.blocks, layout.block_size, hook)
 
     def _info(
         self, worker_id: str, role: worker_pb2.Role, epoch: int, fingerprint: str
@@ -125,6 +155,14 @@ class Pair:
         )
 
     async def _serve(self, worker: Worker) -> Worker:
+        post = worker.service._routers._post
+
+        def noted(event: RouterEvent) -> None:
+            post(event)
+            worker.posted.append(event)
+            worker.news.set()
+
+        worker.service._routers._post = noted
         worker.service.add_to(worker.server)
         worker.info.address = f"127.0.0.1:{worker.server.add_insecure_port('127.0.0.1:0')}"
         await worker.service.start()
@@ -181,9 +219,7 @@ class Stream:
 
         return await self.snapshot_when(quiet)
 
-    async def snapshot_when(
-        self, condition: Callable[[worker_pb2.Snapshot], bool]
-    ) -> worker_pb2.Snapshot:
+    async def snapshot_when(self, condition: Callable[[worker_pb2.Snapshot], bool]) -> worker_pb2.Snapshot:
         async with asyncio.timeout(20), self._news:
             await self._news.wait_for(lambda: condition(self.snapshot))
             return self.snapshot
@@ -223,7 +259,7 @@ class Answer:
 
 
 class Router:
-    """Places requests on one pair as the router does: Reserve, wait for Reserved, Prefill, collect tokens by index."""
+    """Places requests on one pair as the router does: Reserve, Reserved, Prefill, tokens by index."""
 
     def __init__(self, prefill: Worker, decode: Worker, router_id: str = "router") -> None:
         self.prefill, self.decode = Stream(prefill, router_id), Stream(decode, router_id)
@@ -246,9 +282,7 @@ class Router:
     async def start_prefill(self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling) -> None:
         name = {"request_id": key.request_id, "attempt": key.attempt}
         await self.prefill.send(
-            prefill=worker_pb2.Prefill(
-                **name, token_ids=prompt, sampling=_wire(wanted), decode=self._refs[1]
-            )
+            prefill=worker_pb2.Prefill(**name, token_ids=prompt, sampling=_wire(wanted), decode=self._refs[1])
         )
 
     async def submit(self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling) -> Answer:
@@ -298,9 +332,7 @@ class Router:
             answer.stop_reason = tokens.stop_reason
             answer.done.set()
 
-    def _answer(
-        self, of: worker_pb2.Reserved | worker_pb2.Failed | worker_pb2.SequenceTokens
-    ) -> Answer:
+    def _answer(self, of: worker_pb2.Reserved | worker_pb2.Failed | worker_pb2.SequenceTokens) -> Answer:
         return self.answers[RequestKey(of.request_id, of.attempt)]
 
 

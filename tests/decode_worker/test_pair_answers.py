@@ -1,4 +1,4 @@
-"""A pair of services without faults: every answer is the undisturbed one, and afterwards every block is free."""
+"""A pair of services without faults: undisturbed answers, and every block free afterwards."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import random
 import threading
 
+from prelay.v1 import worker_pb2
+
 from engine.fake import fake_answer
 from engine.sequence import RequestKey
-from prelay.v1 import worker_pb2
 
 
 async def all_free(pair, *routers):
@@ -159,8 +160,9 @@ async def test_a_snapshot_counts_commands_only_when_they_are_taken_into_account(
     router = await make_router(prefill, decode)
     await router.submit(RequestKey("a", 0), [1, 2, 3], sampling(4))
     await asyncio.to_thread(entered.wait, 20)
-    # The engine is in a step: the beat goes on, and the command that waits in the inbox is not in its figures.
+    # The engine is in a step: the beat goes on, without the command that waits in the inbox.
     sent = await router.prefill.send(cancel=worker_pb2.Cancel(request_id="unknown", attempt=0))
+    await prefill.took_all_of(router.prefill)
     before = router.prefill.snapshot.seq
     during = await router.prefill.snapshot_when(lambda now: now.seq >= before + 3)
     assert during.commands_seen == sent - 1

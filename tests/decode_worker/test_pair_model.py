@@ -1,0 +1,66 @@
+"""A pair that runs a real model: its answers are those of one engine in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.generate import generate
+from engine.sequence import RequestKey, TokenSampling
+
+VOCAB_SIZE = 160
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small random Llama; wide initialisation, so that answers depend on every token."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+async def test_answers_are_those_of_one_engine(pair, make_router, checkpoint):
+    config = EngineConfig(num_blocks=128, block_size=8, max_batch_tokens=24, dtype="float32", threads=1)
+    alone = Engine.load(checkpoint, config, None, lambda fraction: None)
+    pair.num_blocks, pair.layout, pair.max_batch_tokens, pair.backend = 128, alone.layout, 24, "ipc"
+    pair.load = lambda segment: (
+        Engine.load(checkpoint, config, segment.data_buffer, lambda fraction: None).runner
+    )
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    rng = random.Random(3)
+
+    async def ask(number):
+        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 60))]
+        stops = frozenset(rng.sample(range(VOCAB_SIZE), 3))
+        wanted = TokenSampling(0.0 if number % 2 else 0.9, 0, 1.0, number, rng.randint(1, 30), 0, stops)
+        answer = await router.submit(RequestKey(f"r{number}", 0), prompt, wanted)
+        await answer.done.wait()
+        assert answer.failed is None
+        return prompt, wanted, answer.token_ids
+
+    for prompt, wanted, token_ids in await asyncio.gather(*(ask(number) for number in range(10))):
+        assert token_ids == generate(alone, prompt, wanted)
+    for snapshot in (await router.prefill.idle(), await router.decode.idle()):
+        assert snapshot.free_blocks == 128
