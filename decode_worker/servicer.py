@@ -67,7 +67,7 @@ class DecodeService:
             info.max_model_len,
             settings.lease_s,
             clock,
-            WorkerMetrics(registry, "decode", info.worker_id),
+            WorkerMetrics(registry, "decode"),
             LeaseMetrics(registry),
             PullMetrics(registry),
         )

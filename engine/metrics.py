@@ -1,4 +1,7 @@
-"""What an operator sees of one worker's engine; the same names for both roles, told apart by their labels."""
+"""What an operator sees of one worker's engine, by the same names for both roles.
+
+Which worker it is, Prometheus knows from the target that it scrapes: the router lists them with their role.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,30 @@ _BATCH_BUCKETS = tuple(float(2**i) for i in range(15))
 
 
 class WorkerMetrics:
-    """role, worker: constant labels. phase: what the steps of this role compute."""
+    """phase: what the steps of this worker compute, prefill or decode."""
 
-    def __init__(self, registry: CollectorRegistry, role: str, worker: str) -> None:
-        labels, own = ["role", "worker"], (role, worker)
-
+    def __init__(self, registry: CollectorRegistry, phase: str) -> None:
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, labels, registry=registry).labels(*own)
+            return Gauge(name, text, registry=registry)
 
         self._queue_requests = gauge("prelay_queue_requests", "Requests accepted but not yet in the batch.")
         self._queue_tokens = gauge("prelay_queue_tokens", "Prompt tokens not yet computed.")
         self._running = gauge("prelay_running_requests", "Requests in the running batch.")
-        blocks = Gauge("prelay_kv_blocks", "KV blocks by state.", [*labels, "state"], registry=registry)
-        self._blocks = {state: blocks.labels(*own, state) for state in ("free", "owned", "leased")}
+        blocks = Gauge("prelay_kv_blocks", "KV blocks by state.", ["state"], registry=registry)
+        self._blocks = {state: blocks.labels(state) for state in ("free", "owned", "leased")}
         self._step = Histogram(
             "prelay_step_seconds",
             "Time of one engine step.",
-            [*labels, "phase"],
+            ["phase"],
             buckets=_STEP_BUCKETS_S,
             registry=registry,
-        ).labels(*own, role)
+        ).labels(phase)
         self._batch = Histogram(
             "prelay_batch_tokens",
             "Tokens computed by one engine step.",
-            labels,
             buckets=_BATCH_BUCKETS,
             registry=registry,
-        ).labels(*own)
+        )
 
     def show(self, load: Load) -> None:
         self._queue_requests.set(load.queue_requests)

@@ -68,7 +68,7 @@ class PrefillService:
             info.max_model_len,
             settings.lease_s,
             clock,
-            WorkerMetrics(registry, "prefill", info.worker_id),
+            WorkerMetrics(registry, "prefill"),
             LeaseMetrics(registry),
         )
         self._engine: EngineLoop[PrefillEvent, PrefillOutput] = EngineLoop(
