@@ -1,7 +1,7 @@
 """The process that runs a deployment under the guard: `python -m cluster.child {serve,demo} RUN_DIRECTORY`.
 
-It reads its order (one line of JSON) from standard input, and stops when it receives SIGTERM or that input
-ends, which means that the guard is gone. Whatever way it ends, it ends everything that it has started.
+It reads its order (one line of JSON) from standard input, and stops when that input ends: the guard wants it
+to, or is gone. Whatever way it ends, it ends everything that it has started.
 """
 
 from __future__ import annotations
@@ -15,33 +15,29 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.orders import Order
 from cluster.process_tree import become_subreaper, kill_descendants
 
-Main = Callable[[Order, Path], Coroutine[None, None, None]]
+Main = Callable[[Order, Path], Coroutine[Any, Any, None]]
 """What is run: returns when it is done, raises ClusterError, and cleans up when it is cancelled."""
 
 
 def run_child(main: Main, order: Order, run_directory: Path) -> int:
-    """Run `main` until it ends or a stop is asked for; returns the exit code. Nothing it started is left
-    afterwards.
-    """
+    """Run `main` until it ends or is asked to stop; returns the exit code. It leaves nothing behind."""
     loop = asyncio.new_event_loop()
     task = loop.create_task(main(order, run_directory))
 
     def stop() -> None:
         loop.remove_reader(sys.stdin.fileno())
-        task.cancel()
-
-    def stop_once() -> None:
         # A second cancellation would interrupt the clean-up that the first has begun.
         if not task.cancelling():
-            stop()
+            task.cancel()
 
-    loop.add_signal_handler(signal.SIGTERM, stop_once)
-    loop.add_reader(sys.stdin.fileno(), stop_once)
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_reader(sys.stdin.fileno(), stop)
     try:
         loop.run_until_complete(task)
         code = 0
@@ -75,7 +71,7 @@ def main() -> None:
     name, run_directory = sys.argv[1], Path(sys.argv[2])
     order = Order.from_json(sys.stdin.buffer.readline())
     logging.basicConfig(
-        level=logging.DEBUG if order.debug else logging.WARNING,
+        level=logging.INFO if order.debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     if name == "serve":

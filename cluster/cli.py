@@ -71,8 +71,7 @@ def _debug_option(command: F) -> F:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(importlib.metadata.version("prelay"), prog_name="prelay")
 def cli() -> None:
-    """Serve a language model on two pools of workers: prefill workers read prompts, decode workers write
-    answers.
+    """Serve a language model on two pools: prefill workers read prompts, decode workers write answers.
 
     \b
     A first look:    prelay demo
@@ -106,6 +105,7 @@ def serve(config_file: Path | None, as_json: bool, debug: bool, **settings: Any)
 @cli.command(epilog=_EXIT_CODES)
 @_config_options
 @click.option("--show", is_flag=True, help="Print the effective configuration as YAML.")
+@_debug_option
 def config(config_file: Path | None, show: bool, **settings: Any) -> int:
     """Check a configuration, and show what it comes to.
 
@@ -164,6 +164,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(0)  # Ctrl-C before anything was started
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error}; --debug shows the traceback", 1)
     sys.exit(code)
 
 

@@ -34,6 +34,24 @@ class ServeConfig(BaseModel):
         model = self.model.model_copy(update={"path": path, "name": self.model.name or path.name})
         return self.model_copy(update={"model": model})
 
+    def check_kv_room(self, max_model_len: int) -> None:
+        """Raises ValueError if the KV cache of a pool cannot hold one sequence of `max_model_len` tokens."""
+        for pool, tokens in (
+            ("prefill", self.prefill.kv_cache_tokens),
+            ("decode", self.decode.kv_cache_tokens),
+        ):
+            if tokens < max_model_len:
+                raise ValueError(
+                    f"{pool}.kv_cache_tokens is {tokens}, too few for one sequence of {max_model_len} "
+                    "tokens: raise it, or lower model.max_model_len"
+                )
+
+    @model_validator(mode="after")
+    def _longest_sequence_fits(self) -> Self:
+        if self.model.max_model_len is not None:
+            self.check_kv_room(self.model.max_model_len)
+        return self
+
     @property
     def threads(self) -> int:
         """CPUs that the workers of both pools take together."""

@@ -1,6 +1,4 @@
-"""From a YAML file and command-line flags to a `ServeConfig`, or to a message that says what to change
-where.
-"""
+"""From a YAML file and command-line flags to a `ServeConfig`, or to a message that says what to change."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Which cores a worker runs on: each thread of a worker gets a core of its own while there are enough of
-them.
-"""
+"""Which cores a worker runs on: one of its own for each of its threads, while there are enough."""
 
 from __future__ import annotations
 
@@ -13,17 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class CoreShare:
-    """cores: what a worker is pinned to. shared: whether another worker of this deployment has some of them
-    too.
-    """
+    """cores: what a worker is pinned to. shared: whether there are fewer cores than slots."""
 
     cores: tuple[int, ...]
     shared: bool
 
 
 def share_cores(allowed: Sequence[int], first_slot: int, threads: int, slots: int) -> CoreShare:
-    """The cores for slots first_slot .. first_slot + threads - 1 of the `slots` that all workers of a node
-    need.
+    """The cores for slots first_slot .. first_slot + threads - 1 of all `slots` on a node.
 
     allowed: the cores that the node lets its processes use. Slots beyond their number start again from the
     first core.

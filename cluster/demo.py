@@ -51,14 +51,14 @@ async def demo(order: Order, run_directory: Path) -> None:
         prompts = demo_prompts()
         answers = await deployment.run_while(_ask_all(ready, prompts, console))
         print_answers(console, answers, slo_name, slo)
-        reporter.progress("check", "the same prompts in one process", 0.0)
+        checking = reporter_for(Console(stderr=True))
         references = await asyncio.to_thread(
             compute_references,
             Path(str(config.model.path)),
             prompts,
-            lambda done: reporter.progress("check", "the same prompts in one process", done / len(prompts)),
+            lambda done: checking.progress("check", "the same in one process", done / len(prompts)),
         )
-        reporter.close()
+        checking.close()
         complaints = complaints_about(answers, references)
         if order.as_json:
             print(json.dumps(answers_json(answers, slo_name, slo, equal=not complaints)), flush=True)

@@ -1,6 +1,4 @@
-"""Sends the demo's prompts through the two front ends, as any client would: nothing here knows the inside
-of prelay.
-"""
+"""Sends the demo's prompts through the two front ends, as any client would: from outside."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The demo's measure: every prompt again in one process, without pools, router or hand-off, and a
-comparison.
-"""
+"""The demo's measure: every prompt again in one process, without pools, router or hand-off."""
 
 from __future__ import annotations
 

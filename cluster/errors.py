@@ -1,5 +1,4 @@
-"""Everything that a command of prelay refuses or gives up on, drawn as the tree that it is, with its exit
-code.
+"""What commands of prelay refuse or give up on, drawn as the tree that it is, with the exit codes.
 
 ClusterError                 1  something failed while starting or running
 ├── ConfigError              2  the configuration or the command line says something that cannot be done
@@ -17,9 +16,7 @@ from typing import ClassVar
 
 
 class ClusterError(Exception):
-    """Base of everything that `cluster` raises on purpose; the message is fit to be shown to a user as it
-    is.
-    """
+    """Base of all that `cluster` raises on purpose; the message is fit to be shown to a user as it is."""
 
     exit_code: ClassVar[int] = 1
 
@@ -51,9 +48,7 @@ class RouterError(ClusterError):
 
 
 class WorkerError(ClusterError):
-    """Raised at the first start; later a worker is started again, and this is raised when that does not
-    help.
-    """
+    """At the first start; later a worker is started again, and this means that it does not help."""
 
 
 class DemoError(ClusterError):

@@ -1,14 +1,13 @@
-"""The process that a user starts, signals and sees: it stands guard over the deployment and outlives all of
-it.
+"""The process that a user starts, signals and sees: it stands guard over the deployment, to the end.
 
 The deployment runs in a child process with a session of its own (`child.py`), so that Ctrl-C in the
 terminal reaches the guard alone. What the guard promises:
 
-- SIGINT, SIGTERM or SIGHUP: the child is asked to stop; after `grace_s`, or at a second signal, everything
-that descends
-  from the guard is killed. That holds at any moment, also while Ray is half started.
+- SIGINT, SIGTERM or SIGHUP: the child is asked to stop, by the end of its standard input. After `grace_s`, or
+  at a second signal, all that descends from the guard is killed. That holds at any moment, also while Ray is
+  half started.
 - The child ends or is killed: whatever it has left behind is killed too.
-- The guard itself is killed: the child's standard input ends, and the child stops as if it had been asked to.
+- The guard itself is killed: that ends the child's standard input as well.
 """
 
 from __future__ import annotations
@@ -63,9 +62,7 @@ def run_guarded(
 
 
 def _watch(pid: int, leash: int, grace_s: float) -> tuple[int | None, bool]:
-    """Wait for the child. Returns its wait status (None: still running, to be killed) and whether it was
-    asked to stop.
-    """
+    """The child's wait status (None: still running, to be killed) and whether it was asked to stop."""
     statuses: dict[int, int] = {}
     deadline: float | None = None
     while True:

@@ -1,7 +1,7 @@
 """The worker process: a Ray actor that holds one engine and serves one role over gRPC.
 
 The life of a worker: pin to its cores, import torch, set up KV memory, read the weights, listen; then
-`ended` waits until the role gives up or the process dies. Ray starts the process and sees its end; routers
+`serving` waits until the process dies. Ray starts the process and sees its end; routers
 and peers talk to it over gRPC, never through Ray. It dies with its Ray node.
 """
 
@@ -30,15 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
-"""Of worker.proto and transfer.proto, as these workers speak them; routers and peers compare it with
-theirs.
-"""
+"""Of worker.proto and transfer.proto, as these workers speak them; all who talk to each other compare it."""
 
 _FRACTION_IMPORTED = 0.5
 _FRACTION_ALLOCATED = 0.6
-"""How far the start has come, in time on the demo model, when torch is imported and when KV memory is
-there.
-"""
+"""How far the start has come, in time on the demo model: torch is imported, KV memory is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +190,7 @@ class WorkerHost:
         self._progress = Progress("reading weights", done)
 
     def _give_up(self, error: BaseException) -> None:
-        """From the engine thread, when its role cannot go on: a new process is the remedy, and Ray's to
-        notice.
-        """
+        """From the engine thread, when its role cannot go on: the remedy is a new process."""
         logger.critical(
             "worker_gives_up worker=%s epoch=%d", self._spec.worker_id, self._spec.epoch, exc_info=error
         )

@@ -42,9 +42,7 @@ class Ready:
 
 
 class Deployment:
-    """config: resolved, with max_model_len filled in. run_directory: for Ray's files. on_router_log: told
-    each line.
-    """
+    """config: resolved, with max_model_len filled in. run_directory: for Ray's files."""
 
     def __init__(
         self,
@@ -61,9 +59,7 @@ class Deployment:
         self._lives: list[WorkerLife] = []
 
     async def start(self) -> Ready:
-        """Start everything. Raises a ClusterError that says what could not be started; call `stop` then,
-        too.
-        """
+        """Start everything. Raises a ClusterError that says what could not be started; `stop` even then."""
         begin = time.monotonic()
         self._reporter.progress("router", "starting", None)
         settings = router_settings(self._config)
@@ -73,20 +69,17 @@ class Deployment:
         return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
 
     async def run(self) -> None:
-        """Keep the workers alive. Only ends by a ClusterError: the router ended, or a pool has no worker
-        left.
-        """
+        """Keep the workers alive. Ends by a ClusterError only: no router, or no worker left in a pool."""
         assert self._router is not None
         tasks = {asyncio.create_task(life.keep_alive()): life for life in self._lives}
         try:
-            await _unless_it_fails(_end_of(self._router), self._watch(tasks))
+            ends = _end_of(self._router), _end_of(self._cluster)
+            await _unless_it_fails(_all(*ends), self._watch(tasks))
         finally:
             await _cancel(tasks)
 
     async def run_while(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, with the deployment kept running until then. Raises like `work` and like
-        `run`.
-        """
+        """The result of `work`, with the deployment kept running until then. Raises like both."""
         return await _unless_it_fails(self.run(), work)
 
     async def stop(self) -> None:
@@ -152,9 +145,7 @@ def router_settings(config: ServeConfig) -> RouterSettings:
 
 
 def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]:
-    """Every worker of a resolved configuration: prefill first, each on the cores after those of the one
-    before.
-    """
+    """Every worker of a resolved configuration, prefill first, with the slots of cores in that order."""
     model, block_size = config.model, config.kv.block_size
     assert model.path is not None
     assert model.name is not None
@@ -188,12 +179,12 @@ def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]
     return specs
 
 
-async def _end_of(router: RouterProcess) -> None:
-    """Raises RouterError when the router has ended."""
-    raise await router.ended()
+async def _end_of(part: RouterProcess | RayCluster) -> None:
+    """Raises the error that says so when `part` has ended."""
+    raise await part.ended()
 
 
-async def _unless_it_fails(watch: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+async def _unless_it_fails(watch: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, unless `watch`, which only ends by raising, ends first: then its error."""
     tasks = asyncio.create_task(work), asyncio.create_task(watch)
     try:

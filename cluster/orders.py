@@ -10,9 +10,7 @@ from cluster.config import ServeConfig
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """config: resolved and checked. as_json: for a program instead of a person. debug: log more, show
-    tracebacks.
-    """
+    """config: resolved and checked. as_json: for a program to read. debug: more logs, and tracebacks."""
 
     config: ServeConfig
     as_json: bool

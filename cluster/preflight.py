@@ -1,6 +1,4 @@
-"""What can be known about a checkpoint before anything is started: seconds instead of a failed deployment.
-No torch.
-"""
+"""What can be known about a checkpoint before anything is started, in a second and without torch."""
 
 from __future__ import annotations
 
@@ -37,12 +35,9 @@ def check_model(config: ServeConfig) -> ServeConfig:
             f"{model.max_position_embeddings} tokens: lower it, or leave it out"
         )
     max_model_len = limit or model.max_position_embeddings
-    for pool in ("prefill", "decode"):
-        tokens = getattr(config, pool).kv_cache_tokens
-        if tokens < max_model_len:
-            raise ConfigError(
-                f"{pool}.kv_cache_tokens is {tokens}, too few for one sequence of {max_model_len} tokens: "
-                "raise it, or lower model.max_model_len"
-            )
+    try:
+        config.check_kv_room(max_model_len)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     section = config.model.model_copy(update={"max_model_len": max_model_len})
     return config.model_copy(update={"model": section})

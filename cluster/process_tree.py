@@ -65,9 +65,7 @@ def kill_descendants(
 
 
 def reap(on_exit: Callable[[int, int], None] = lambda pid, status: None) -> bool:
-    """Collect children that have ended, telling `on_exit` their pid and wait status; whether others are
-    left.
-    """
+    """Collect children that have ended, telling `on_exit` pid and wait status; whether others are left."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -1,5 +1,4 @@
-"""Ray, as far as prelay uses it: a place for each worker, and a process there. Requests never pass through
-it.
+"""Ray, as far as prelay uses it: a place and a process for each worker. Requests never pass through it.
 
 Ray's calls block, so they run in one thread of their own. That thread must live as long as this process:
 Ray asks the kernel to kill its processes when the thread that started them ends.
@@ -10,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +23,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import parse_host_port
 from cluster.errors import RayError
+from cluster.process_tree import descendants
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # nothing of size goes through it; Ray's minimum is a little less
 _CONNECT_TIMEOUT_S = 5.0
+_JOIN_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 _PLACE_TIMEOUT_S = 30.0
 
 
@@ -53,31 +56,21 @@ class RayCluster:
         """Raises RayError if Ray does not start, cannot be reached, or has too few CPUs."""
         for name in ("ray", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        options: dict[str, Any] = {
-            "namespace": self._namespace,
-            "log_to_driver": False,
-            "configure_logging": False,
-            "include_dashboard": False,
-        }
         if self._address is None:
-            options |= {
-                "address": "local",
+            await self._init(
+                "start Ray",
+                _START_TIMEOUT_S,
+                address="local",
                 # More than there are cores, if so configured: the workers then share them.
-                "num_cpus": self._num_cpus,
-                "object_store_memory": _OBJECT_STORE_BYTES,
-                "_temp_dir": str(self._directory),
-            }
+                num_cpus=self._num_cpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _temp_dir=str(self._directory),
+            )
         else:
             await self._check_address(self._address)
-            options = {**options, "address": self._address}
-            del options["include_dashboard"]
-        try:
-            await self._call(ray.init, **options)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            where = f"join the Ray cluster at {self._address}" if self._address else "start Ray"
-            raise RayError(f"could not {where}: {error}") from error
-        self._started = True
-        if not self.is_local:
+            what = f"join the Ray cluster at {self._address}"
+            await self._init(what, _JOIN_TIMEOUT_S, address=self._address)
             self._node_constraint = await self._call(self._one_node_for_all)
 
     async def place(self, name: str, threads: int) -> PlacementGroup:
@@ -114,6 +107,29 @@ class RayCluster:
         """End an actor's process, if it has not ended."""
         await self._call(ray.kill, actor, no_restart=True)
 
+    def log_of(self, pid: int) -> Path | None:
+        """Where an actor's process has written what went wrong; None if that is on another machine."""
+        return next(self._directory.glob(f"session_*/logs/worker-*-{pid}.err"), None)
+
+    async def ended(self) -> RayError:
+        """Wait until a private Ray's node process (the raylet, which takes the workers with it) has ended.
+
+        Returns what to say about it. A joined cluster is not watched: its workers' ends tell enough.
+        """
+        gone = asyncio.Event()
+        if not self.is_local:
+            await gone.wait()
+        # Ray itself would tell nobody, and starting workers again would wait for ever.
+        process = os.pidfd_open(_raylet())
+        loop = asyncio.get_running_loop()
+        loop.add_reader(process, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(process)
+            os.close(process)
+        return RayError("Ray's node process (raylet) has ended, and the workers with it")
+
     async def stop(self) -> None:
         """Leave a joined cluster: its actors of ours and their placement groups end.
 
@@ -121,6 +137,25 @@ class RayCluster:
         """
         if self._started and not self.is_local:
             await self._call(ray.shutdown)
+
+    async def _init(self, what: str, timeout_s: float, **options: Any) -> None:
+        common: dict[str, Any] = {
+            "namespace": self._namespace,
+            "log_to_driver": False,
+            "configure_logging": False,
+        }
+        try:
+            await asyncio.wait_for(self._call(ray.init, **common, **options), timeout_s)
+        except TimeoutError:
+            hint = (
+                ""
+                if self.is_local
+                else "; if it wants a token, as Ray does by default, set RAY_AUTH_MODE=token"
+            )
+            raise RayError(f"could not {what} within {timeout_s:.0f} s{hint}") from None
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise RayError(f"could not {what}: {error}") from error
+        self._started = True
 
     async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
@@ -155,3 +190,11 @@ class RayCluster:
                 "prefill.replicas, decode.replicas or their threads, or add a node"
             )
         return {f"node:{address}": 0.001}
+
+
+def _raylet() -> int:
+    """The process id of the raylet that this process has started."""
+    for pid in descendants(os.getpid()):
+        if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet":
+            return pid
+    raise RayError("Ray's node process (raylet) is not there any more")

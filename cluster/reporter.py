@@ -1,6 +1,4 @@
-"""What a person sees of a deployment that starts and runs: progress while it starts, one line per event
-afterwards.
-"""
+"""What a person sees of a deployment: progress while it starts, one line per event afterwards."""
 
 from __future__ import annotations
 
@@ -14,15 +12,13 @@ class Reporter(Protocol):
     """Told by the launcher what happens."""
 
     def progress(self, what: str, stage: str, fraction: float | None) -> None:
-        """`what` (ray, router, a worker) has come `fraction` of the way until it serves; None: nobody
-        knows.
-        """
+        """`what` (ray, router, a worker) has come this `fraction` of its way; None: nobody knows."""
 
     def event(self, line: str) -> None:
         """Something happened that is worth a line."""
 
     def close(self) -> None:
-        """The deployment is up, or has failed: no progress any more."""
+        """The deployment is up, or has failed: no progress is shown any more, only events."""
 
 
 class LineReporter:
@@ -31,9 +27,10 @@ class LineReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._stages: dict[str, str] = {}
+        self._closed = False
 
     def progress(self, what: str, stage: str, fraction: float | None) -> None:
-        if self._stages.get(what) != stage:
+        if not self._closed and self._stages.get(what) != stage:
             self._stages[what] = stage
             self.event(f"{what}: {stage}")
 
@@ -41,7 +38,7 @@ class LineReporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        pass
+        self._closed = True
 
 
 class BarReporter:
@@ -49,20 +46,21 @@ class BarReporter:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._closed = False
+        self._bars = Progress(
+            TextColumn("{task.fields[what]:<10}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description:<32}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
 
     def progress(self, what: str, stage: str, fraction: float | None) -> None:
-        if self._bars is None:
-            self._bars = Progress(
-                TextColumn("{task.fields[what]:<10}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description:<32}"),
-                TimeElapsedColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._bars.start()
+        if self._closed:
+            return
+        self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(stage, total=None, what=what)
         total = None if fraction is None else 1.0
@@ -72,10 +70,8 @@ class BarReporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-            self._tasks.clear()
+        self._closed = True
+        self._bars.stop()
 
 
 def reporter_for(console: Console) -> Reporter:

@@ -53,8 +53,7 @@ class RouterProcess:
 
     @classmethod
     async def start(cls, settings_json: str, on_line: Callable[[str], None]) -> Self:
-        """Start the router and wait until it listens. on_line: told each line that it writes to standard
-        error.
+        """Start the router and wait until it listens. on_line: told what it writes to standard error.
 
         Raises AddressInUseError or RouterError with the router's own message.
         """
@@ -118,9 +117,7 @@ class RouterProcess:
             await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
 
     async def stop(self) -> None:
-        """End the router: it closes its streams with an error that says so, or is killed when that takes
-        too long.
-        """
+        """End the router: it ends its clients' streams with an error, or is killed if that takes too long."""
         await self._channel.close()
         if self._process.stdin is not None:
             self._process.stdin.close()

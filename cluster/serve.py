@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,8 @@ async def serve(order: Order, run_directory: Path) -> None:
         if order.as_json:
             print(json.dumps(ready_json(ready)), flush=True)
         else:
-            out = Console()
             # A pipe has no width to respect.
-            out.print(ready_panel(ready), width=None if out.is_terminal else 120)
+            Console(width=None if sys.stdout.isatty() else 120).print(ready_panel(ready))
         await deployment.run()
     finally:
         reporter.close()

@@ -103,16 +103,14 @@ class WorkerLife:
         return self.live
 
     async def keep_alive(self) -> None:
-        """Start the worker again whenever it dies. Only ends by WorkerError, when that does not help any
-        more.
-        """
+        """Start the worker again whenever it dies. Ends by WorkerError only, when that does not help."""
         failures = 0
         while True:
             born = self._clock()
             reason = await self._death()
             if self._clock() - born >= self._policy.steady_s:
                 failures = 0
-            self._reporter.event(f"worker {self.worker_id} (epoch {self._epoch}) died: {reason}")
+            self._reporter.event(f"worker {self.worker_id} (epoch {self._epoch}) died: {reason}{self._log()}")
             while True:
                 await self._bury()
                 failures += 1
@@ -131,9 +129,7 @@ class WorkerLife:
                     break
 
     async def stop(self) -> None:
-        """Let the worker end its streams, then end its process; a worker that does not answer is not waited
-        for.
-        """
+        """Let the worker end its streams, then end its process, even if it does not answer."""
         if self._actor is None:
             return
         if self.live is not None:
@@ -174,6 +170,10 @@ class WorkerLife:
             return str(_cause(error))
         raise AssertionError("WorkerHost.serving returned")
 
+    def _log(self) -> str:
+        path = self._cluster.log_of(self.live.info.pid) if self.live else None
+        return f" Its log: {path}" if path else ""
+
     async def _bury(self) -> None:
         """Make certain that this life is over, and that the router knows."""
         live, self.live = self.live, None
@@ -198,8 +198,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: RayActorError) -> str:
-    """The first telling line of Ray's many."""
-    for line in str(error).splitlines():
-        if "exit" in line.lower() or "died because" in line or "killed" in line:
-            return line.strip()
-    return str(error).partition("\n")[0]
+    """What Ray knows about the end of a process, without its guesses at the cause."""
+    _, found, detail = str(error).partition("Worker exit detail: ")
+    return (detail if found else str(error)).partition("\n")[0].partition(" Some common causes")[0]

@@ -1,9 +1,11 @@
-"""A whole deployment under test: `prelay serve` in a process of its own, on free ports, and what is left of it."""
+"""A whole deployment under test: `prelay serve` in a process of its own, and what is left of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,7 +58,7 @@ class Server:
         return [process for process in psutil.process_iter() if _has_mark(process, self.mark)]
 
     def assert_gone(self, since: float, ready: dict[str, Any] | None) -> None:
-        """Blocks until nothing of it is left: no process, port or shared memory, within the limit after `since`."""
+        """Blocks until no process, port or shared memory of it is left, within the limit after `since`."""
         while tree := self.tree():
             assert time.monotonic() - since < STOP_LIMIT_S, f"left: {tree}; {self.log.read_text()}"
             time.sleep(0.05)
@@ -95,6 +97,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
         if server.process.poll() is None:
             server.process.send_signal(signal.SIGTERM)
         server.process.communicate()
+        # What a failed deployment keeps for whoever wants to know why.
+        for directory in re.findall(r"are kept in (\S+)", server.log.read_text()):
+            shutil.rmtree(directory)
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:

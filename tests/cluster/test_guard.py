@@ -1,6 +1,6 @@
-"""The guard ends all that descends from it, whichever of them is asked or killed. No Ray here: small stand-ins.
+"""The guard ends all that descends from it, whichever is asked or killed. No Ray here: small stand-ins.
 
-Every process of a tree inherits the write end of one pipe, so the end of that pipe is the end of the last of them.
+Every process of a tree inherits the write end of one pipe: the end of that pipe is the end of the last one.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ LEAVE_A_DAEMON = """
         os._exit(0)
     os.wait()
 """
+SAY_READY = """
+    os.write(int(sys.argv[1]), b"%d\\n" % os.getpid())
+"""
 OBEY = """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    sys.stdin.read()
 """
 IGNORE = """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-"""
-SAY_WHEN_ASKED = """
-    signal.signal(signal.SIGTERM, lambda *_: os.write(int(sys.argv[1]), b"asked\\n"))
-"""
-SAY_READY_AND_WAIT = """
-    os.write(int(sys.argv[1]), b"%d\\n" % os.getpid())
     while True:
         signal.pause()
+"""
+SAY_WHEN_ASKED = """
+    sys.stdin.read()
+    os.write(int(sys.argv[1]), b"asked\\n")
 """
 SAY_WHEN_INPUT_ENDS = """
     import os, sys
@@ -101,7 +101,7 @@ def test_the_childs_exit_code_is_the_guards(start: Callable[..., Tree]) -> None:
 def test_a_stop_signal_asks_the_child_and_ends_what_it_leaves(
     start: Callable[..., Tree], signum: signal.Signals
 ) -> None:
-    tree = start(LEAVE_A_DAEMON, OBEY, SAY_READY_AND_WAIT)
+    tree = start(LEAVE_A_DAEMON, SAY_READY, OBEY)
     tree.read_line()
     tree.guard.send_signal(signum)
     assert tree.all_gone()
@@ -109,7 +109,7 @@ def test_a_stop_signal_asks_the_child_and_ends_what_it_leaves(
 
 
 def test_a_child_that_does_not_stop_is_killed(start: Callable[..., Tree]) -> None:
-    tree = start(LEAVE_A_DAEMON, IGNORE, SAY_READY_AND_WAIT, grace_s=0.1)
+    tree = start(LEAVE_A_DAEMON, SAY_READY, IGNORE, grace_s=0.1)
     tree.read_line()
     tree.guard.send_signal(signal.SIGTERM)
     assert tree.all_gone()
@@ -117,7 +117,7 @@ def test_a_child_that_does_not_stop_is_killed(start: Callable[..., Tree]) -> Non
 
 
 def test_a_second_signal_kills_at_once(start: Callable[..., Tree]) -> None:
-    tree = start(LEAVE_A_DAEMON, SAY_WHEN_ASKED, SAY_READY_AND_WAIT)
+    tree = start(LEAVE_A_DAEMON, SAY_READY, SAY_WHEN_ASKED, IGNORE)
     tree.read_line()
     tree.guard.send_signal(signal.SIGINT)
     assert tree.read_line() == "asked\n"
@@ -127,7 +127,7 @@ def test_a_second_signal_kills_at_once(start: Callable[..., Tree]) -> None:
 
 
 def test_a_killed_child_takes_everything_with_it(start: Callable[..., Tree]) -> None:
-    tree = start(LEAVE_A_DAEMON, OBEY, SAY_READY_AND_WAIT)
+    tree = start(LEAVE_A_DAEMON, SAY_READY, OBEY)
     os.kill(int(tree.read_line()), signal.SIGKILL)
     assert tree.all_gone()
     assert tree.guard.wait() == 1

@@ -1,0 +1,65 @@
+"""What a configuration becomes: the workers' specs and the router's settings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from cluster.config import ServeConfig
+from cluster.config_file import load_config, parse_assignment
+from cluster.host import DecodeHost, PrefillHost
+from cluster.launch import router_settings, worker_specs
+from cluster.orders import Order
+from cluster.preflight import check_model
+
+
+def configured(*assignments: str) -> ServeConfig:
+    return check_model(load_config(None, [parse_assignment(text) for text in assignments]).resolved())
+
+
+def test_every_worker_has_slots_of_its_own() -> None:
+    specs = worker_specs(configured("prefill.replicas=2", "prefill.threads=2", "decode.replicas=2"))
+    assert [(spec.worker_id, spec.first_slot, spec.threads) for _, spec in specs] == [
+        ("prefill-0", 0, 2),
+        ("prefill-1", 2, 2),
+        ("decode-0", 4, 1),
+        ("decode-1", 5, 1),
+    ]
+    assert {spec.slots for _, spec in specs} == {6}
+    assert [host_class for host_class, _ in specs] == [PrefillHost, PrefillHost, DecodeHost, DecodeHost]
+
+
+def test_kv_blocks_cover_the_tokens_and_snapshots_beat_the_timeout() -> None:
+    config = configured("decode.kv_cache_tokens=1030", "kv.block_size=100", "router.liveness_timeout_s=3.0")
+    (_, prefill), (_, decode) = worker_specs(config)
+    assert decode.num_blocks == 11
+    assert prefill.max_batch_tokens == config.prefill.max_batch_tokens
+    assert decode.max_batch_tokens == decode.max_num_seqs == config.decode.max_num_seqs
+    assert prefill.heartbeat_s == 0.5
+
+
+def test_the_models_own_limit_is_the_default() -> None:
+    assert configured().model.max_model_len == 1024
+    assert configured("model.max_model_len=100").model.max_model_len == 100
+
+
+def test_every_key_of_the_routers_section_reaches_it() -> None:
+    config = configured(
+        "router.http=127.0.0.1:1",
+        "router.liveness_timeout_s=2.0",
+        "router.request_timeout_s=3.0",
+        "router.retry_after_s=4.0",
+        "router.max_gated_requests=5",
+        "router.max_choices=6",
+        "router.max_body_bytes=7000",
+        "slo.default=batch",
+    )
+    settings = asdict(router_settings(config))
+    assert config.router.model_dump().items() <= settings.items()
+    assert settings["default_slo_class"] == "batch"
+    assert settings["slo_classes"]["batch"] == {"ttft_s": 30.0, "tpot_s": 1.0}
+
+
+def test_an_order_survives_its_way_to_the_child() -> None:
+    order = Order(configured("slo.classes.fast={ttft_s: 1, tpot_s: 1}"), as_json=True, debug=False)
+    assert Order.from_json(order.to_json()) == order
+    assert b"\n" not in order.to_json()

@@ -1,0 +1,209 @@
+"""The lives of one worker: epochs, restarts, and when to give up. Ray and the router are stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prelay.v1 import worker_pb2
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.errors import ClusterError, ModelError, WorkerError
+from cluster.host import DecodeHost, HostSpec, Progress, StartReport
+from cluster.ray_cluster import RayCluster
+from cluster.router_process import RouterProcess
+from cluster.worker_life import RestartPolicy, WorkerLife, next_epoch
+from engine.errors import CheckpointError
+
+TEMPLATE = HostSpec(
+    worker_id="decode-0",
+    epoch=0,
+    checkpoint=Path("model"),
+    model_name="model",
+    max_model_len=64,
+    dtype="float32",
+    block_size=16,
+    num_blocks=4,
+    threads=1,
+    first_slot=0,
+    slots=1,
+    max_batch_tokens=4,
+    max_num_seqs=4,
+    heartbeat_s=0.25,
+    lease_s=10.0,
+)
+POLICY = RestartPolicy(backoff_s=0.0, max_backoff_s=0.0, max_failures=2, steady_s=60.0)
+
+
+class FakeMethod:
+    """Like the method of an actor's handle."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+
+    def remote(self) -> Any:
+        return self._function()
+
+
+class FakeActor:
+    """One life: it starts at once, or fails with `start_error`, and serves until `died` is set."""
+
+    def __init__(self, spec: HostSpec, start_error: Exception | None) -> None:
+        self.spec = spec
+        self.died = asyncio.Event()
+        self._start_error = start_error
+        self.start = FakeMethod(self._start)
+        self.progress = FakeMethod(self._progress)
+        self.serving = FakeMethod(self._serving)
+
+    async def _start(self) -> StartReport:
+        if self._start_error is not None:
+            raise self._start_error
+        info = worker_pb2.WorkerInfo(worker_id=self.spec.worker_id, epoch=self.spec.epoch, pid=1)
+        return StartReport(info.SerializeToString(), kv_bytes=0, cores=(0,), cores_shared=False)
+
+    async def _progress(self) -> Progress:
+        return Progress("reading weights", 0.5)
+
+    async def _serving(self) -> None:
+        await self.died.wait()
+        raise RayActorError
+
+
+class FakeWorld:
+    """RayCluster, RouterProcess and Reporter at once; what they are told is kept in order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.lives: asyncio.Queue[FakeActor] = asyncio.Queue()
+        self.start_errors: list[Exception] = []
+
+    async def place(self, name: str, threads: int) -> str:
+        return "group"
+
+    async def spawn(
+        self, actor_class: type, group: object, name: str, threads: int, spec: HostSpec
+    ) -> FakeActor:
+        actor = FakeActor(spec, self.start_errors.pop(0) if self.start_errors else None)
+        self.lives.put_nowait(actor)
+        return actor
+
+    async def kill(self, actor: FakeActor) -> None:
+        self.log.append(f"kill {actor.spec.epoch}")
+
+    def log_of(self, pid: int) -> None:
+        return None
+
+    async def register(self, info: worker_pb2.WorkerInfo) -> None:
+        self.log.append(f"register {info.epoch}")
+
+    async def remove(self, worker_id: str, epoch: int) -> None:
+        self.log.append(f"remove {epoch}")
+
+    def progress(self, what: str, stage: str, fraction: float | None) -> None:
+        pass
+
+    def event(self, line: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def life(self, now_ms: int, clock: Callable[[], float] = lambda: 0.0) -> WorkerLife:
+        return WorkerLife(
+            DecodeHost,
+            TEMPLATE,
+            cast(RayCluster, self),
+            cast(RouterProcess, self),
+            self,
+            POLICY,
+            wall_clock_ns=lambda: now_ms * 1_000_000,
+            clock=clock,
+        )
+
+
+def raised_in_actor(cause: Exception) -> Exception:
+    """As Ray raises it in the caller: an instance of the cause's class, too."""
+    error: Exception = RayTaskError("start", "", cause).as_instanceof_cause()  # type: ignore[no-untyped-call]
+    return error
+
+
+def test_epochs_grow_even_if_the_clock_does_not() -> None:
+    assert next_epoch(0, 5_999_999) == 5
+    assert next_epoch(5, 5_999_999) == 6
+    assert next_epoch(9, 5_999_999) == 10
+
+
+def test_delays_double_up_to_a_limit() -> None:
+    policy = RestartPolicy(backoff_s=0.5, max_backoff_s=3.0)
+    assert [policy.delay_s(failures) for failures in (1, 2, 3, 4, 5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+async def test_a_dead_worker_is_removed_and_lives_again_under_a_greater_epoch() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    live = await life.start()
+    assert live.info.epoch == 7
+    keeping = asyncio.create_task(life.keep_alive())
+    (await world.lives.get()).died.set()
+    second = await world.lives.get()
+    second.died.set()
+    third = await world.lives.get()
+    assert third.spec.epoch == 9
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    assert world.log[:6] == ["register 7", "remove 7", "kill 7", "register 8", "remove 8", "kill 8"]
+
+
+async def test_a_worker_that_keeps_dying_is_given_up() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=1)
+    await life.start()
+    world.start_errors = [RayActorError(), RayActorError()]
+    (await world.lives.get()).died.set()
+    with pytest.raises(WorkerError, match="decode-0 died 3 times in a row"):
+        await life.keep_alive()
+    assert world.lives.qsize() == POLICY.max_failures
+    assert life.live is None
+
+
+async def test_a_long_life_makes_up_for_earlier_failures() -> None:
+    world = FakeWorld()
+    times = iter(range(0, 10_000, 100))
+    life = world.life(now_ms=1, clock=lambda: float(next(times)))
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    for _ in range(3 * POLICY.max_failures):
+        (await world.lives.get()).died.set()
+    await world.lives.get()
+    assert not keeping.done()
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (
+            raised_in_actor(CheckpointError("x is missing")),
+            ModelError,
+            "x is missing",
+        ),
+        (
+            raised_in_actor(OSError("no memory")),
+            WorkerError,
+            "OSError: no memory",
+        ),
+        (RayActorError(), WorkerError, "decode-0 died while starting"),
+    ],
+)
+async def test_a_first_start_that_fails_says_why(
+    raised: Exception, expected: type[ClusterError], message: str
+) -> None:
+    world = FakeWorld()
+    world.start_errors = [raised]
+    with pytest.raises(expected, match=message):
+        await world.life(now_ms=1).start()
