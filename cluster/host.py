@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import logging
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from transfer.ipc import SharedSegment
 
 logger = logging.getLogger(__name__)
-
-PROTOCOL_VERSION = 1
-"""Of worker.proto and transfer.proto, as these workers speak them; all who talk to each other compare it."""
 
 _FRACTION_IMPORTED = 0.5
 _FRACTION_ALLOCATED = 0.6
@@ -90,7 +88,7 @@ class Service(Protocol):
     async def stop(self) -> None: ...
 
 
-class WorkerHost:
+class WorkerHost(ABC):
     """The actor. Its subclasses name the role, which is what `ps` and `ray list actors` show."""
 
     role: worker_pb2.Role
@@ -133,7 +131,7 @@ class WorkerHost:
             num_blocks=spec.num_blocks,
             max_num_seqs=spec.max_num_seqs,
             max_batch_tokens=spec.max_batch_tokens,
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
             pid=os.getpid(),
         )
         self._service = self._build(info, engine, segment, registry)
@@ -196,10 +194,11 @@ class WorkerHost:
         )
         os._exit(1)
 
+    @abstractmethod
     def _build(
         self, info: worker_pb2.WorkerInfo, engine: Engine, segment: SharedSegment, registry: CollectorRegistry
     ) -> Service:
-        raise NotImplementedError
+        """The role's service over a loaded engine."""
 
 
 class PrefillHost(WorkerHost):

@@ -114,7 +114,7 @@ class FakeFleet:
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,
-            protocol_version=1,
+            protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
         )
         worker = FakeWorker(self, info, heartbeat_s)
         await worker.start()

@@ -21,9 +21,6 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 from router.errors import WorkerRefusedError, WorkerUnreachableError
 from router.pool_view import Role
 
-PROTOCOL_VERSION = 1
-"""Of worker.proto, said in both hellos; only equal ones talk to each other."""
-
 ROLE_OF_PROTO = {worker_pb2.ROLE_PREFILL: Role.PREFILL, worker_pb2.ROLE_DECODE: Role.DECODE}
 
 _CHANNEL_OPTIONS = (
@@ -149,7 +146,9 @@ async def connect(registration: Registration, router_id: str, timeout_s: float) 
         async with asyncio.timeout(timeout_s):
             call = worker_pb2_grpc.WorkerStub(channel).Attach(wait_for_ready=True)
             hello = worker_pb2.RouterHello(
-                router_id=router_id, protocol_version=PROTOCOL_VERSION, epoch=registration.epoch
+                router_id=router_id,
+                protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
+                epoch=registration.epoch,
             )
             await call.write(worker_pb2.RouterMessage(seq=1, hello=hello))
             answer = await call.read()
@@ -179,7 +178,7 @@ def _check(registration: Registration, hello: worker_pb2.WorkerInfo) -> None:
         ("worker_id", registration.worker_id, hello.worker_id),
         ("epoch", registration.epoch, hello.epoch),
         ("role", registration.role, role),
-        ("protocol_version", PROTOCOL_VERSION, hello.protocol_version),
+        ("protocol_version", worker_pb2.PROTOCOL_VERSION_CURRENT, hello.protocol_version),
     ):
         if announced != said:
             raise WorkerRefusedError(

@@ -45,7 +45,7 @@ async def worker(
     info = worker_pb2.WorkerInfo(
         worker_id=worker_id, epoch=EPOCH, role=role, model="fake", model_fingerprint="fake",
         max_model_len=1024, block_size=LAYOUT.block_size, num_blocks=NUM_BLOCKS, max_num_seqs=16,
-        max_batch_tokens=256, protocol_version=1,
+        max_batch_tokens=256, protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
     )  # fmt: skip
     runner = FakeRunner(segment.blocks, LAYOUT.block_size)
     service: Service

@@ -151,7 +151,7 @@ class Pair:
             role=role,
             model_fingerprint=fingerprint,
             max_model_len=200,
-            protocol_version=1,
+            protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
         )
 
     async def _serve(self, worker: Worker) -> Worker:
