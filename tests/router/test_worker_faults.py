@@ -46,6 +46,10 @@ async def test_a_dead_worker_ends_what_depends_on_it(cluster, hold, victim):
     holder(cluster, hold).hold(hold)
     asking = asyncio.create_task(ask(cluster))
     await holder(cluster, hold).waiting_at(hold)
+    if hold is Hold.DECODE:
+        # Not before the router, too, knows that the hand-off is over.
+        tokens = "prelay_inter_token_latency_seconds_count"
+        await cluster.until(lambda: cluster.sample(tokens, slo_class="default") > 0)
     (cluster.prefill if victim == "p0" else cluster.decode).break_stream()
     if (hold, victim) == (Hold.DECODE, "p0"):
         # The decode worker has everything: the prefill worker is no longer needed.
