@@ -24,7 +24,7 @@ from decode_worker.scheduler import Decoded, DecodeScheduler
 from engine.block_pool import BlockPool, Holder
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
-from engine.router_stream import (
+from engine.router_messages import (
     Command,
     Load,
     Outbox,

@@ -15,7 +15,8 @@ from engine.block_pool import BlockPool
 from engine.layout import KvLayout
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
-from engine.router_stream import Load, RouterBatch, RouterStreams
+from engine.router_messages import Load, RouterBatch
+from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
 from transfer.handoff import Connect, Fetch, SendAcknowledge, SendDrop, SendRenew
 from transfer.handshake import our_handshake, segment_ref

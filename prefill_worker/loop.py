@@ -25,7 +25,7 @@ from prelay.v1 import transfer_pb2, worker_pb2
 from engine.block_pool import BlockPool, Holder
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
-from engine.router_stream import (
+from engine.router_messages import (
     Command,
     Load,
     Outbox,

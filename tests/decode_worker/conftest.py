@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from decode_worker.servicer import DecodeService, DecodeSettings
 from engine.fake import FakeRunner
 from engine.layout import KvLayout
-from engine.router_stream import Command, RouterEvent
+from engine.router_messages import Command, RouterEvent
 from engine.runner import StepRunner
 from engine.sequence import RequestKey, ScheduledChunk, TokenSampling
 from prefill_worker.servicer import PrefillService, PrefillSettings

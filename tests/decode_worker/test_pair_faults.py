@@ -11,7 +11,7 @@ import pytest
 from prelay.v1 import worker_pb2
 
 from engine.fake import fake_answer
-from engine.router_stream import RouterGone
+from engine.router_messages import RouterGone
 from engine.sequence import RequestKey
 from transfer.errors import TransferError
 

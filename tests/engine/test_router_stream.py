@@ -11,7 +11,8 @@ import pytest
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine import router_stream
-from engine.router_stream import Command, Load, Outbox, Owner, RouterEvent, RouterGone, RouterStreams
+from engine.router_messages import Command, Load, Outbox, Owner, RouterEvent, RouterGone
+from engine.router_stream import RouterStreams
 from engine.sequence import RequestKey, StopReason
 
 INFO = worker_pb2.WorkerInfo(worker_id="decode-0", epoch=3, protocol_version=1)

@@ -1,0 +1,168 @@
+"""What the engine thread says to routers and hears from them: numbered commands in, one batch a turn out.
+
+Routers number their commands; a snapshot tells a router up to which of them the figures take into account.
+The engine thread says so itself, together with the figures, so a command that still waits in its inbox is
+never counted as seen.
+
+Several routers may be attached at once and may use the same request ids: inside a worker, and on the links
+between workers, a request is therefore named `router_id/request_id`. A router_id names one life of one
+router.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from prelay.v1 import worker_pb2
+
+from engine.sequence import RequestKey, StopReason, TokenSampling
+
+_log = logging.getLogger(__name__)
+
+_STOP_REASONS = {
+    None: worker_pb2.STOP_REASON_UNSPECIFIED,
+    StopReason.STOP: worker_pb2.STOP_REASON_STOP,
+    StopReason.LENGTH: worker_pb2.STOP_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The router stream that a request came from. stream: counted by this worker, never used twice."""
+
+    stream: int
+    router_id: str
+
+    def key(self, request_id: str, attempt: int) -> RequestKey:
+        """The request's name inside the worker and on links."""
+        return RequestKey(f"{self.router_id}/{request_id}", attempt)
+
+    def request_id(self, key: RequestKey) -> str:
+        """The name by which the router knows the request."""
+        return key.request_id[len(self.router_id) + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One numbered message of a router (not its hello)."""
+
+    owner: Owner
+    message: worker_pb2.RouterMessage
+
+
+@dataclass(frozen=True, slots=True)
+class RouterGone:
+    """The stream ended: what came over it is cancelled."""
+
+    owner: Owner
+
+
+RouterEvent: TypeAlias = Command | RouterGone
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The figures of a snapshot.
+
+    queue_requests: accepted but not yet in the batch. queue_tokens: prompt tokens not yet computed.
+    """
+
+    running_requests: int
+    queue_requests: int
+    queue_tokens: int
+    free_blocks: int
+    owned_blocks: int
+    leased_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterBatch:
+    """What one turn of the engine has to say to its routers; all of it took effect together.
+
+    messages, commands_seen: by stream. push: tell the load now instead of on the next beat.
+    """
+
+    messages: dict[int, list[worker_pb2.WorkerMessage]]
+    commands_seen: dict[int, int]
+    load: Load
+    push: bool
+
+
+class Outbox:
+    """Collects, in the engine thread, what a turn has to say to the routers: the tokens of all sequences of
+    a router in one message, after what else there is for it."""
+
+    def __init__(self) -> None:
+        self._messages: dict[int, list[worker_pb2.WorkerMessage]] = {}
+        self._tokens: dict[int, worker_pb2.StepTokens] = {}
+        self._seen: dict[int, int] = {}
+        self._push = False
+
+    def seen(self, command: Command) -> None:
+        self._seen[command.owner.stream] = command.message.seq
+
+    def reserved(self, owner: Owner, key: RequestKey) -> None:
+        message = worker_pb2.Reserved(request_id=owner.request_id(key), attempt=key.attempt)
+        self._add(owner, worker_pb2.WorkerMessage(reserved=message))
+
+    def failed(self, owner: Owner, key: RequestKey, reason: worker_pb2.FailureReason, message: str) -> None:
+        request_id = owner.request_id(key)
+        _log.info(
+            "event=request_failed request=%s attempt=%d reason=%s why=%r",
+            request_id,
+            key.attempt,
+            worker_pb2.FailureReason.Name(reason),
+            message,
+        )
+        failed = worker_pb2.Failed(request_id=request_id, attempt=key.attempt, reason=reason, message=message)
+        self._add(owner, worker_pb2.WorkerMessage(failed=failed))
+        self._push = True
+
+    def token(
+        self,
+        owner: Owner,
+        key: RequestKey,
+        index: int,
+        token_id: int,
+        stop_reason: StopReason | None,
+        times: worker_pb2.StageTimes | None,
+    ) -> None:
+        """The token with this index in the answer."""
+        step = self._tokens.setdefault(owner.stream, worker_pb2.StepTokens())
+        step.sequences.append(
+            worker_pb2.SequenceTokens(
+                request_id=owner.request_id(key),
+                attempt=key.attempt,
+                first_index=index,
+                token_ids=[token_id],
+                stop_reason=_STOP_REASONS[stop_reason],
+                times=times,
+            )
+        )
+        self._push = self._push or stop_reason is not None
+
+    def take(self, load: Load) -> RouterBatch:
+        """Everything since the last call, and the load after it."""
+        for stream, step in self._tokens.items():
+            self._messages.setdefault(stream, []).append(worker_pb2.WorkerMessage(step=step))
+        batch = RouterBatch(self._messages, self._seen, load, self._push)
+        self._messages, self._tokens, self._seen, self._push = {}, {}, {}, False
+        return batch
+
+    def _add(self, owner: Owner, message: worker_pb2.WorkerMessage) -> None:
+        self._messages.setdefault(owner.stream, []).append(message)
+
+
+def sampling_of(message: worker_pb2.TokenSampling) -> TokenSampling:
+    """As the engine takes it: top_p 0, the wire's "not given", means all."""
+    return TokenSampling(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p or 1.0,
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+    )
