@@ -133,6 +133,7 @@ class WorkerHost(ABC):
             max_batch_tokens=spec.max_batch_tokens,
             protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
             pid=os.getpid(),
+            vocab_size=engine.model_config.vocab_size,
         )
         self._service = self._build(info, engine, segment, registry)
         self._server = aio.server()

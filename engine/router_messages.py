@@ -156,11 +156,11 @@ class Outbox:
 
 
 def sampling_of(message: worker_pb2.TokenSampling) -> TokenSampling:
-    """As the engine takes it: top_p 0, the wire's "not given", means all."""
+    """As the engine takes it."""
     return TokenSampling(
         temperature=message.temperature,
         top_k=message.top_k,
-        top_p=message.top_p or 1.0,
+        top_p=message.top_p,
         seed=message.seed,
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens,

@@ -52,7 +52,7 @@ FAILURE_REASON_INVALID: FailureReason
 FAILURE_REASON_INTERNAL: FailureReason
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "metrics_address", "model", "model_fingerprint", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_batch_tokens", "protocol_version", "pid")
+    __slots__ = ("worker_id", "epoch", "role", "address", "metrics_address", "model", "model_fingerprint", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_batch_tokens", "protocol_version", "pid", "vocab_size")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class WorkerInfo(_message.Message):
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -81,7 +82,8 @@ class WorkerInfo(_message.Message):
     max_batch_tokens: int
     protocol_version: int
     pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    vocab_size: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("seq", "hello", "reserve", "prefill", "cancel")
