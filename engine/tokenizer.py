@@ -31,6 +31,9 @@ class Tokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._special_tokens = special_tokens
+        self.longest_token_bytes = _longest_token_bytes(tokenizer)
+        """Most bytes of a text that one token stands for: with it, a text that cannot fit is known by its length.
+        None where the tokenizer may drop text."""
         self._template = None if chat_template is None else _compile(chat_template)
 
     @classmethod
@@ -100,7 +103,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: unlike `encode`, it lets other threads run meanwhile.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 class Detokenizer:
@@ -136,6 +140,16 @@ class Detokenizer:
     def flush(self) -> str:
         """What was held back, when no more tokens come."""
         return self._tokenizer.decode(self._window)[len(self._sent) :]
+
+
+def _longest_token_bytes(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """None unless every byte of a text is sure to be part of some token, as in byte-level tokenizers."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    swallows = any(token.lstrip or token.rstrip for token in added)  # any number of blanks around it
+    byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
+    if swallows or not byte_level or tokenizer.normalizer is not None:
+        return None
+    return max(len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True))
 
 
 def _compile(source: str) -> jinja2.Template:

@@ -196,3 +196,19 @@ def test_damaged_files_are_refused(
         (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=message):
         Tokenizer.from_pretrained(path)
+
+
+@given(text=st.text(max_size=200))
+def test_no_token_stands_for_more_bytes_than_the_longest(storyteller_tokenizer: Tokenizer, text: str):
+    longest = storyteller_tokenizer.longest_token_bytes
+    assert longest is not None
+    assert len(text.encode()) <= longest * len(storyteller_tokenizer.encode(text))
+
+
+def test_there_is_no_longest_token_where_text_may_be_dropped():
+    assert byte_level().longest_token_bytes is not None
+    assert byte_fallback().longest_token_bytes is None
+    swallowing = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    swallowing.decoder = decoders.ByteLevel()
+    swallowing.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+    assert Tokenizer(swallowing, None, {}).longest_token_bytes is None
