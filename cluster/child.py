@@ -68,8 +68,11 @@ def _report(error: Exception, debug: bool) -> None:
 def main() -> None:
     """Entry of `python -m cluster.child`."""
     become_subreaper()
-    name, run_directory = sys.argv[1], Path(sys.argv[2])
+    name, run_directory = sys.argv[1], Path(sys.argv[2]).absolute()
     order = Order.from_json(sys.stdin.buffer.readline())
+    # Ray puts its driver's directory on its workers' path: what lies where the user stands is not to be
+    # imported there.
+    os.chdir(run_directory)
     logging.basicConfig(
         level=logging.INFO if order.debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",

@@ -63,6 +63,8 @@ def parse_host_port(value: str) -> tuple[str, int]:
     host, colon, port = value.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
+    elif "://" in value:
+        raise ValueError(f"{value!r} has a scheme: write only HOST:PORT, as in 127.0.0.1:8000")
     elif ":" in host:
         raise ValueError(f"{value!r} is ambiguous: write an IPv6 address in brackets, as in [::1]:8000")
     if not colon or not host or not port.isascii() or not port.isdigit():
@@ -87,6 +89,8 @@ HostPort = Annotated[str, AfterValidator(_checked_host_port)]
 Name = Annotated[str, AfterValidator(_one_name)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Replicas = Annotated[int, Field(ge=1, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Section(BaseModel):
@@ -103,14 +107,14 @@ class ModelSection(Section):
     path: Annotated[Path | None, Field(strict=False)] = None
     name: Name | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    max_model_len: Count | None = None
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
 
 
 class PrefillSection(Section):
     """threads: CPU threads (and cores) of each worker; max_batch_tokens: most prompt tokens in one step."""
 
-    replicas: Count = 1
-    threads: Count = 1
+    replicas: Replicas = 1
+    threads: Threads = 1
     max_batch_tokens: Count = 512
     kv_cache_tokens: Count = 16384
 
@@ -118,8 +122,8 @@ class PrefillSection(Section):
 class DecodeSection(Section):
     """max_num_seqs: most sequences in one step."""
 
-    replicas: Count = 1
-    threads: Count = 1
+    replicas: Replicas = 1
+    threads: Threads = 1
     max_num_seqs: Count = 64
     kv_cache_tokens: Count = 32768
 
@@ -150,7 +154,7 @@ class RouterSection(Section):
     grpc: HostPort = "127.0.0.1:8001"
     metrics: HostPort = "127.0.0.1:9090"
     admin: HostPort = "127.0.0.1:0"
-    liveness_timeout_s: Seconds = 1.5
+    liveness_timeout_s: Annotated[float, Field(ge=0.2, allow_inf_nan=False)] = 1.5
     request_timeout_s: Seconds = 600.0
     retry_after_s: Seconds = 1.0
     max_gated_requests: Count = 1024
@@ -234,4 +238,6 @@ def child_environment(local_ray: bool) -> dict[str, str]:
         switches["AUTOSCALER_METRIC_PORT"] = "0"
         # Ray would make its workers nicer than everything else on the machine, the router included.
         switches["RAY_worker_niceness"] = "0"
+        # Ray would kill workers when other programs use the memory. Ours take what they need when they start.
+        switches["RAY_memory_monitor_refresh_ms"] = "0"
     return {**os.environ, **switches}

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -51,19 +53,20 @@ async def demo(order: Order, run_directory: Path) -> None:
         prompts = demo_prompts()
         answers = await deployment.run_while(_ask_all(ready, prompts, console))
         print_answers(console, answers, slo_name, slo)
-        checking = reporter_for(Console(stderr=True))
-        references = await asyncio.to_thread(
-            compute_references,
-            Path(str(config.model.path)),
-            prompts,
-            lambda done: checking.progress("check", "the same in one process", done / len(prompts)),
-        )
-        checking.close()
+        with closing(reporter_for(Console(stderr=True))) as checking:
+            references = await asyncio.to_thread(
+                compute_references,
+                Path(str(config.model.path)),
+                prompts,
+                lambda done: checking.progress("check", "the same in one process", done / len(prompts)),
+            )
         complaints = complaints_about(answers, references)
         if order.as_json:
             print(json.dumps(answers_json(answers, slo_name, slo, equal=not complaints)), flush=True)
         if complaints:
-            raise DemoError("\n".join([f"{len(complaints)} of {len(answers)} answers differ:", *complaints]))
+            raise DemoError(
+                "\n".join([f"{len(complaints)} complaints about {len(answers)} answers:", *complaints])
+            )
         console.print(
             f"[bold green]All {len(answers)} answers are equal[/] to those of one process without hand-off."
         )
@@ -73,11 +76,17 @@ async def demo(order: Order, run_directory: Path) -> None:
 
 
 def complaints_about(answers: Sequence[Answer], references: Sequence[Reference]) -> list[str]:
-    """A text for each answer that is not what it must be."""
+    """A text for each answer that is not what it must be, and for each time that does not add up."""
     found = (
         (answer, difference(answer, reference)) for answer, reference in zip(answers, references, strict=True)
     )
-    return [f"request {answer.prompt.number}: {what}" for answer, what in found if what is not None]
+    wrong = [f"request {answer.prompt.number}: {what}" for answer, what in found if what is not None]
+    for answer in answers:
+        stages_s, duration_s = sum(answer.served.stages.values()), answer.served.duration_s
+        if not math.isclose(stages_s, duration_s, abs_tol=1e-6):
+            number = answer.prompt.number
+            wrong.append(f"request {number}: its stages take {stages_s:.6f} s, it took {duration_s:.6f} s")
+    return wrong
 
 
 async def _ask_all(ready: Ready, prompts: Sequence[DemoPrompt], console: Console) -> list[Answer]:

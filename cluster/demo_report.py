@@ -23,6 +23,7 @@ _STAGES = (
     ("transfer", "transfer"),
     ("decode_queue", "decode\nqueue"),
     ("decode", "decode"),
+    ("handoff_retry", "retry"),
 )
 _WIDE = 150
 """Columns from which on one table holds everything."""
@@ -117,7 +118,7 @@ def answers_json(answers: Sequence[Answer], slo_name: str, slo: SloClass, equal:
 
 
 def _table(answers: Sequence[Answer], title: str, *, requests: bool, stages: bool) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("#", justify="right")
     if requests:
         table.add_column("request", no_wrap=True)
@@ -137,7 +138,7 @@ def _table(answers: Sequence[Answer], title: str, *, requests: bool, stages: boo
         row = [str(answer.prompt.number)]
         if requests:
             row += [
-                f"{_kind(answer.prompt)}, {'greedy' if answer.prompt.seed is None else 'sampled'}",
+                f"{_kind(answer.prompt)} {'greedy' if answer.prompt.seed is None else 'sampled'}",
                 answer.prompt.front_end.value,
                 str(answer.prompt_tokens),
                 str(answer.completion_tokens),
@@ -149,7 +150,7 @@ def _table(answers: Sequence[Answer], title: str, *, requests: bool, stages: boo
             ]
         if stages:
             row += [_ms(served.stages.get(stage, 0.0)) for stage, _ in _STAGES]
-            row.append(_ms(served.duration_s))
+            row.append(_ms(sum(served.stages.values())))
         table.add_row(*row)
     return table
 

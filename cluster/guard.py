@@ -4,8 +4,8 @@ The deployment runs in a child process with a session of its own (`child.py`), s
 terminal reaches the guard alone. What the guard promises:
 
 - SIGINT, SIGTERM or SIGHUP: the child is asked to stop, by the end of its standard input. After `grace_s`, or
-  at a second signal, all that descends from the guard is killed. That holds at any moment, also while Ray is
-  half started.
+  at another signal a moment later, all that descends from the guard is killed. That holds at any moment,
+  also while Ray is half started.
 - The child ends or is killed: whatever it has left behind is killed too.
 - The guard itself is killed: that ends the child's standard input as well.
 """
@@ -26,6 +26,9 @@ from cluster.process_tree import become_subreaper, kill_descendants, reap
 
 GRACE_S = 8.5
 """How long a stop may take before it is forced: with the kill, everything is gone within 10 s."""
+
+ECHO_S = 0.5
+"""Signals within this time are one wish to stop: terminals and `timeout` send several for one."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -72,10 +75,13 @@ def _watch(pid: int, leash: int, grace_s: float) -> tuple[int | None, bool]:
         if pid in statuses:
             return statuses[pid], deadline is not None
         if received is not None and received.si_signo in _STOP_SIGNALS:
+            now = time.monotonic()
+            if deadline is not None and now < deadline - grace_s + ECHO_S:
+                continue
             if deadline is not None:
                 print("prelay: asked a second time: killing what is left", file=sys.stderr)
                 return None, True
-            deadline = time.monotonic() + grace_s
+            deadline = now + grace_s
             os.close(leash)
         elif deadline is not None and time.monotonic() >= deadline:
             print("prelay: stopping takes too long: killing what is left", file=sys.stderr)

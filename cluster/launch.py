@@ -8,6 +8,7 @@ then Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ T = TypeVar("T")
 
 _BEATS_PER_TIMEOUT = 6
 """Snapshots that may be lost or late before a worker counts as dead."""
+
+_ATTACH_BEAT_S = 1.0
+"""How often the router is asked whether it has lost a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ class Deployment:
         assert self._router is not None
         tasks = {asyncio.create_task(life.keep_alive()): life for life in self._lives}
         try:
-            ends = _end_of(self._router), _end_of(self._cluster)
-            await _unless_it_fails(_all(*ends), self._watch(tasks))
+            watches = _end_of(self._router), _end_of(self._cluster), self._keep_attached(self._router)
+            await _unless_it_fails(_all(*watches), self._watch(tasks))
         finally:
             await _cancel(tasks)
 
@@ -106,6 +110,19 @@ class Deployment:
                 "cores: some share a core, and their timings will suffer"
             )
         return tuple(workers)
+
+    async def _keep_attached(self, router: RouterProcess) -> None:
+        """Attach workers again that the router has given up; runs for ever."""
+        while True:
+            await asyncio.sleep(_ATTACH_BEAT_S)
+            with contextlib.suppress(WorkerError):  # a router that has ended is seen elsewhere
+                attached = await router.attached()
+                lost = [
+                    life
+                    for life in self._lives
+                    if life.live is not None and (life.worker_id, life.live.info.epoch) not in attached
+                ]
+                await asyncio.gather(*(life.attach_again() for life in lost))
 
     async def _watch(self, tasks: dict[asyncio.Task[None], WorkerLife]) -> None:
         """Wait until a pool has lost its last worker for good."""

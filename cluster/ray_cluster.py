@@ -7,9 +7,11 @@ Ray asks the kernel to kill its processes when the thread that started them ends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -107,28 +109,34 @@ class RayCluster:
         """End an actor's process, if it has not ended."""
         await self._call(ray.kill, actor, no_restart=True)
 
+    async def end(self, actor: Any, pid: int) -> None:
+        """End an actor's process although it does not answer; where it is ours, without asking it."""
+        if self.is_local:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            await self.kill(actor)
+
     def log_of(self, pid: int) -> Path | None:
         """Where an actor's process has written what went wrong; None if that is on another machine."""
         return next(self._directory.glob(f"session_*/logs/worker-*-{pid}.err"), None)
 
     async def ended(self) -> RayError:
-        """Wait until a private Ray's node process (the raylet, which takes the workers with it) has ended.
+        """Wait until one of the two processes that a private Ray cannot do without has ended.
 
         Returns what to say about it. A joined cluster is not watched: its workers' ends tell enough.
         """
-        gone = asyncio.Event()
         if not self.is_local:
-            await gone.wait()
-        # Ray itself would tell nobody, and starting workers again would wait for ever.
-        process = os.pidfd_open(_raylet())
-        loop = asyncio.get_running_loop()
-        loop.add_reader(process, gone.set)
+            await asyncio.Event().wait()
+        # Ray itself would tell nobody: the raylet takes the workers with it, and without the head
+        # (gcs_server) Ray ends this process after a minute, in the middle of whatever it does.
+        ends = [asyncio.create_task(_process_end(name)) for name in ("raylet", "gcs_server")]
         try:
-            await gone.wait()
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            loop.remove_reader(process)
-            os.close(process)
-        return RayError("Ray's node process (raylet) has ended, and the workers with it")
+            for end in ends:
+                end.cancel()
+        return RayError(f"Ray's process {done.pop().result()} has ended: the deployment cannot go on")
 
     async def stop(self) -> None:
         """Leave a joined cluster: its actors of ours and their placement groups end.
@@ -192,9 +200,25 @@ class RayCluster:
         return {f"node:{address}": 0.001}
 
 
-def _raylet() -> int:
-    """The process id of the raylet that this process has started."""
-    for pid in descendants(os.getpid()):
-        if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet":
-            return pid
-    raise RayError("Ray's node process (raylet) is not there any more")
+async def _process_end(name: str) -> str:
+    """Wait for the end of the process of this name that this process has started; returns the name."""
+    pids = (pid for pid in descendants(os.getpid()) if _process_name(pid) == name)
+    if (pid := next(pids, None)) is None:
+        return name
+    process = os.pidfd_open(pid)
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(process, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(process)
+        os.close(process)
+    return name
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it has just ended
+        return ""

@@ -76,4 +76,5 @@ class BarReporter:
 
 def reporter_for(console: Console) -> Reporter:
     """Bars where they can be drawn, lines elsewhere."""
-    return BarReporter(console) if console.is_terminal else LineReporter(console)
+    drawable = console.is_terminal and not console.is_dumb_terminal
+    return BarReporter(console) if drawable else LineReporter(console)

@@ -116,6 +116,14 @@ class RouterProcess:
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
 
+    async def attached(self) -> set[tuple[str, int]]:
+        """(worker id, epoch) of every worker that the router can use now. Raises WorkerError."""
+        try:
+            status = await self._admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=_ADMIN_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerError(f"the router does not say which workers it has: {error.details()}") from error
+        return {(worker.info.worker_id, worker.info.epoch) for worker in status.workers if worker.up}
+
     async def stop(self) -> None:
         """End the router: it ends its clients' streams with an error, or is killed if that takes too long."""
         await self._channel.close()

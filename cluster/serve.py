@@ -84,7 +84,7 @@ def ready_panel(ready: Ready) -> Panel:
     ):
         listeners.add_row(f"[bold]{name}[/]", f"[cyan]{url}[/]", f"[dim]{note}[/]")
     workers = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
-    for column in ("worker", "core", "pid", "epoch", "KV tokens", "address", "metrics"):
+    for column in ("worker", "core", "pid", "KV tokens", "address", "metrics"):
         workers.add_column(column, justify="right" if column == "KV tokens" else "left", no_wrap=True)
     for worker in ready.workers:
         info = worker.info
@@ -92,7 +92,6 @@ def ready_panel(ready: Ready) -> Panel:
             f"[bold]{info.worker_id}[/]",
             ",".join(map(str, worker.report.cores)),
             str(info.pid),
-            str(info.epoch),
             f"{info.num_blocks * info.block_size:,}",
             info.address,
             info.metrics_address,

@@ -1,10 +1,13 @@
 """One worker's lives: started, attached to the router, and started again under a new epoch when it dies.
 
       start -> attach -> serve -> dead --(backoff)--> start ...
-        |                                               |
-        +-- fails before it ever served: WorkerError    +-- fails `max_failures` times in a row: WorkerError
+        |        ^         |                            |
+        |        +- lost --+ (killed after              +-- fails `max_failures` times in a row: WorkerError
+        |                     `unresponsive_s`)
+        +-- fails before it ever served: WorkerError
 
-A life that has served for `steady_s` clears the count of failures.
+A life that has served for `steady_s` clears the count of failures. Lost is a worker whose process lives but
+which the router has given up, because it was silent for a while: it is attached again as soon as it answers.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray.exceptions
 from prelay.v1 import worker_pb2
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -33,12 +37,16 @@ _STOP_TIMEOUT_S = 2.5
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """backoff_s: before the first restart; doubled with each failure in a row, up to max_backoff_s."""
+    """backoff_s: before the first restart; doubled with each failure in a row, up to max_backoff_s.
+
+    unresponsive_s: how long a worker may be lost before its process is ended.
+    """
 
     backoff_s: float = 0.2
     max_backoff_s: float = 10.0
     max_failures: int = 6
     steady_s: float = 60.0
+    unresponsive_s: float = 10.0
 
     def delay_s(self, failures: int) -> float:
         """Before the restart that follows `failures` failures in a row."""
@@ -82,6 +90,7 @@ class WorkerLife:
         self._wall_clock_ns = wall_clock_ns
         self._clock = clock
         self._epoch = 0
+        self._lost_since: float | None = None
         self._group: PlacementGroup | None = None
         # A handle, which Ray types for actors of any class.
         self._actor: Any = None
@@ -128,6 +137,26 @@ class WorkerLife:
                     )
                     break
 
+    async def attach_again(self) -> None:
+        """The router does not use this life although nobody has seen it die."""
+        live = self.live
+        if live is None:
+            return
+        if self._lost_since is None:
+            self._lost_since = self._clock()
+            self._reporter.event(f"worker {self.worker_id} (epoch {live.info.epoch}) is lost to the router")
+        try:
+            await self._router.register(live.info)
+        except WorkerError as error:
+            lost_s = self._clock() - self._lost_since
+            if self.live is live and lost_s >= self._policy.unresponsive_s:
+                self._lost_since = None
+                self._reporter.event(f"ending worker {self.worker_id}, lost for {lost_s:.0f} s: {error}")
+                await self._cluster.end(self._actor, live.info.pid)
+        else:
+            self._lost_since = None
+            self._reporter.event(f"worker {self.worker_id} (epoch {live.info.epoch}) is attached again")
+
     async def stop(self) -> None:
         """Let the worker end its streams, then end its process, even if it does not answer."""
         if self._actor is None:
@@ -157,6 +186,8 @@ class WorkerLife:
             raise WorkerError(
                 f"worker {self.worker_id} did not start: {type(cause).__name__}: {cause}"
             ) from error
+        except ray.exceptions.RayError as error:  # out of memory, say
+            raise WorkerError(f"worker {self.worker_id} did not start: {_first_line(error)}") from error
         finally:
             start.cancel()
 
@@ -168,6 +199,8 @@ class WorkerLife:
             return _reason(error)
         except RayTaskError as error:
             return str(_cause(error))
+        except ray.exceptions.RayError as error:
+            return _first_line(error)
         raise AssertionError("WorkerHost.serving returned")
 
     def _log(self) -> str:
@@ -177,6 +210,7 @@ class WorkerLife:
     async def _bury(self) -> None:
         """Make certain that this life is over, and that the router knows."""
         live, self.live = self.live, None
+        self._lost_since = None
         if live is not None:
             await self._router.remove(self.worker_id, live.info.epoch)
         await self._cluster.kill(self._actor)
@@ -195,6 +229,10 @@ async def _result(reference: Any) -> Any:
 def _cause(error: BaseException) -> BaseException:
     """What was raised in the actor, without Ray's remote traceback around it."""
     return error.cause if isinstance(error, RayTaskError) else error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _reason(error: RayActorError) -> str:
