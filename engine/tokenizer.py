@@ -32,7 +32,7 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._special_tokens = special_tokens
         self.longest_token_bytes = _longest_token_bytes(tokenizer)
-        """Most bytes of a text that one token stands for: with it, a text that cannot fit is known by its length.
+        """Most bytes of a text that one token stands for: so a text that cannot fit is known by its length.
         None where the tokenizer may drop text."""
         self._template = None if chat_template is None else _compile(chat_template)
 

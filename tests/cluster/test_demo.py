@@ -73,7 +73,7 @@ def test_the_report_fits_the_terminal(width: int) -> None:
     print_answers(Console(file=out, width=width), answers, "standard", SloClass(ttft_s=2.0, tpot_s=0.2))
     text = out.getvalue()
     assert "Attainment 50%: 1 of 2 requests" in text
-    for shown in ("prefill-0", "decode-0", "200.0", "transfer", "story, greedy"):
+    for shown in ("prefill-0", "decode-0", "200.0", "transfer", "story greedy"):
         assert shown in text
     assert max(map(len, text.splitlines())) <= width
 
