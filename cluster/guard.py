@@ -34,7 +34,11 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_guarded(
-    command: Sequence[str], order: bytes, environment: Mapping[str, str], grace_s: float = GRACE_S
+    command: Sequence[str],
+    order: bytes,
+    environment: Mapping[str, str],
+    grace_s: float = GRACE_S,
+    echo_s: float = ECHO_S,
 ) -> int:
     """Run `command` with `order` as the first line of its input until it ends; returns the exit code.
 
@@ -59,15 +63,16 @@ def run_guarded(
     os.close(read_end)
     with contextlib.suppress(BrokenPipeError):  # it may have ended already, which the watch will see
         os.write(write_end, order + b"\n")
-    status, asked = _watch(pid, write_end, grace_s)
+    status, asked = _watch(pid, write_end, grace_s, echo_s)
     left_nothing = kill_descendants(timeout_s=1.5)
     return _exit_code(status, asked, left_nothing, run_directory)
 
 
-def _watch(pid: int, leash: int, grace_s: float) -> tuple[int | None, bool]:
+def _watch(pid: int, leash: int, grace_s: float, echo_s: float) -> tuple[int | None, bool]:
     """The child's wait status (None: still running, to be killed) and whether it was asked to stop."""
     statuses: dict[int, int] = {}
     deadline: float | None = None
+    echo_end = 0.0
     while True:
         timeout_s = 3600.0 if deadline is None else max(deadline - time.monotonic(), 0.0)
         received = signal.sigtimedwait({*_STOP_SIGNALS, signal.SIGCHLD}, timeout_s)
@@ -76,12 +81,12 @@ def _watch(pid: int, leash: int, grace_s: float) -> tuple[int | None, bool]:
             return statuses[pid], deadline is not None
         if received is not None and received.si_signo in _STOP_SIGNALS:
             now = time.monotonic()
-            if deadline is not None and now < deadline - grace_s + ECHO_S:
+            if deadline is not None and now < echo_end:
                 continue
             if deadline is not None:
                 print("prelay: asked a second time: killing what is left", file=sys.stderr)
                 return None, True
-            deadline = now + grace_s
+            deadline, echo_end = now + grace_s, now + echo_s
             os.close(leash)
         elif deadline is not None and time.monotonic() >= deadline:
             print("prelay: stopping takes too long: killing what is left", file=sys.stderr)

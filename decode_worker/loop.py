@@ -49,7 +49,6 @@ from transfer.handoff import (
     PullAction,
     SendAcknowledge,
     SendDrop,
-    SendRenew,
 )
 from transfer.link import (
     FetchDone,
@@ -65,7 +64,7 @@ from transfer.metrics import LeaseMetrics, PullMetrics
 from transfer.pull_side import PullSide
 
 DecodeEvent: TypeAlias = RouterEvent | PullLinkEvent
-DecodeOutput: TypeAlias = RouterBatch | Connect | Fetch | SendAcknowledge | SendDrop | SendRenew
+DecodeOutput: TypeAlias = RouterBatch | Connect | Fetch | SendAcknowledge | SendDrop
 
 
 @dataclass(slots=True)
@@ -109,6 +108,7 @@ class DecodeRole:
         self._outbox = Outbox()
         self._outputs: list[DecodeOutput] = []
         self._changed = False
+        self._show(self._load())
 
     def handle(self, event: DecodeEvent) -> None:
         self._changed = True
@@ -126,10 +126,10 @@ class DecodeRole:
                 self._apply(self._pulls.link_failed(peer, reason, message))
             case LinkLost(link):
                 self._apply(self._pulls.link_lost(link))
-            case FromOfferer(link, offerer_message):
-                self._from_offerer(link, offerer_message, now)
+            case FromOfferer(link, offerer_message, arrived_s):
+                self._from_offerer(link, offerer_message, arrived_s)
             case FetchDone():
-                self._fetch_done(event, now)
+                self._fetch_done(event)
 
     def step(self) -> bool:
         now = self._clock()
@@ -152,8 +152,7 @@ class DecodeRole:
         if self._changed:
             self._changed = False
             load = self._load()
-            self._metrics.show(load)
-            self._lease_metrics.hold(self._pulls.counts())
+            self._show(load)
             outputs.append(self._outbox.take(load))
         return outputs
 
@@ -163,7 +162,7 @@ class DecodeRole:
         match event:
             case None:
                 hit = [(key, self._requests[key].owner) for key in self._scheduler.abandon()]
-            case Command(owner, message) if message.HasField("reserve"):
+            case Command(owner, message, _) if message.HasField("reserve"):
                 hit = [(owner.key(message.reserve.request_id, message.reserve.attempt), owner)]
             case _:
                 pass  # concerns hand-offs only: what is held for them ends with its lease
@@ -239,7 +238,7 @@ class DecodeRole:
             del self._requests[key]
         self._apply(self._pulls.cancel(key))
 
-    def _from_offerer(self, link: int, message: transfer_pb2.OffererMessage, now: float) -> None:
+    def _from_offerer(self, link: int, message: transfer_pb2.OffererMessage, arrived_s: float) -> None:
         match message.WhichOneof("message"):
             case "offer":
                 offer = message.offer
@@ -250,20 +249,20 @@ class DecodeRole:
                     tuple(offer.blocks),
                     tuple(offer.generations),
                 )
-                self._apply(self._pulls.offered(link, offered, now))
+                self._apply(self._pulls.offered(link, offered, arrived_s))
             case "withdraw":
                 self._apply(self._pulls.withdrawn(link, request_key(message.withdraw)))
             case "renew":
-                self._pulls.renewed(link, map(request_key, message.renew.keys), now)
+                self._pulls.renewed(link, map(request_key, message.renew.keys), arrived_s)
 
-    def _fetch_done(self, done: FetchDone, now: float) -> None:
+    def _fetch_done(self, done: FetchDone) -> None:
         if done.error is not None:
             self._apply(self._pulls.fetch_failed(done.key, done.error))
             return
         self._pull_metrics.copied(done.backend, done.num_bytes, done.copy_s)
         if (request := self._requests.get(done.key)) is not None:
             request.kv_bytes = done.num_bytes
-        self._apply(self._pulls.fetched(done.key, now))
+        self._apply(self._pulls.fetched(done.key, done.ended_s))
 
     def _emit(self, decoded: Decoded) -> None:
         request = self._requests[decoded.key]
@@ -296,7 +295,7 @@ class DecodeRole:
                     self._outbox.reserved(self._requests[key].owner, key)
                 case Deliver():
                     self._deliver(action)
-                case Connect() | Fetch() | SendAcknowledge() | SendDrop() | SendRenew():
+                case Connect() | Fetch() | SendAcknowledge() | SendDrop():
                     self._outputs.append(action)
 
     def _deliver(self, action: Deliver) -> None:
@@ -311,8 +310,12 @@ class DecodeRole:
             action.first_token,
             request.sampling,
             action.blocks,
-            self._clock(),
+            action.ready_s,
         )
+
+    def _show(self, load: Load) -> None:
+        self._metrics.show(load)
+        self._lease_metrics.hold(self._pulls.counts())
 
     def _load(self) -> Load:
         counts, scheduler = self._pool.counts(), self._scheduler

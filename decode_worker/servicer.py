@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
-from prelay.v1 import transfer_pb2, worker_pb2, worker_pb2_grpc
+from prelay.v1 import worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from decode_worker.loop import DecodeEvent, DecodeOutput, DecodeRole
@@ -18,10 +18,9 @@ from engine.metrics import WorkerMetrics
 from engine.router_messages import Load, RouterBatch
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
-from transfer.handoff import Connect, Fetch, SendAcknowledge, SendDrop, SendRenew
+from transfer.handoff import Connect, Fetch, SendAcknowledge, SendDrop
 from transfer.handshake import our_handshake, segment_ref
 from transfer.ipc import IpcBackend, SharedSegment
-from transfer.link import wire_key, wire_renew
 from transfer.metrics import LeaseMetrics, PullMetrics
 from transfer.pull_links import OpenBackend, PullLinks
 
@@ -60,6 +59,10 @@ class DecodeService:
         backends: Mapping[str, OpenBackend] | None = None,
     ) -> None:
         self._segment = segment
+        if backends is None:
+            backends = {
+                IpcBackend.name: lambda theirs: IpcBackend(segment_ref(theirs), theirs.epoch, segment)
+            }
         pool = BlockPool(segment.num_blocks, layout.block_size, segment.generations)
         role = DecodeRole(
             runner,
@@ -70,17 +73,15 @@ class DecodeService:
             clock,
             WorkerMetrics(registry, "decode"),
             LeaseMetrics(registry),
-            PullMetrics(registry),
+            PullMetrics(registry, backends),
         )
         self._engine: EngineLoop[DecodeEvent, DecodeOutput] = EngineLoop(role, self._deliver, on_fatal, clock)
         idle = Load(0, 0, 0, segment.num_blocks, 0, 0)
-        self._routers = RouterStreams(info, settings.heartbeat_s, self._engine.post, idle)
-        if backends is None:
-            backends = {
-                IpcBackend.name: lambda theirs: IpcBackend(segment_ref(theirs), theirs.epoch, segment)
-            }
+        self._routers = RouterStreams(info, settings.heartbeat_s, self._engine.post, idle, clock)
         handshake = our_handshake(info, layout, list(backends), None)
-        self._links = PullLinks(handshake, backends, layout.block_nbytes, settings.lease_s, self._engine.post)
+        self._links = PullLinks(
+            handshake, backends, layout.block_nbytes, settings.lease_s, self._engine.post, clock
+        )
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Before the server starts."""
@@ -107,8 +108,6 @@ class DecodeService:
                 case Fetch():
                     self._links.fetch(output)
                 case SendAcknowledge(link, key):
-                    self._links.send(link, transfer_pb2.PullerMessage(acknowledge=wire_key(key)))
+                    self._links.send_acknowledge(link, key)
                 case SendDrop(link, key):
-                    self._links.send(link, transfer_pb2.PullerMessage(drop=wire_key(key)))
-                case SendRenew(link, keys):
-                    self._links.send(link, transfer_pb2.PullerMessage(renew=wire_renew(keys)))
+                    self._links.send_drop(link, key)

@@ -46,10 +46,14 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One numbered message of a router (not its hello)."""
+    """One numbered message of a router (not its hello).
+
+    arrived_s: when it came, by the worker's clock; the engine may get to it much later.
+    """
 
     owner: Owner
     message: worker_pb2.RouterMessage
+    arrived_s: float
 
 
 @dataclass(frozen=True, slots=True)

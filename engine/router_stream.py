@@ -47,7 +47,7 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
     """All attached routers. Everything here runs in the asyncio thread.
 
     info: our hello. post: takes Command and RouterGone to the engine. load: the figures until the first
-    batch.
+    batch. clock: stamps commands. hello_timeout_s: how long a new stream may leave us without its hello.
     """
 
     def __init__(
@@ -56,7 +56,11 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
         heartbeat_s: float,
         post: Callable[[RouterEvent], None],
         load: Load,
+        clock: Callable[[], float],
+        hello_timeout_s: float = 5.0,
     ) -> None:
+        self._clock = clock
+        self._hello_timeout_s = hello_timeout_s
         self._info = info
         self._heartbeat_s = heartbeat_s
         self._post = post
@@ -118,7 +122,12 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
     async def _hello(self, request_iterator: Any, context: Any) -> worker_pb2.RouterHello:
         if self._stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
-        first: Any = await anext(aiter(request_iterator), None)
+        try:
+            async with asyncio.timeout(self._hello_timeout_s):
+                first: Any = await anext(aiter(request_iterator), None)
+        except TimeoutError:
+            why = f"no hello within {self._hello_timeout_s} s"
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, why)
         if first is None or first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the hello")
         hello: worker_pb2.RouterHello = first.hello
@@ -137,7 +146,7 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
 
     async def _read(self, stream: _Stream, request_iterator: Any) -> tuple[grpc.StatusCode, str]:
         async for message in request_iterator:
-            self._post(Command(stream.owner, message))
+            self._post(Command(stream.owner, message, self._clock()))
         return grpc.StatusCode.OK, "the router ended the stream"
 
     async def _write(self, stream: _Stream, context: Any) -> tuple[grpc.StatusCode, str]:

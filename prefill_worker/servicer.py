@@ -7,21 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
-from prelay.v1 import transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from prelay.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from engine.block_pool import BlockPool
 from engine.layout import KvLayout
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
-from engine.router_messages import Load, RouterBatch
+from engine.router_messages import Command, Load, RouterBatch, RouterEvent
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
 from prefill_worker.loop import PrefillEvent, PrefillOutput, PrefillRole
-from transfer.handoff import Fence, SendOffer, SendRenew, SendWithdraw
+from transfer.handoff import Fence, Peer, SendOffer, SendWithdraw
 from transfer.handshake import our_handshake
 from transfer.ipc import IpcBackend, SharedSegment
-from transfer.link import wire_key, wire_renew
 from transfer.metrics import LeaseMetrics
 from transfer.offer_links import OfferLinks
 
@@ -67,6 +66,7 @@ class PrefillService:
             segment.generations,
             settings.max_batch_tokens,
             info.max_model_len,
+            info.vocab_size,
             settings.lease_s,
             clock,
             WorkerMetrics(registry, "prefill"),
@@ -76,9 +76,9 @@ class PrefillService:
             role, self._deliver, on_fatal, clock
         )
         idle = Load(0, 0, 0, segment.num_blocks, 0, 0)
-        self._routers = RouterStreams(info, settings.heartbeat_s, self._engine.post, idle)
+        self._routers = RouterStreams(info, settings.heartbeat_s, self._from_router, idle, clock)
         handshake = our_handshake(info, layout, backends, segment.ref)
-        self._links = OfferLinks(handshake, settings.lease_s, self._engine.post)
+        self._links = OfferLinks(handshake, settings.lease_s, self._engine.post, clock)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Before the server starts."""
@@ -96,6 +96,14 @@ class PrefillService:
         await self._engine.stop(STOP_TIMEOUT_S)
         self._segment.close()
 
+    def _from_router(self, event: RouterEvent) -> None:
+        if isinstance(event, Command) and event.message.HasField("prefill"):
+            prefill = event.message.prefill
+            key = event.owner.key(prefill.request_id, prefill.attempt)
+            # Now, for the engine may be in a long step, and the decode worker waits for a sign of it.
+            self._links.promise(Peer(prefill.decode.worker_id, prefill.decode.epoch), key)
+        self._engine.post(event)
+
     def _deliver(self, outputs: Sequence[PrefillOutput]) -> None:
         for output in outputs:
             match output:
@@ -104,8 +112,6 @@ class PrefillService:
                 case SendOffer(link, offered):
                     self._links.send_offer(link, offered)
                 case SendWithdraw(link, key):
-                    self._links.send(link, transfer_pb2.OffererMessage(withdraw=wire_key(key)))
-                case SendRenew(link, keys):
-                    self._links.send(link, transfer_pb2.OffererMessage(renew=wire_renew(keys)))
+                    self._links.send_withdraw(link, key)
                 case Fence(link, message):
                     self._links.close(link, message)

@@ -1,20 +1,31 @@
 """The words of the hand-off: who the peers are, and what the two state machines ask their shells to do.
 
 The machines themselves are `offer_side.OfferSide` (prefill worker) and `pull_side.PullSide` (decode
-worker). Both are
-cores: events come in as method calls with the time `now`, a list of the actions below comes out, and the
-shell carries them out in order.
+worker). Both are cores: events come in as method calls with the time, a list of the actions below comes
+out, and the shell carries them out in order.
 
     prefill worker                       link                          decode worker
     promise(key)                                                       reserve(key, blocks)   blocks leased
-       PROMISED     --- renew ------------------------------------->     RESERVED
+       PROMISED     ~~~ renew ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~>     RESERVED
     prompt computed: offer(key)
        OFFERED      --- offer(blocks, generations, first token) --->     FETCHING             copy in a thread
-    (blocks leased) <-- renew --------------------------------------
+    (blocks leased) <~~ renew ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
                                                                        copy verified: Deliver
     Free            <-- acknowledge ---------------------------------    (gone: the sequence owns its blocks)
 
 Either side may stop at any time: the offerer with `withdraw`, the puller with `drop`.
+
+Leases. Blocks are set aside for a peer as long as it says that it holds its half. It says so every
+lease_s / 4, from the thread that carries the link, which no engine step can block: each end of a link knows
+what it holds for the other from the messages that pass it (link.LinkEnd.held):
+  - the offerer's a key from the moment that its `Prefill` arrives, though the engine has not seen it yet,
+    until `withdraw` is sent or `acknowledge` or `drop` has come;
+  - the puller's a key from the moment that its offer arrives until `acknowledge` or `drop` is sent.
+And news counts from when it arrived, not from when the engine came to it: the shell stamps it, and tells it
+before it calls `tick`. So a lease ends only if the peer does not know the request (its `Prefill` never
+came), or is frozen or cut off as a process, never because a step of either engine takes long. It does not
+watch over engines: what waits for one that is stuck is bounded by the router's Cancel (a puller frees what
+is only reserved at once), by the end of the router's stream, and by the end of the process and its links.
 
 Guarantees (property-tested in tests/transfer/test_handoff_schedules.py):
   1. Offered blocks are freed only after acknowledge or drop, or after the link they were offered on is
@@ -23,7 +34,7 @@ Guarantees (property-tested in tests/transfer/test_handoff_schedules.py):
   2. Reserved blocks are never freed while a copy into them runs.
   3. A sequence is delivered only if the generations of all its blocks still held after the copy.
   4. Every lease is renewed by the other side or ends; no entry stays for ever without a peer that holds its
-     half.
+     half. Steps of any length end no lease.
   5. What comes over another link than the one the entry was made on (another life, another attempt) changes
      nothing.
 """
@@ -91,14 +102,6 @@ class Fail:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class SendRenew:
-    """Tell the peer that its leases on these start anew."""
-
-    link: LinkId
-    keys: tuple[RequestKey, ...]
-
-
 # --- actions of the offer side
 
 
@@ -164,15 +167,17 @@ class SendDrop:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The KV is here and verified, the entry gone: all blocks that were reserved are the sequence's now."""
+    """The KV is here and verified, the entry gone: all blocks that were reserved are the sequence's now.
+
+    transfer_s: from the arrival of the offer to the end of the copy, which was at ready_s.
+    """
 
     key: RequestKey
     blocks: tuple[int, ...]
     first_token: int
     transfer_s: float
+    ready_s: float
 
 
-OfferAction: TypeAlias = Free | Fail | SendRenew | SendOffer | SendWithdraw | Fence
-PullAction: TypeAlias = (
-    Free | Fail | SendRenew | Connect | ConfirmReserved | Fetch | SendAcknowledge | SendDrop | Deliver
-)
+OfferAction: TypeAlias = Free | Fail | SendOffer | SendWithdraw | Fence
+PullAction: TypeAlias = Free | Fail | Connect | ConfirmReserved | Fetch | SendAcknowledge | SendDrop | Deliver

@@ -1,7 +1,7 @@
 """One gRPC stream between two workers, seen from either end: messages in order, a sign of life, a clean end.
 
-Both ends speak at least every `lease_s / 4` (an empty Renew when there is nothing to say) and give the link
-up after `lease_s` of silence, so that a connection that died without a word is found and dialled anew.
+Both ends say every `lease_s / 4` what they hold for the other (Renew, also if it is nothing) and give the
+link up after `lease_s` of silence, so that a connection that died without a word is found and dialled anew.
 
 This file has what both ends share; `offer_links.py` is the server's end and `pull_links.py` the client's.
 """
@@ -9,7 +9,8 @@ This file has what both ends share; `offer_links.py` is the server's end and `pu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -63,12 +64,14 @@ class LinkFailed:
 class FromPuller:
     link: LinkId
     message: transfer_pb2.PullerMessage
+    arrived_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class FromOfferer:
     link: LinkId
     message: transfer_pb2.OffererMessage
+    arrived_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class FetchDone:
     num_bytes: int
     copy_s: float
     error: str | None
+    ended_s: float
 
 
 OfferLinkEvent: TypeAlias = LinkUp | LinkLost | FromPuller
@@ -89,12 +93,14 @@ PullLinkEvent: TypeAlias = LinkUp | LinkLost | LinkFailed | FromOfferer | FetchD
 class LinkEnd(Generic[In, Out]):
     """Our end of a link whose handshake is done.
 
-    beat: makes the message that says nothing but that we are alive.
+    held: what we hold for the peer; whoever passes messages through this end keeps it true (handoff.py).
+    wrap: makes a message of a Renew.
     """
 
-    def __init__(self, lease_s: float, beat: Callable[[], Out]) -> None:
+    def __init__(self, lease_s: float, wrap: Callable[[transfer_pb2.Renew], Out]) -> None:
+        self.held: set[RequestKey] = set()
         self._lease_s = lease_s
-        self._beat = beat
+        self._wrap = wrap
         self._unsent: asyncio.Queue[Out] = asyncio.Queue(MAX_UNSENT)
         self._closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -139,12 +145,16 @@ class LinkEnd(Generic[In, Out]):
             receive(message)
 
     async def _write(self, stream: Any) -> str:
+        loop = asyncio.get_running_loop()
+        beat_s = loop.time() + self._lease_s / 4
         while True:
-            try:
-                message = await asyncio.wait_for(self._unsent.get(), self._lease_s / 4)
-            except TimeoutError:
-                message = self._beat()
-            await stream.write(message)
+            if loop.time() >= beat_s:  # also when there is always something to send
+                beat_s = loop.time() + self._lease_s / 4
+                await stream.write(self._wrap(transfer_pb2.Renew(keys=map(wire_key, self.held))))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(beat_s):
+                    message = await self._unsent.get()
+                await stream.write(message)
 
 
 def wire_key(key: RequestKey) -> transfer_pb2.HandoffKey:
@@ -158,7 +168,3 @@ def request_key(key: transfer_pb2.HandoffKey) -> RequestKey:
 def failure_reason(reason: HandoffFailure) -> worker_pb2.FailureReason:
     """As routers are told."""
     return _FAILURE_REASONS[reason]
-
-
-def wire_renew(keys: Iterable[RequestKey]) -> transfer_pb2.Renew:
-    return transfer_pb2.Renew(keys=[wire_key(key) for key in keys])

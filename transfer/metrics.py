@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TypeVar
 
@@ -37,9 +37,12 @@ class LeaseMetrics:
 
 
 class PullMetrics:
-    """Of the decode side: what was copied, how long it took, what failed."""
+    """Of the decode side: what was copied, how long it took, what failed.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    backends: those that may be used; their figures are there from the start, as zeros.
+    """
+
+    def __init__(self, registry: CollectorRegistry, backends: Iterable[str]) -> None:
         self._bytes = Counter(
             "prelay_transfer_bytes_total", "KV bytes copied from peers.", ["backend"], registry=registry
         )
@@ -59,6 +62,9 @@ class PullMetrics:
         self._failures = Counter(
             "prelay_transfer_failures_total", "Hand-offs that failed.", ["reason"], registry=registry
         )
+        for backend in backends:
+            self._bytes.labels(backend)
+            self._copy.labels(backend)
         for reason in HandoffFailure:
             self._failures.labels(reason.value)
 

@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 from prelay.v1 import transfer_pb2, transfer_pb2_grpc
 
+from engine.sequence import RequestKey
 from transfer.errors import PeerMismatchError
 from transfer.handoff import LinkId, Offered, Peer
 from transfer.handshake import check_fits, choose_backend
-from transfer.link import FromPuller, LinkEnd, LinkLost, LinkUp, OfferLinkEvent, wire_key
+from transfer.link import FromPuller, LinkEnd, LinkLost, LinkUp, OfferLinkEvent, request_key, wire_key
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +30,16 @@ class OfferLinks(transfer_pb2_grpc.KvTransferServicer):
     """
 
     def __init__(
-        self, handshake: transfer_pb2.Handshake, lease_s: float, post: Callable[[OfferLinkEvent], None]
+        self,
+        handshake: transfer_pb2.Handshake,
+        lease_s: float,
+        post: Callable[[OfferLinkEvent], None],
+        clock: Callable[[], float],
     ) -> None:
         self._handshake = handshake
         self._lease_s = lease_s
         self._post = post
+        self._clock = clock
         self._ids = itertools.count(1)
         self._ends: dict[LinkId, tuple[Peer, _End]] = {}
         self._stopping = False
@@ -44,7 +50,7 @@ class OfferLinks(transfer_pb2_grpc.KvTransferServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
         theirs = await self._shake_hands(context)
         peer, link = Peer(theirs.worker_id, theirs.epoch), next(self._ids)
-        end = _End(self._lease_s, beat=lambda: transfer_pb2.OffererMessage(renew=transfer_pb2.Renew()))
+        end = _End(self._lease_s, wrap=lambda renew: transfer_pb2.OffererMessage(renew=renew))
         self._replace(peer)
         self._ends[link] = (peer, end)
         # Told before the puller knows: what it may cause, it causes to a link that is known.
@@ -53,31 +59,37 @@ class OfferLinks(transfer_pb2_grpc.KvTransferServicer):
         why = "the call was cancelled"
         try:
             await context.write(self._answer(theirs))
-            why = await end.run(context, lambda message: self._receive(link, message))
+            why = await end.run(context, lambda message: self._receive(link, end, message))
         finally:
             del self._ends[link]
             self._post(LinkLost(link, why))
             _log.info("event=link_lost link=%d peer=%s why=%r", link, peer, why)
         await context.abort(grpc.StatusCode.CANCELLED, why)
 
-    def send_offer(self, link: LinkId, offered: Offered) -> None:
-        self.send(
-            link,
-            transfer_pb2.OffererMessage(
-                offer=transfer_pb2.Offer(
-                    key=wire_key(offered.key),
-                    num_tokens=offered.num_tokens,
-                    first_token=offered.first_token,
-                    blocks=offered.blocks,
-                    generations=offered.generations,
-                )
-            ),
-        )
+    def promise(self, peer: Peer, key: RequestKey) -> None:
+        """The prompt has arrived: from now on the peer hears that it is here. The engine, when it comes to
+        it, offers or withdraws it."""
+        for of, end in self._ends.values():
+            if of == peer:
+                end.held.add(key)
 
-    def send(self, link: LinkId, message: transfer_pb2.OffererMessage) -> None:
+    def send_offer(self, link: LinkId, offered: Offered) -> None:
         """To nobody, if the link has ended: its end is told of separately."""
         if (found := self._ends.get(link)) is not None:
-            found[1].send(message)
+            offer = transfer_pb2.Offer(
+                key=wire_key(offered.key),
+                num_tokens=offered.num_tokens,
+                first_token=offered.first_token,
+                blocks=offered.blocks,
+                generations=offered.generations,
+            )
+            found[1].send(transfer_pb2.OffererMessage(offer=offer))
+
+    def send_withdraw(self, link: LinkId, key: RequestKey) -> None:
+        """To nobody, if the link has ended."""
+        if (found := self._ends.get(link)) is not None:
+            found[1].held.discard(key)
+            found[1].send(transfer_pb2.OffererMessage(withdraw=wire_key(key)))
 
     def close(self, link: LinkId, why: str) -> None:
         if (found := self._ends.get(link)) is not None:
@@ -89,10 +101,15 @@ class OfferLinks(transfer_pb2_grpc.KvTransferServicer):
         for link in list(self._ends):
             self.close(link, "the worker is stopping")
 
-    def _receive(self, link: LinkId, message: transfer_pb2.PullerMessage) -> None:
-        # An empty Renew is the link's own sign of life: an idle engine sleeps through it.
-        if not message.HasField("renew") or message.renew.keys:
-            self._post(FromPuller(link, message))
+    def _receive(self, link: LinkId, end: _End, message: transfer_pb2.PullerMessage) -> None:
+        match message.WhichOneof("message"):
+            case "renew" if not message.renew.keys:
+                return  # the link's own sign of life: an idle engine sleeps through it
+            case "acknowledge":
+                end.held.discard(request_key(message.acknowledge))
+            case "drop":
+                end.held.discard(request_key(message.drop))
+        self._post(FromPuller(link, message, self._clock()))
 
     async def _shake_hands(self, context: Any) -> transfer_pb2.Handshake:
         try:

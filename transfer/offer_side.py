@@ -9,8 +9,8 @@
                                           v                            v
                                      Free, gone                   Free, gone
 
-PROMISED holds no blocks here (the scheduler does): it is only renewed for the peer, which has blocks set
-aside. An event that a state does not know is ignored: it is late news about something that has been settled.
+PROMISED holds no blocks here (the scheduler does): it stands for those that the peer has set aside. An
+event that a state does not know is ignored: it is late news about something that has been settled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from transfer.handoff import (
     Offered,
     Peer,
     SendOffer,
-    SendRenew,
     SendWithdraw,
 )
 
@@ -55,7 +54,7 @@ class _Entry:
 class OfferSide:
     """All hand-offs that this prefill worker owes or has open.
 
-    lease_s: how long an offer stands without news from its puller; renewed by the peer every lease_s / 4.
+    lease_s: how long an offer stands without news from its puller.
     """
 
     def __init__(self, lease_s: float) -> None:
@@ -63,7 +62,6 @@ class OfferSide:
         self._entries: dict[RequestKey, _Entry] = {}
         self._links: dict[LinkId, Peer] = {}
         self._link_of: dict[Peer, LinkId] = {}
-        self._next_beat_s: float | None = None
 
     def link_up(self, link: LinkId, peer: Peer) -> list[OfferAction]:
         """A puller's handshake fitted. A link that the same worker had before is over."""
@@ -83,13 +81,11 @@ class OfferSide:
         del self._link_of[peer]
         return [self._free(key) for key, entry in list(self._entries.items()) if entry.link == link]
 
-    def promise(self, key: RequestKey, peer: Peer, now: float) -> None:
-        """The prompt is accepted: an offer or a withdraw will follow."""
+    def promise(self, key: RequestKey, peer: Peer) -> None:
+        """The prompt is here: an offer or a withdraw will follow."""
         if key in self._entries:
             raise HandoffError(f"{key} is promised already")
         self._entries[key] = _Entry(peer, OfferState.PROMISED)
-        if self._next_beat_s is None:
-            self._next_beat_s = now + self._lease_s / 4
 
     def offer(
         self,
@@ -140,33 +136,26 @@ class OfferSide:
         """The puller does not read these blocks (any more)."""
         return self._released(link, key)
 
-    def renewed(self, link: LinkId, keys: Iterable[RequestKey], now: float) -> None:
+    def renewed(self, link: LinkId, keys: Iterable[RequestKey], arrived_s: float) -> None:
         """The puller still means to read these."""
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and entry.link == link:
-                entry.lease_end_s = now + self._lease_s
+                entry.lease_end_s = max(entry.lease_end_s, arrived_s + self._lease_s)
 
     def tick(self, now: float) -> list[OfferAction]:
-        """End leases whose time is over, renew the peers' on the beat; not before older events are told."""
+        """End leases whose time is over; call it when all that has arrived is told."""
         actions: list[OfferAction] = []
         for key, entry in list(self._entries.items()):
             if entry.link is not None and entry.link in self._links and entry.lease_end_s <= now:
                 actions += self._fence(
                     entry.link, f"{entry.peer} left the offer of {key} without news for {self._lease_s} s"
                 )
-        if not self._entries:
-            self._next_beat_s = None
-        elif self._next_beat_s is not None and self._next_beat_s <= now:
-            self._next_beat_s = now + self._lease_s / 4
-            actions += self._renewals()
         return actions
 
     def deadline(self) -> float | None:
-        """When `tick` has something to do next; None while nothing is held."""
-        ends = [entry.lease_end_s for entry in self._entries.values() if entry.link is not None]
-        if self._next_beat_s is not None:
-            ends.append(self._next_beat_s)
+        """When `tick` has something to do next; None while no lease runs."""
+        ends = (entry.lease_end_s for entry in self._entries.values() if entry.link is not None)
         return min(ends, default=None)
 
     @property
@@ -185,14 +174,6 @@ class OfferSide:
             # Also PROMISED: the puller gave up early, and will drop the offer too when it comes.
             return []
         return [self._free(key)]
-
-    def _renewals(self) -> list[OfferAction]:
-        held: dict[LinkId, list[RequestKey]] = {}
-        for key, entry in self._entries.items():
-            link = entry.link if entry.link is not None else self._link_of.get(entry.peer)
-            if link is not None and entry.state is not OfferState.WITHDRAWN:
-                held.setdefault(link, []).append(key)
-        return [SendRenew(link, tuple(keys)) for link, keys in held.items()]
 
     def _fence(self, link: LinkId, message: str) -> list[OfferAction]:
         return [Fence(link, message), *self.link_lost(link)]

@@ -13,11 +13,22 @@ from typing import Any, TypeAlias
 import grpc
 from prelay.v1 import transfer_pb2, transfer_pb2_grpc
 
+from engine.sequence import RequestKey
 from transfer.base import PullBackend
 from transfer.errors import PeerMismatchError, PeerUnreachableError, SegmentError, TransferError
 from transfer.handoff import Fetch, HandoffFailure, LinkId, Peer
 from transfer.handshake import check_fits, check_is
-from transfer.link import FetchDone, FromOfferer, LinkEnd, LinkFailed, LinkLost, LinkUp, PullLinkEvent
+from transfer.link import (
+    FetchDone,
+    FromOfferer,
+    LinkEnd,
+    LinkFailed,
+    LinkLost,
+    LinkUp,
+    PullLinkEvent,
+    request_key,
+    wire_key,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +62,14 @@ class PullLinks:
         block_nbytes: int,
         lease_s: float,
         post: Callable[[PullLinkEvent], None],
+        clock: Callable[[], float],
     ) -> None:
         self._handshake = handshake
         self._backends = backends
         self._block_nbytes = block_nbytes
         self._lease_s = lease_s
         self._post = post
+        self._clock = clock
         self._ids = itertools.count(1)
         self._ends: dict[LinkId, _End] = {}
         self._opened: dict[LinkId, PullBackend] = {}
@@ -73,10 +86,11 @@ class PullLinks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def send(self, link: LinkId, message: transfer_pb2.PullerMessage) -> None:
-        """To nobody, if the link has ended: its end is told of separately."""
-        if (end := self._ends.get(link)) is not None:
-            end.send(message)
+    def send_acknowledge(self, link: LinkId, key: RequestKey) -> None:
+        self._answer(link, key, transfer_pb2.PullerMessage(acknowledge=wire_key(key)))
+
+    def send_drop(self, link: LinkId, key: RequestKey) -> None:
+        self._answer(link, key, transfer_pb2.PullerMessage(drop=wire_key(key)))
 
     def fetch(self, fetch: Fetch) -> None:
         """Copy; FetchDone follows. A copy whose link ends meanwhile goes on."""
@@ -110,13 +124,13 @@ class PullLinks:
                 self._post(LinkFailed(peer, HandoffFailure.PEER_UNREACHABLE, message))
                 return
             link = next(self._ids)
-            end = _End(self._lease_s, beat=lambda: transfer_pb2.PullerMessage(renew=transfer_pb2.Renew()))
+            end = _End(self._lease_s, wrap=lambda renew: transfer_pb2.PullerMessage(renew=renew))
             self._ends[link], self._opened[link] = end, backend
             self._post(LinkUp(link, peer))
             _log.info("event=link_up link=%d peer=%s backend=%s", link, peer, backend.name)
             why = "we are stopping"
             try:
-                why = await end.run(call, lambda message: self._receive(link, message))
+                why = await end.run(call, lambda message: self._receive(link, end, message))
             finally:
                 call.cancel()
                 del self._ends[link], self._opened[link]
@@ -125,10 +139,19 @@ class PullLinks:
                 self._post(LinkLost(link, why))
                 _log.info("event=link_lost link=%d peer=%s why=%r", link, peer, why)
 
-    def _receive(self, link: LinkId, message: transfer_pb2.OffererMessage) -> None:
-        # An empty Renew is the link's own sign of life: an idle engine sleeps through it.
-        if not message.HasField("renew") or message.renew.keys:
-            self._post(FromOfferer(link, message))
+    def _receive(self, link: LinkId, end: _End, message: transfer_pb2.OffererMessage) -> None:
+        match message.WhichOneof("message"):
+            case "renew" if not message.renew.keys:
+                return  # the link's own sign of life: an idle engine sleeps through it
+            case "offer":
+                end.held.add(request_key(message.offer.key))
+        self._post(FromOfferer(link, message, self._clock()))
+
+    def _answer(self, link: LinkId, key: RequestKey, message: transfer_pb2.PullerMessage) -> None:
+        """To nobody, if the link has ended: its end is told of separately."""
+        if (end := self._ends.get(link)) is not None:
+            end.held.discard(key)
+            end.send(message)
 
     async def _dial(self, channel: grpc.aio.Channel, peer: Peer, address: str) -> tuple[Any, PullBackend]:
         """The call with its handshake done, and the peer's memory.
@@ -187,4 +210,5 @@ class PullLinks:
             _log.exception("event=copy_failed request=%s", offered.key)
             error = f"the copy failed: {failure!r}"
         num_bytes = len(fetch.blocks) * self._block_nbytes
-        self._post(FetchDone(offered.key, name, num_bytes, time.perf_counter() - started_s, error))
+        copy_s = time.perf_counter() - started_s
+        self._post(FetchDone(offered.key, name, num_bytes, copy_s, error, self._clock()))

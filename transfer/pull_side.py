@@ -39,7 +39,6 @@ from transfer.handoff import (
     PullAction,
     SendAcknowledge,
     SendDrop,
-    SendRenew,
 )
 
 
@@ -66,8 +65,7 @@ class _Entry:
 class PullSide:
     """All hand-offs that this decode worker has set blocks aside for.
 
-    lease_s: how long blocks stay set aside without news from the prefill worker, which renews every lease_s
-    / 4.
+    lease_s: how long blocks stay set aside without news from the prefill worker.
     """
 
     def __init__(self, lease_s: float) -> None:
@@ -76,7 +74,6 @@ class PullSide:
         self._links: dict[LinkId, Peer] = {}
         self._link_of: dict[Peer, LinkId] = {}
         self._dialling: set[Peer] = set()
-        self._next_beat_s: float | None = None
 
     def reserve(
         self,
@@ -99,8 +96,6 @@ class PullSide:
         self._entries[key] = _Entry(
             peer, num_tokens, num_prompt_blocks, tuple(blocks), state, now + self._lease_s, link
         )
-        if self._next_beat_s is None:
-            self._next_beat_s = now + self._lease_s / 4
         if link is not None:
             return [ConfirmReserved(key)]
         # Even if those who asked for the link have left: a second one to the same peer would end the first.
@@ -147,7 +142,7 @@ class PullSide:
                     pass
         return actions
 
-    def offered(self, link: LinkId, offered: Offered, now: float) -> list[PullAction]:
+    def offered(self, link: LinkId, offered: Offered, arrived_s: float) -> list[PullAction]:
         """The KV of the prompt may be copied."""
         key = offered.key
         entry = self._entries.get(key)
@@ -164,8 +159,8 @@ class PullSide:
             fail = Fail(key, HandoffFailure.TRANSFER_FAILED, message)
             return [fail, self._free(key), SendDrop(link, key)]
         entry.state = PullState.FETCHING
-        entry.offered_s, entry.first_token = now, offered.first_token
-        entry.lease_end_s = now + self._lease_s
+        entry.offered_s, entry.first_token = arrived_s, offered.first_token
+        entry.lease_end_s = max(entry.lease_end_s, arrived_s + self._lease_s)
         return [Fetch(link, offered, entry.blocks[:wanted])]
 
     def withdrawn(self, link: LinkId, key: RequestKey) -> list[PullAction]:
@@ -180,7 +175,7 @@ class PullSide:
         entry = self._entries.get(key)
         return [] if entry is None else self._give_up(key, entry)
 
-    def fetched(self, key: RequestKey, now: float) -> list[PullAction]:
+    def fetched(self, key: RequestKey, ended_s: float) -> list[PullAction]:
         """The copy ended and the generations held."""
         entry = self._copied(key)
         if entry.state is PullState.DISCARDING:
@@ -189,7 +184,8 @@ class PullSide:
         actions: list[PullAction] = []
         if entry.link is not None and entry.link in self._links:
             actions.append(SendAcknowledge(entry.link, key))
-        return [*actions, Deliver(key, entry.blocks, entry.first_token, now - entry.offered_s)]
+        transfer_s = ended_s - entry.offered_s
+        return [*actions, Deliver(key, entry.blocks, entry.first_token, transfer_s, ended_s)]
 
     def fetch_failed(self, key: RequestKey, message: str) -> list[PullAction]:
         """The copy ended without a result: stale generations, or the backend failed."""
@@ -199,32 +195,25 @@ class PullSide:
             actions.append(Fail(key, HandoffFailure.TRANSFER_FAILED, message))
         return [*actions, self._free(key), *self._drop(key, entry)]
 
-    def renewed(self, link: LinkId, keys: Iterable[RequestKey], now: float) -> None:
+    def renewed(self, link: LinkId, keys: Iterable[RequestKey], arrived_s: float) -> None:
         """The prefill worker still means to offer these, or has them on offer."""
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and entry.link == link:
-                entry.lease_end_s = now + self._lease_s
+                entry.lease_end_s = max(entry.lease_end_s, arrived_s + self._lease_s)
 
     def tick(self, now: float) -> list[PullAction]:
-        """End leases whose time is over, renew the peers' on the beat; not before older events are told."""
+        """End leases whose time is over; call it when all that has arrived is told."""
         actions: list[PullAction] = []
         for key, entry in list(self._entries.items()):
             if entry.state is not PullState.DISCARDING and entry.lease_end_s <= now:
                 message = f"no news from {entry.peer} for {self._lease_s} s while {entry.state.value}"
                 actions += [Fail(key, HandoffFailure.LEASE_EXPIRED, message), *self._give_up(key, entry)]
-        if not self._entries:
-            self._next_beat_s = None
-        elif self._next_beat_s is not None and self._next_beat_s <= now:
-            self._next_beat_s = now + self._lease_s / 4
-            actions += self._renewals()
         return actions
 
     def deadline(self) -> float | None:
-        """When `tick` has something to do next; None while nothing is held."""
-        ends = [e.lease_end_s for e in self._entries.values() if e.state is not PullState.DISCARDING]
-        if self._next_beat_s is not None:
-            ends.append(self._next_beat_s)
+        """When `tick` has something to do next; None while no lease runs."""
+        ends = (e.lease_end_s for e in self._entries.values() if e.state is not PullState.DISCARDING)
         return min(ends, default=None)
 
     @property
@@ -252,13 +241,6 @@ class PullSide:
         if entry is None or entry.state not in (PullState.FETCHING, PullState.DISCARDING):
             raise HandoffError(f"a copy for {key} ended that was never started")
         return entry
-
-    def _renewals(self) -> list[PullAction]:
-        held: dict[LinkId, list[RequestKey]] = {}
-        for key, entry in self._entries.items():
-            if entry.link is not None and entry.link in self._links:
-                held.setdefault(entry.link, []).append(key)
-        return [SendRenew(link, tuple(keys)) for link, keys in held.items()]
 
     def _drop(self, key: RequestKey, entry: _Entry) -> list[PullAction]:
         return [SendDrop(entry.link, key)] if entry.link in self._links else []

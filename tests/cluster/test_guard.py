@@ -20,7 +20,8 @@ GUARD = """
     import os, sys
     from cluster.guard import run_guarded
     command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
-    sys.exit(run_guarded(command, b"the order", dict(os.environ), grace_s=float(sys.argv[3])))
+    grace_s, echo_s = float(sys.argv[3]), float(sys.argv[4])
+    sys.exit(run_guarded(command, b"the order", dict(os.environ), grace_s, echo_s))
 """
 LEAVE_A_DAEMON = """
     import os, signal, subprocess, sys
@@ -46,6 +47,11 @@ SAY_WHEN_ASKED = """
     sys.stdin.read()
     os.write(int(sys.argv[1]), b"asked\\n")
 """
+AND_LINGER = """
+    for _ in range(20):
+        os.sched_yield()
+        signal.sigtimedwait([signal.SIGUSR1], 0.01)
+"""
 SAY_WHEN_INPUT_ENDS = """
     import os, sys
     os.write(int(sys.argv[1]), sys.stdin.readline().encode())
@@ -69,11 +75,11 @@ class Tree:
 def start() -> Iterator[Callable[..., Tree]]:
     guards, pipes = [], []
 
-    def start_tree(*script: str, grace_s: float = 20.0) -> Tree:
+    def start_tree(*script: str, grace_s: float = 20.0, echo_s: float = 0.0) -> Tree:
         read_end, write_end = os.pipe()
         code = "".join(textwrap.dedent(part) for part in script)
         guard = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(GUARD), code, str(write_end), str(grace_s)],
+            [sys.executable, "-c", textwrap.dedent(GUARD), code, str(write_end), str(grace_s), str(echo_s)],
             pass_fds=[write_end],
             stderr=subprocess.PIPE,
             text=True,
@@ -124,6 +130,16 @@ def test_a_second_signal_kills_at_once(start: Callable[..., Tree]) -> None:
     tree.guard.send_signal(signal.SIGINT)
     assert tree.all_gone()
     assert tree.guard.wait() == 1
+
+
+def test_several_signals_for_one_wish_to_stop_are_one(start: Callable[..., Tree]) -> None:
+    tree = start(LEAVE_A_DAEMON, SAY_READY, SAY_WHEN_ASKED, AND_LINGER, echo_s=60.0)
+    tree.read_line()
+    tree.guard.send_signal(signal.SIGINT)
+    assert tree.read_line() == "asked\n"
+    tree.guard.send_signal(signal.SIGTERM)
+    assert tree.all_gone()
+    assert tree.guard.wait() == 0
 
 
 def test_a_killed_child_takes_everything_with_it(start: Callable[..., Tree]) -> None:

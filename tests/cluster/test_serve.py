@@ -117,6 +117,24 @@ async def test_a_killed_worker_comes_back_under_a_new_epoch(server: Server, read
     assert f"worker {role}-0" in server.log.read_text()
 
 
+async def test_a_worker_that_paused_serves_again_in_the_same_life(server: Server, ready: Ready) -> None:
+    before = await status_of(ready, "decode-0")
+    os.kill(before.info.pid, signal.SIGSTOP)
+
+    async def state() -> tuple[bool, int]:
+        now = await status_of(ready, "decode-0")
+        return now.up, now.info.epoch
+
+    await eventually(state, (False, before.info.epoch))
+    os.kill(before.info.pid, signal.SIGCONT)
+    await eventually(state, (True, before.info.epoch))
+    prompts = demo_prompts()[:2]
+    async with clients_of(ready) as clients:
+        answers = [await clients.ask(prompt, ignore) for prompt in prompts]
+    assert differences(answers) == []
+    assert "decode-0" in server.log.read_text()
+
+
 def test_damaged_weights_are_refused(start_server: Callable[..., Server], tmp_path: Path) -> None:
     model = tmp_path / "damaged"
     shutil.copytree(demo_model_path(), model, ignore=shutil.ignore_patterns("*.py"))

@@ -80,6 +80,7 @@ class FakeWorld:
         self.log: list[str] = []
         self.lives: asyncio.Queue[FakeActor] = asyncio.Queue()
         self.start_errors: list[Exception] = []
+        self.unreachable = False
 
     async def place(self, name: str, threads: int) -> str:
         return "group"
@@ -94,10 +95,15 @@ class FakeWorld:
     async def kill(self, actor: FakeActor) -> None:
         self.log.append(f"kill {actor.spec.epoch}")
 
+    async def end(self, actor: FakeActor, pid: int) -> None:
+        self.log.append(f"end {actor.spec.epoch}")
+
     def log_of(self, pid: int) -> None:
         return None
 
     async def register(self, info: worker_pb2.WorkerInfo) -> None:
+        if self.unreachable:
+            raise WorkerError("the worker does not answer")
         self.log.append(f"register {info.epoch}")
 
     async def remove(self, worker_id: str, epoch: int) -> None:
@@ -156,6 +162,36 @@ async def test_a_dead_worker_is_removed_and_lives_again_under_a_greater_epoch() 
     keeping.cancel()
     await asyncio.wait([keeping])
     assert world.log[:6] == ["register 7", "remove 7", "kill 7", "register 8", "remove 8", "kill 8"]
+
+
+async def test_a_worker_that_the_router_lost_is_attached_again_in_the_same_life() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    await life.attach_again()
+    assert world.log == ["register 7", "register 7"]
+
+
+async def test_a_worker_that_stays_lost_is_ended() -> None:
+    world, now = FakeWorld(), [0.0]
+    life = world.life(now_ms=7, clock=lambda: now[0])
+    await life.start()
+    world.unreachable = True
+    for now[0] in (1.0, 1.0 + POLICY.unresponsive_s - 0.1):
+        await life.attach_again()
+    assert "end 7" not in world.log
+    now[0] = 1.0 + POLICY.unresponsive_s
+    await life.attach_again()
+    assert world.log[-1] == "end 7"
+
+
+async def test_a_worker_that_was_found_again_has_its_full_time_when_it_is_lost_again() -> None:
+    world, now = FakeWorld(), [0.0]
+    life = world.life(now_ms=7, clock=lambda: now[0])
+    await life.start()
+    for world.unreachable, now[0] in ((True, 0.0), (False, 5.0), (True, 11.0)):
+        await life.attach_again()
+    assert "end 7" not in world.log
 
 
 async def test_a_worker_that_keeps_dying_is_given_up() -> None:

@@ -14,7 +14,7 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from decode_worker.servicer import DecodeService, DecodeSettings
-from engine.fake import FakeRunner
+from engine.fake import FAKE_VOCAB_SIZE, FakeRunner
 from engine.layout import KvLayout
 from engine.router_messages import Command, RouterEvent
 from engine.runner import StepRunner
@@ -151,6 +151,7 @@ class Pair:
             role=role,
             model_fingerprint=fingerprint,
             max_model_len=200,
+            vocab_size=FAKE_VOCAB_SIZE,
             protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
         )
 

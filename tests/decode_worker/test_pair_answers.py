@@ -54,6 +54,19 @@ async def test_many_requests_at_once_get_the_undisturbed_answer(pair, make_route
     assert prefill.metric("prelay_kv_blocks", state="free") == pair.num_blocks
 
 
+async def test_what_a_worker_has_is_shown_before_its_first_request(pair):
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    for worker in (prefill, decode):
+        states = [worker.metric("prelay_kv_blocks", state=state) for state in ("free", "owned", "leased")]
+        assert states == [pair.num_blocks, 0, 0]
+    assert prefill.metric("prelay_leases", state="promised") == 0
+    assert decode.metric("prelay_leases", state="reserved") == 0
+    assert decode.metric("prelay_transfer_bytes_total", backend="memory") == 0
+    assert decode.metric("prelay_transfer_seconds_count", backend="memory") == 0
+    assert decode.metric("prelay_transfer_failures_total", reason="lease_expired") == 0
+
+
 async def test_two_routers_may_use_the_same_request_ids(pair, make_router, sampling):
     prefill = await pair.prefill()
     decode = await pair.decode(prefill)
@@ -99,7 +112,7 @@ async def test_an_answer_of_one_token_is_never_handed_over(pair, make_router, sa
     assert answer.token_ids == fake_answer([1, 2, 3], sampling(1))
     assert answer.stop_reason == worker_pb2.STOP_REASON_LENGTH
     await all_free(pair, router)
-    assert decode.registry.get_sample_value("prelay_transfer_bytes_total", {"backend": "memory"}) is None
+    assert decode.metric("prelay_transfer_bytes_total", backend="memory") == 0
 
 
 async def test_blocks_are_reserved_for_the_whole_answer_or_refused_at_once(pair, make_router, sampling):
@@ -137,6 +150,8 @@ async def test_what_a_worker_can_never_serve_is_refused_with_the_reason(pair, ma
     assert "0 prompt tokens" in await refused("empty", router.prefill, prefill=empty)
     long = worker_pb2.Prefill(request_id="long", token_ids=[1] * 191, sampling=wire)
     assert "exceed 200" in await refused("long", router.prefill, prefill=long)
+    strange = worker_pb2.Prefill(request_id="strange", token_ids=[1, 2048], sampling=wire)
+    assert "token id 2048" in await refused("strange", router.prefill, prefill=strange)
     long_too = worker_pb2.Reserve(request_id="long_too", prompt_tokens=191, sampling=wire)
     assert "exceed 200" in await refused("long_too", router.decode, reserve=long_too)
     reserve = worker_pb2.Reserve(request_id="wrong", prompt_tokens=1, sampling=wire)

@@ -305,6 +305,43 @@ async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(pair,
     await all_free(pair, router)
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_step_longer_than_a_lease_ends_no_hand_off(pair, make_router, sampling, side):
+    """One request is in the step; the others reach the worker, and wait for it, while the step runs."""
+    pair.lease_s = 0.4
+    gate = Gate()
+    prefill, decode, router = await started(pair, make_router)
+    wanted = sampling(6)
+    setattr(pair.hooks, f"{side}_step", gate)
+    waiting = [RequestKey(f"r{number}", 0) for number in range(3)]
+    if side == "decode":  # its engine confirms reservations, so it must do that before the step
+        for key in waiting:
+            await (await router.reserve(key, 3, wanted)).reserved.wait()
+    first = await router.submit(RequestKey("first", 0), [9, 8, 7], wanted)
+    await gate.entered()
+    for key in waiting:
+        if side == "prefill":
+            await router.submit(key, [1, 2, 3], wanted)
+        else:
+            await router.start_prefill(key, [1, 2, 3], wanted)
+    await prefill.took_all_of(router.prefill)
+    beats = router.decode.snapshot.seq
+    await router.decode.snapshot_when(lambda now: now.seq > beats + 30)  # 1.5 s
+    gate.open()
+    for answer, prompt in (
+        (first, [9, 8, 7]),
+        *((router.answers[key], [1, 2, 3]) for key in waiting),
+    ):
+        await answer.done.wait()
+        assert answer.failed is None
+        assert answer.token_ids == fake_answer(prompt, wanted)
+    await all_free(pair, router)
+    for worker in (prefill, decode):
+        assert worker.metric("prelay_lease_expirations_total") == 0
+        links = worker.service._links._ends.values()
+        assert [end[1].held if worker is prefill else end.held for end in links] == [set()]
+
+
 async def test_a_lease_that_is_not_renewed_ends(pair, make_router, sampling):
     """Reserved, but the router never sends Prefill: the prefill worker has nothing to renew."""
     pair.lease_s = 0.2

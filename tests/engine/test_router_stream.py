@@ -25,7 +25,10 @@ class Worker:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[RouterEvent] = asyncio.Queue()
-        self.streams = RouterStreams(INFO, 0.01, self.events.put_nowait, IDLE)
+        self.now = 0.0
+        self.streams = RouterStreams(
+            INFO, 0.01, self.events.put_nowait, IDLE, lambda: self.now, hello_timeout_s=0.3
+        )
         self.server = grpc.aio.server()
         worker_pb2_grpc.add_WorkerServicer_to_server(self.streams, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
@@ -80,16 +83,18 @@ async def router(worker: Worker) -> AsyncIterator[Router]:
     await made.close()
 
 
-async def test_hello_both_ways_then_commands_in_order(worker: Worker, router: Router) -> None:
+async def test_hello_both_ways_then_commands_in_order_with_the_time_they_came(
+    worker: Worker, router: Router
+) -> None:
     assert (await router.attach()).hello == INFO
+    commands = []
     for i in range(3):
+        worker.now = 10.0 + i
         await router.send(cancel=worker_pb2.Cancel(request_id=str(i)))
-    events = [await worker.events.get() for _ in range(3)]
-    assert [(e.message.seq, e.message.cancel.request_id) for e in events if isinstance(e, Command)] == [
-        (2, "0"),
-        (3, "1"),
-        (4, "2"),
-    ]
+        command = await worker.events.get()
+        assert isinstance(command, Command)
+        commands.append((command.message.seq, command.message.cancel.request_id, command.arrived_s))
+    assert commands == [(2, "0", 10.0), (3, "1", 11.0), (4, "2", 12.0)]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,16 @@ async def test_a_stream_without_hello_is_refused(router: Router) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await router.call.read()
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_stream_that_never_says_hello_is_ended(worker: Worker, router: Router) -> None:
+    await router.call.wait_for_connection()
+    async with asyncio.timeout(10):
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await router.call.read()
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert ended.value.details() == "no hello within 0.3 s"
+    assert worker.events.empty()
 
 
 @pytest.mark.parametrize("how", ["cancel", "half-close"])
@@ -139,7 +154,7 @@ async def test_snapshots_come_on_a_beat_with_the_figures_that_the_engine_told(
     waiting = await router.read("snapshot")
     assert waiting.commands_seen == 1, "the engine has not said that it has seen the command"
     outbox = Outbox()
-    outbox.seen(Command(owner, worker_pb2.RouterMessage(seq=2)))
+    outbox.seen(Command(owner, worker_pb2.RouterMessage(seq=2), 0.0))
     worker.streams.deliver(outbox.take(BUSY))
     while (now := await router.read("snapshot")).commands_seen == 1:
         assert now.free_blocks == 8

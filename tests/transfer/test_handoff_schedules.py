@@ -1,5 +1,6 @@
 """Both state machines against each other over a link that delays, breaks and goes silent, with crashes,
-cancels, stalls and virtual time: thousands of random schedules, each of which can be repeated by its seed.
+cancels, frozen processes and virtual time: thousands of random schedules, each of which can be repeated by
+its seed. Engines make steps of several leases, during which events wait for them and links beat.
 
 Blocks hold tags that say whose data they are, so a copy of the wrong, of recycled or of half-recycled
 blocks is seen for what it is. Other sequences come and go on both pools to recycle what is freed.
@@ -11,6 +12,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,20 +40,32 @@ class Life:
         self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, self.generations)
         self.memory: list[object] = [None] * NUM_BLOCKS
         self.alive = True
-        self.stalled_until = 0.0
+        # A long step: events arrive and wait. Frozen: the process does nothing, nor do its links beat.
+        self.in_step_until = 0.0
+        self.frozen_until = 0.0
+        self.inbox: list[Callable[[], None]] = []
+        self.wake_at: float | None = None
         self.last_command = 0.0
         # Prefill: blocks of prompts that are being computed. Decode: of sequences that run.
         self.sequences: dict[RequestKey, list[int]] = {}
         self.cancelled: set[RequestKey] = set()
 
 
+@dataclass(frozen=True)
+class Renew:
+    link: int
+    keys: tuple[RequestKey, ...]
+
+
 class Link:
     def __init__(self, number: int, offerer: Life, puller: Life) -> None:
         self.number = number
         self.offerer, self.puller = offerer, puller
-        self.open = {offerer: True, puller: False}
+        self.open = {offerer: False, puller: False}
         self.carries = True
         self.last = {offerer: 0.0, puller: 0.0}
+        self.held: dict[Life, set[RequestKey]] = {offerer: set(), puller: set()}
+        self.beating = {offerer: False, puller: False}
 
 
 class Schedule:
@@ -79,7 +93,8 @@ class Schedule:
         for _ in range(3):
             self.at(self.random.uniform(0, 15), lambda: self.noise(self.prefill))
             self.at(self.random.uniform(0, 15), lambda: self.noise(self.decode))
-        for fault in (self.crash, self.crash, self.break_link, self.break_link, self.stall):
+            self.at(self.random.uniform(0, 15), self.long_step)
+        for fault in (self.crash, self.crash, self.break_link, self.break_link, self.freeze):
             if self.chance(self.faults):
                 self.at(self.random.uniform(0, 12), fault)
         steps = 0
@@ -97,6 +112,9 @@ class Schedule:
             assert life.pool.counts().free == NUM_BLOCKS, f"{life.peer} leaked {life.pool.counts()}"
             assert sum(life.machine.counts().values()) == 0
             assert life.machine.deadline() is None
+        for link in self.links.values():
+            for life in (link.offerer, link.puller):
+                assert not (link.carries and link.held[life]), f"{life.peer} renews for ever"
         undecided = self.prompts.keys() - self.outcomes.keys()
         assert not undecided, f"stuck: {undecided}"
 
@@ -111,33 +129,54 @@ class Schedule:
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
-    def on(self, life: Life, delay_s: float, do: Callable[[], None]) -> None:
-        """Something that a worker's engine thread takes up, if it still lives and when it does not stall."""
+    def arrive(self, life: Life, delay_s: float, do: Callable[[], None]) -> None:
+        """Something that a worker's asyncio thread does, if it still lives and when it is not frozen."""
 
-        def turn() -> None:
-            if not life.alive:
-                return
-            if self.now < life.stalled_until:
-                self.at(life.stalled_until - self.now, turn)
-                return
+        def when() -> None:
+            if self.now < life.frozen_until:
+                self.at(life.frozen_until - self.now, when)
+            elif life.alive:
+                do()
+
+        self.at(delay_s, when)
+
+    def on(
+        self, life: Life, delay_s: float, do: Callable[[], None], arrived: Callable[[], None] = lambda: None
+    ) -> None:
+        """Something that comes into the inbox of a worker's engine thread. arrived: what the asyncio thread
+        does when it comes."""
+
+        def post() -> None:
+            arrived()
+            life.inbox.append(do)
+            self.turn(life)
+
+        self.arrive(life, delay_s, post)
+
+    def turn(self, life: Life) -> None:
+        """As in engine.loop: all events first, then the tick."""
+        busy_until = max(life.in_step_until, life.frozen_until)
+        if not life.alive:
+            return
+        if self.now < busy_until:
+            self.at(busy_until - self.now, lambda: self.turn(life))
+            return
+        events, life.inbox = life.inbox, []
+        for do in events:
             do()
-            self.tick(life)
-
-        self.at(delay_s, turn)
-
-    def tick(self, life: Life) -> None:
         self.apply(life, life.machine.tick(self.now))
         deadline = life.machine.deadline()
-        if deadline is not None:
+        if deadline is not None and deadline != life.wake_at:
+            life.wake_at = deadline
             # The small excess keeps rounding from making a deadline that is never quite reached.
-            self.on(life, max(0.0, deadline - self.now) + 1e-6, lambda: None)
+            self.at(max(0.0, deadline - self.now) + 1e-6, lambda: self.turn(life))
 
     # --- the router
 
-    def command(self, life: Life, do: Callable[[], None]) -> None:
-        """Over the router's stream, which keeps its order."""
+    def command(self, life: Life, do: Callable[[], None], arrived: Callable[[], None] = lambda: None) -> None:
+        """Over the stream, which keeps its order. arrived: done at once, whatever the engine does."""
         life.last_command = max(self.now + self.soon(), life.last_command + 1e-9)
-        self.on(life, life.last_command - self.now, do)
+        self.on(life, life.last_command - self.now, do, arrived)
 
     def place(self, key: RequestKey) -> None:
         self.prompts[key] = self.random.randint(1, 5)
@@ -208,7 +247,12 @@ class Schedule:
                 unreachable = HandoffFailure.PEER_UNREACHABLE
                 self.apply(decode, decode.machine.link_failed(peer, unreachable, "broke"))
 
-        self.on(prefill, 0.0, lambda: self.apply(prefill, prefill.machine.link_up(link.number, decode.peer)))
+        self.on(
+            prefill,
+            0.0,
+            lambda: self.apply(prefill, prefill.machine.link_up(link.number, decode.peer)),
+            lambda: link.open.update({prefill: link.carries}),
+        )
         self.on(decode, self.soon(), up_here)
 
     def fetch(self, decode: Life, fetch: act.Fetch) -> None:
@@ -230,9 +274,11 @@ class Schedule:
             )
             good = good and not self.chance(self.faults / 8)
 
+            ended_s = self.now
+
             def told() -> None:
                 if good:
-                    self.apply(decode, decode.machine.fetched(key, self.now))
+                    self.apply(decode, decode.machine.fetched(key, ended_s))
                 else:
                     self.apply(decode, decode.machine.fetch_failed(key, "stale"))
 
@@ -268,9 +314,12 @@ class Schedule:
     # --- the prefill worker
 
     def start_prefill(self, prefill: Life, decode: Life, key: RequestKey) -> None:
+        prefill.machine.promise(key, decode.peer)
         if key in prefill.cancelled or key in self.outcomes:
+            # Refused, as a prompt is that cannot be served.
+            self.apply(prefill, prefill.machine.withdraw(key))
+            self.outcomes.setdefault(key, "cancelled")
             return
-        prefill.machine.promise(key, decode.peer, self.now)
         prefill.sequences[key] = []
         self.compute(prefill, key)
 
@@ -353,7 +402,11 @@ class Schedule:
                     self.at(self.soon(), partial(self.connect, life, peer))
                 case act.ConfirmReserved(key):
                     prefill = self.prefill
-                    self.command(prefill, partial(self.start_prefill, prefill, life, key))
+                    self.command(
+                        prefill,
+                        partial(self.start_prefill, prefill, life, key),
+                        partial(self.promised, prefill, life, key),
+                    )
                 case act.Fetch():
                     self.fetch(life, action)
                 case act.Deliver():
@@ -370,30 +423,58 @@ class Schedule:
             return
         receiver = link.puller if sender is link.offerer else link.offerer
         machine, number = receiver.machine, link.number
-        if isinstance(action, act.SendOffer):
-            self.offered_on[action.offered.key] = number
+        match action:
+            case act.SendOffer(_, offered):
+                self.offered_on[offered.key] = number
+            case act.SendWithdraw(_, key) | act.SendAcknowledge(_, key) | act.SendDrop(_, key):
+                link.held[sender].discard(key)
 
-        def receive() -> None:
+        def receive(arrived_s: float) -> None:
             if not link.open[receiver]:
                 return
             match action:
                 case act.SendOffer(_, offered):
-                    self.apply(receiver, machine.offered(number, offered, self.now))
+                    self.apply(receiver, machine.offered(number, offered, arrived_s))
                 case act.SendWithdraw(_, key):
                     self.apply(receiver, machine.withdrawn(number, key))
                 case act.SendAcknowledge(_, key):
                     self.apply(receiver, machine.acknowledged(number, key))
                 case act.SendDrop(_, key):
                     self.apply(receiver, machine.dropped(number, key))
-                case act.SendRenew(_, keys):
-                    machine.renewed(number, keys, self.now)
+                case Renew(_, keys):
+                    machine.renewed(number, keys, arrived_s)
 
         def arrive() -> None:
-            if link.carries:
-                self.on(receiver, 0.0, receive)
+            if not link.carries:
+                return
+            match action:
+                case act.SendOffer(_, offered):
+                    self.hold(link, receiver, offered.key)
+                case act.SendAcknowledge(_, key) | act.SendDrop(_, key):
+                    link.held[receiver].discard(key)
+            receiver.inbox.append(partial(receive, self.now))
+            self.turn(receiver)
 
         link.last[sender] = max(self.now + self.soon(), link.last[sender] + 1e-9)
-        self.at(link.last[sender] - self.now, arrive)
+        self.arrive(receiver, link.last[sender] - self.now, arrive)
+
+    def promised(self, prefill: Life, decode: Life, key: RequestKey) -> None:
+        for link in self.links.values():
+            if (link.offerer, link.puller) == (prefill, decode) and link.open[prefill]:
+                self.hold(link, prefill, key)
+
+    def hold(self, link: Link, life: Life, key: RequestKey) -> None:
+        link.held[life].add(key)
+        if not link.beating[life]:
+            link.beating[life] = True
+            self.arrive(life, self.random.uniform(0, LEASE_S / 4), lambda: self.beat(link, life))
+
+    def beat(self, link: Link, life: Life) -> None:
+        """Engine or not, a link says what is held as long as it carries."""
+        link.beating[life] = bool(link.held[life]) and link.carries
+        if link.beating[life]:
+            self.send(life, Renew(link.number, tuple(link.held[life])))
+            self.arrive(life, LEASE_S / 4, lambda: self.beat(link, life))
 
     # --- faults
 
@@ -415,9 +496,14 @@ class Schedule:
             notice = (lambda: self.random.uniform(1, 1.5) * LEASE_S) if silent else self.soon
             self.lose(self.random.choice(carrying), notice)
 
-    def stall(self) -> None:
+    def freeze(self) -> None:
         life = self.random.choice([self.prefill, self.decode])
-        life.stalled_until = self.now + self.random.choice([1.0, 2.0 * LEASE_S])
+        life.frozen_until = self.now + self.random.choice([1.0, 2.0 * LEASE_S])
+
+    def long_step(self) -> None:
+        """Not a fault: a model and a machine may be like that."""
+        life = self.random.choice([self.prefill, self.decode])
+        life.in_step_until = self.now + self.random.choice([0.5, 1.5, 3.0]) * LEASE_S
 
     def crash(self) -> None:
         name = self.random.choice(["prefill", "decode"])

@@ -23,6 +23,7 @@ from transfer.link import (
     LinkLost,
     LinkUp,
     PullLinkEvent,
+    request_key,
     wire_key,
 )
 from transfer.memory import MemoryBackend
@@ -30,7 +31,7 @@ from transfer.offer_links import OfferLinks
 from transfer.pull_links import PullLinks
 
 LAYOUT = KvLayout(1, 1, 4, 4, "float32")
-KEY = RequestKey("a", 1)
+KEY, OTHER = RequestKey("a", 1), RequestKey("b", 1)
 OFFER = Offered(KEY, 5, 9, (1, 0), (0, 0))
 LEASE_S = 0.4
 
@@ -46,11 +47,14 @@ class Ends:
     """One offering worker on a server; pulling workers as a test wants them."""
 
     def __init__(self) -> None:
+        self.now = 0.0
         self.source = SharedSegment.create(LAYOUT, 4, 1)
         self.target = SharedSegment.create(LAYOUT, 4, 1)
         self.offerer_heard: asyncio.Queue[Any] = asyncio.Queue()
         self.puller_heard: asyncio.Queue[Any] = asyncio.Queue()
-        self.offers = OfferLinks(handshake("prefill-0"), LEASE_S, self.offerer_heard.put_nowait)
+        self.offers = OfferLinks(
+            handshake("prefill-0"), LEASE_S, self.offerer_heard.put_nowait, lambda: self.now
+        )
         self.server = grpc.aio.server()
         transfer_pb2_grpc.add_KvTransferServicer_to_server(self.offers, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
@@ -69,6 +73,7 @@ class Ends:
             LAYOUT.block_nbytes,
             LEASE_S,
             post,
+            lambda: self.now,
         )
         self.made.append(links)
         return links
@@ -89,6 +94,10 @@ async def next_of(queue: asyncio.Queue[Any], kind: type[Event]) -> Event:
         return event
 
 
+def renewed(message: transfer_pb2.OffererMessage | transfer_pb2.PullerMessage) -> set[RequestKey]:
+    return set(map(request_key, message.renew.keys))
+
+
 @pytest.fixture
 async def ends() -> AsyncIterator[Ends]:
     made = Ends()
@@ -107,7 +116,7 @@ async def test_messages_pass_both_ways_and_the_end_is_told_last(ends: Ends) -> N
     offer = (await next_of(ends.puller_heard, FromOfferer)).message.offer
     assert (offer.key, offer.num_tokens, offer.first_token) == (wire_key(KEY), 5, 9)
     assert (list(offer.blocks), list(offer.generations)) == ([1, 0], [0, 0])
-    puller.send(there, transfer_pb2.PullerMessage(acknowledge=wire_key(KEY)))
+    puller.send_acknowledge(there, KEY)
     heard = await next_of(ends.offerer_heard, FromPuller)
     assert (heard.link, heard.message.acknowledge) == (here, wire_key(KEY))
     ends.offers.close(here, "enough")
@@ -115,7 +124,7 @@ async def test_messages_pass_both_ways_and_the_end_is_told_last(ends: Ends) -> N
     assert (await next_of(ends.puller_heard, LinkLost)).link == there
     # To a link that has ended: nothing happens.
     ends.offers.send_offer(here, OFFER)
-    puller.send(there, transfer_pb2.PullerMessage(drop=wire_key(KEY)))
+    puller.send_drop(there, KEY)
 
 
 async def test_a_fetch_copies_and_reports_also_after_the_link_has_ended(ends: Ends) -> None:
@@ -143,6 +152,61 @@ async def test_an_idle_link_stays_up_by_its_sign_of_life(ends: Ends) -> None:
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(ends.offerer_heard.get(), 4 * LEASE_S)
     assert ends.puller_heard.empty(), "the sign of life is nothing that an engine should wake up for"
+
+
+async def test_the_beat_renews_a_promise_until_it_is_withdrawn_or_answered(ends: Ends) -> None:
+    """No engine says a word meanwhile: it may be in a step."""
+    puller = ends.puller()
+    here, there = await ends.up(puller)
+    ends.offers.promise(Peer("decode-0", 2), RequestKey("of another life", 0))
+    ends.offers.promise(Peer("decode-0", 1), KEY)
+    ends.offers.promise(Peer("decode-0", 1), OTHER)
+    for now in (3.0, 4.0):
+        ends.now = now
+        while (heard := await next_of(ends.puller_heard, FromOfferer)).arrived_s < now:
+            pass
+        assert renewed(heard.message) == {KEY, OTHER}
+    ends.offers.send_withdraw(here, OTHER)
+    assert (await next_of(ends.puller_heard, FromOfferer)).message.withdraw == wire_key(OTHER)
+    assert renewed((await next_of(ends.puller_heard, FromOfferer)).message) == {KEY}
+    puller.send_drop(there, KEY)
+    await next_of(ends.offerer_heard, FromPuller)
+    assert not ends.offers._ends[here][1].held
+
+
+@pytest.mark.parametrize("answer", ["acknowledge", "drop"])
+async def test_the_beat_renews_an_offer_from_its_arrival_until_the_answer(ends: Ends, answer: str) -> None:
+    puller = ends.puller()
+    here, there = await ends.up(puller)
+    ends.offers.promise(Peer("decode-0", 1), KEY)
+    ends.offers.send_offer(here, OFFER)
+    for now in (3.0, 4.0):
+        ends.now = now
+        while (heard := await next_of(ends.offerer_heard, FromPuller)).arrived_s < now:
+            pass
+        assert renewed(heard.message) == {KEY}
+    getattr(puller, f"send_{answer}")(there, KEY)
+    while renewed((heard := await next_of(ends.offerer_heard, FromPuller)).message):
+        pass
+    assert heard.message.WhichOneof("message") == answer
+    assert not puller._ends[there].held
+    assert not ends.offers._ends[here][1].held
+
+
+async def test_the_beat_does_not_wait_for_a_pause(ends: Ends) -> None:
+    """A link on which there is always something to send renews all the same."""
+    here, _ = await ends.up(ends.puller())
+    ends.offers.promise(Peer("decode-0", 1), KEY)
+    end = ends.offers._ends[here][1]
+    message = transfer_pb2.OffererMessage(withdraw=wire_key(OTHER))
+    async with asyncio.timeout(10):
+        while True:
+            while end._unsent.qsize() < 10:
+                end.send(message)
+            heard = await next_of(ends.puller_heard, FromOfferer)
+            if heard.message.HasField("renew"):
+                break
+    assert renewed(heard.message) == {KEY}
 
 
 async def test_a_silent_puller_is_given_up(ends: Ends) -> None:
