@@ -9,8 +9,11 @@ from pathlib import Path
 
 import jinja2
 import pytest
+import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "models" / "storyteller"))
 
@@ -18,6 +21,7 @@ from corpus import BOS, EOS, Document, documents
 from corpus_grammar import Item, Place, expand, with_article
 from corpus_readings import reading
 from corpus_stories import LIBRARY, tell_story
+from examine import reading_accuracy
 from network import Architecture, Llama
 from packing import IGNORED, batches
 
@@ -172,3 +176,22 @@ def test_a_template_chooses_refers_and_starts_sentences_with_capitals() -> None:
         '[{p.at}|{p.at}], there was {o.a}. {p} was wide. "{o.anoun}!" said he.', cast, random.Random(0)
     )
     assert text == 'By the river, there was an old bell. The river was wide. "A bell!" said he.'
+
+
+class Oracle:
+    """Stands in for a model: it finds each next token likeliest, and EOS after the last one."""
+
+    def __init__(self, eos: int, wrong_last: bool) -> None:
+        self.last = eos + 1 if wrong_last else eos
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        following = torch.cat((token_ids[:, 1:], torch.tensor([[self.last]])), dim=1)
+        return functional.one_hot(following, Architecture().vocab_size)
+
+
+@pytest.mark.parametrize(("wrong_last", "expected"), [(False, 1.0), (True, 0.0)])
+def test_an_answer_counts_as_right_only_up_to_its_end(
+    tokenizer: Tokenizer, wrong_last: bool, expected: float
+) -> None:
+    oracle = Oracle(tokenizer.token_to_id(EOS), wrong_last)
+    assert reading_accuracy(oracle, tokenizer, seed=7, count=40) == expected

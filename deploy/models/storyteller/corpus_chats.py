@@ -61,7 +61,7 @@ def ask_long_story(talk: Talk) -> None:
     """A story in chapters."""
     rng = talk.rng
     hero, count = invent_character(rng), rng.choice((2, 3, 3))
-    asked = {"h": hero, "count": words.NUMBERS[count]}
+    asked: dict[str, Role] = {"h": hero, "count": words.NUMBERS[count]}
     question = expand(f"{PHRASES['ask']} a {PHRASES['long_story']}.", asked, rng)
     talk.turns.append((question, tell_chapters(rng, hero, count)))
 
@@ -146,20 +146,20 @@ def small_knowledge(talk: Talk) -> None:
     low, high = min(a, b), max(a, b)
     numbers = ", ".join(str(number) for number in range(low, high + 2))
     plus = "[What is {a} plus {b}?|{a} + {b}|What is {a} + {b}?|How much is {a} plus {b}?]"
-    talk.add(
-        *rng.choice(
-            (
-                rng.choice(PHRASES["known"]),
-                ("What is the opposite of {one}?", "The opposite of {one} is {other}."),
-                ("What [sound does {an} make|does {an} say]?", "The {animal} says {sound}."),
-                (plus, f"{{a}} plus {{b}} is {a + b}."),
-                ("[What is {high} minus {low}?|{high} - {low}]", f"{{high}} minus {{low}} is {high - low}."),
-                ("Count from {low} to {end}.", f"{numbers}."),
-            )
-        ),
-        **{"one": one, "other": other, "animal": animal, "sound": sound, "an": with_article(animal)},
-        **{"a": str(a), "b": str(b), "low": str(low), "high": str(high), "end": str(high + 1)},
+    question, answer = rng.choice(
+        (
+            rng.choice(PHRASES["known"]),
+            ("What is the opposite of {one}?", "The opposite of {one} is {other}."),
+            ("What [sound does {an} make|does {an} say]?", "The {animal} says {sound}."),
+            (plus, f"{{a}} plus {{b}} is {a + b}."),
+            ("[What is {high} minus {low}?|{high} - {low}]", f"{{high}} minus {{low}} is {high - low}."),
+            ("Count from {low} to {end}.", f"{numbers}."),
+        )
     )
+    cast: dict[str, Role] = {"one": one, "other": other, "animal": animal, "an": with_article(animal)}
+    cast |= {"sound": sound, "a": str(a), "b": str(b)}
+    cast |= {"low": str(low), "high": str(high), "end": str(high + 1)}
+    talk.add(question, answer, **cast)
 
 
 def decline(talk: Talk) -> None:

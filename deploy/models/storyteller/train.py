@@ -36,7 +36,7 @@ from vocabulary import bos_and_eos, save_tokenizer, train_tokenizer
 class Recipe:
     """How the model is trained; every figure that is not the model's own."""
 
-    steps: int = 3400
+    steps: int = 1800
     seed: int = 0
     threads: int = 2
     tokens_per_batch: int = 4096
