@@ -46,7 +46,9 @@ class Ready:
 
 
 class Deployment:
-    """config: resolved, with max_model_len filled in. run_directory: for Ray's files."""
+    """config: resolved, with max_model_len filled in. run_directory: for Ray's files. on_router_log: told
+    what the router logs, from router_log_level on.
+    """
 
     def __init__(
         self,
@@ -54,7 +56,9 @@ class Deployment:
         run_directory: Path,
         reporter: Reporter,
         on_router_log: Callable[[str], None],
+        router_log_level: str = "WARNING",
     ) -> None:
+        self._router_log_level = router_log_level
         self._config = config
         self._reporter = reporter
         self._on_router_log = on_router_log
@@ -66,7 +70,7 @@ class Deployment:
         """Start everything. Raises a ClusterError that says what could not be started; `stop` even then."""
         begin = time.monotonic()
         self._reporter.progress("router", "starting", None)
-        settings = router_settings(self._config)
+        settings = router_settings(self._config, self._router_log_level)
         router = self._router = await RouterProcess.start(settings.to_json(), self._on_router_log)
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
@@ -139,7 +143,7 @@ class Deployment:
                 self._reporter.event(f"{error}; going on without it")
 
 
-def router_settings(config: ServeConfig) -> RouterSettings:
+def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
     """The router's part of a resolved configuration."""
     router = config.router
     return RouterSettings(
@@ -158,6 +162,7 @@ def router_settings(config: ServeConfig) -> RouterSettings:
         max_gated_requests=router.max_gated_requests,
         retry_after_s=router.retry_after_s,
         request_timeout_s=router.request_timeout_s,
+        log_level=log_level,
     )
 
 

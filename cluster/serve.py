@@ -24,7 +24,8 @@ async def serve(order: Order, run_directory: Path) -> None:
     """Runs until it is cancelled, which is how it is stopped. Raises ClusterError if the deployment fails."""
     console = Console(stderr=True)
     reporter = reporter_for(console)
-    deployment = Deployment(order.config, run_directory, reporter, on_router_log=reporter.event)
+    log_level = "INFO" if order.debug else "WARNING"
+    deployment = Deployment(order.config, run_directory, reporter, reporter.event, log_level)
     try:
         ready = await deployment.start()
         reporter.close()

@@ -28,16 +28,21 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m router SETTINGS_JSON", file=sys.stderr)
         return 2
+    try:
+        settings = RouterSettings.from_json(arguments[0])
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     try:
-        asyncio.run(_serve(RouterSettings.from_json(arguments[0])))
+        asyncio.run(_serve(settings))
     except (SettingsError, EngineError) as error:
-        print(f"prelay router: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     except AddressTakenError as error:
-        print(f"prelay router: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 3
     return 0
 

@@ -78,6 +78,7 @@ class Router:
             dispatcher=self.dispatcher,
             metrics=self.metrics,
             max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
             liveness_timeout_s=settings.liveness_timeout_s,
             clock=clock,
             on_change=self._workers_changed.set,

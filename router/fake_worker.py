@@ -50,6 +50,7 @@ class FakeModel:
     answer_tokens: int | None = None
     fingerprint: str = "fake"
     max_model_len: int = 1024
+    vocab_size: int = 0
 
 
 def fake_answer(
@@ -100,6 +101,7 @@ class FakeFleet:
         max_num_seqs: int = 64,
         heartbeat_s: float = 0.02,
         fingerprint: str | None = None,
+        vocab_size: int | None = None,
     ) -> FakeWorker:
         """Starts a worker on a port of its own."""
         info = worker_pb2.WorkerInfo(
@@ -110,6 +112,7 @@ class FakeFleet:
             model="fake",
             model_fingerprint=fingerprint or self.model.fingerprint,
             max_model_len=self.model.max_model_len,
+            vocab_size=vocab_size or self.model.vocab_size,
             block_size=16,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,

@@ -30,7 +30,11 @@ def request_id_of(http: web.Request) -> str:
 
 async def read_json(http: web.Request) -> Any:
     """The body as JSON. Raises InvalidRequestError, web.HTTPRequestEntityTooLarge."""
-    body = await http.read()
+    try:
+        body = await http.read()
+    except web.RequestPayloadError as error:
+        encoding = http.headers.get("Content-Encoding", "")[:40]
+        raise InvalidRequestError(f"the body cannot be read (content-encoding {encoding!r})") from error
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -110,6 +110,7 @@ class Intake:
         """Tokens of a prompt to be answered. Raises InvalidRequestError, also where there is no text."""
         if not text:  # the tokenizer may add a token of its own, so the number of tokens does not tell
             raise InvalidRequestError("the prompt is empty; give at least one character", "prompt")
+        self._check_length([text], "prompt")
         return await self.tokenize(text)
 
     async def tokenize(self, text: str) -> list[int]:
@@ -118,6 +119,7 @@ class Intake:
 
     async def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Prompt tokens of a chat ({"role", "content"} each). Raises InvalidRequestError."""
+        self._check_length([message["content"] for message in messages], "messages")
         return await self._in_thread(self.model.tokenizer.encode_chat, messages, "messages")
 
     async def detokenize(self, token_ids: Sequence[int], param: str) -> str:
@@ -213,11 +215,23 @@ class Intake:
             )
         return asked
 
+    def _check_length(self, texts: Sequence[str], param: str) -> None:
+        """A text that cannot fit, however it is cut, is refused without the work of tokenising it."""
+        longest = self.model.tokenizer.longest_token_bytes
+        num_chars = sum(map(len, texts))  # each is a byte at least
+        if longest is not None and num_chars > longest * self.model.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {num_chars} characters, which are more than the {self.model.max_model_len} "
+                "tokens of prompt and answer that the model takes; shorten the prompt",
+                param,
+            )
+
     def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.model.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.model.vocab_size)
             raise InvalidRequestError(
-                f"{param} holds token id {wrong}; this model's ids are 0 to {self.model.vocab_size - 1}",
+                f"{param} holds token id {str(wrong)[:40]}; "
+                f"this model's ids are 0 to {self.model.vocab_size - 1}",
                 param,
             )
 
@@ -241,4 +255,4 @@ def _checked_stop(stop: tuple[str, ...]) -> tuple[str, ...]:
 
 def _require(holds: bool, param: str, value: object, wanted: str) -> None:
     if not holds:
-        raise InvalidRequestError(f"{param} must be {wanted}, got {value!r}", param)
+        raise InvalidRequestError(f"{param} must be {wanted}, got {repr(value)[:80]}", param)

@@ -19,6 +19,10 @@ _PER_TOKEN_BUCKETS = (
     1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
 
+_ADMISSIONS = (
+    ("accepted", "none"), ("rejected", "no_worker"), ("rejected", "gate_full"), ("rejected", "never_fits"),
+)  # fmt: skip
+
 
 class RouterMetrics:
     """Counts and times requests; every method is one event."""
@@ -74,9 +78,12 @@ class RouterMetrics:
             ["decision", "reason"],
             registry=registry,
         )
+        for decision, reason in _ADMISSIONS:
+            self._admission.labels(decision, reason)
         self._placement = Counter(
             "prelay_placement_total", "Placements on workers, by kind.", ["kind"], registry=registry
         )
+        self._placement.labels("disaggregated")
         self._devices = Gauge(
             "prelay_devices",
             "Devices that the deployment holds; each worker holds one.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -34,6 +34,7 @@ class _Generate(_Body):
 
     model: str | None = None
     max_tokens: _Int | None = None
+    max_completion_tokens: _Int | None = None
     min_tokens: _Int | None = None
     ignore_eos: bool | None = None
     temperature: _Number | None = None
@@ -47,10 +48,10 @@ class _Generate(_Body):
     stream_options: StreamOptions | None = None
 
     def wish(self) -> SamplingWish:
-        """The sampling that is asked for."""
+        """The sampling that is asked for; clients that send both max_tokens mean the same by both."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingWish(
-            max_tokens=self.max_tokens,
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             min_tokens=self.min_tokens,
             ignore_eos=bool(self.ignore_eos),
             temperature=self.temperature,
@@ -85,14 +86,6 @@ class ChatBody(_Generate):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: _Int | None = None
-
-    def wish(self) -> SamplingWish:
-        """`max_completion_tokens` is the newer name; clients that send both mean the same by both."""
-        wish = super().wish()
-        if self.max_completion_tokens is not None:
-            wish = replace(wish, max_tokens=self.max_completion_tokens)
-        return wish
 
 
 class TokenizeBody(_Body):

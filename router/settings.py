@@ -23,6 +23,7 @@ class RouterSettings:
     max_gated_requests: that may wait for a worker; more are refused, to come again after retry_after_s.
     request_timeout_s: a request that is not complete by then ends with an error.
     stop_grace_s: how long live streams may go on when the router is told to stop.
+    log_level: DEBUG, INFO, WARNING or ERROR.
     tokenizer_threads: for tokenisation and chat templates, which stay off the event loop.
     """
 
@@ -43,6 +44,7 @@ class RouterSettings:
     request_timeout_s: float = 600.0
     stop_grace_s: float = 1.0
     tokenizer_threads: int = 2
+    log_level: str = "INFO"
 
     @classmethod
     def from_json(cls, text: str) -> RouterSettings:
@@ -73,6 +75,8 @@ class RouterSettings:
             _require(name, getattr(self, name), (int, float))
         for name in ("max_body_bytes", "max_choices", "max_gated_requests", "tokenizer_threads"):
             _require(name, getattr(self, name), int)
+        if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise SettingsError(f"log_level is {self.log_level!r}; give DEBUG, INFO, WARNING or ERROR")
         if self.max_model_len is not None:
             _require("max_model_len", self.max_model_len, int)
         for name in ("http", "grpc", "metrics", "admin"):

@@ -32,6 +32,7 @@ class Workers:
         dispatcher: Dispatcher,
         metrics: RouterMetrics,
         max_model_len: int,
+        vocab_size: int,
         liveness_timeout_s: float,
         clock: Callable[[], float],
         on_change: Callable[[], None],
@@ -42,6 +43,7 @@ class Workers:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
         self._liveness_timeout_s = liveness_timeout_s
         self._clock = clock
         self._on_change = on_change
@@ -131,6 +133,11 @@ class Workers:
             raise WorkerRefusedError(
                 f"worker {link.worker_id} takes {info.max_model_len} tokens, but {self._max_model_len} are "
                 "promised to clients: start it with the same max_model_len"
+            )
+        if info.vocab_size and info.vocab_size != self._vocab_size:
+            raise WorkerRefusedError(
+                f"worker {link.worker_id} has a vocabulary of {info.vocab_size} tokens, but the router's "
+                f"checkpoint has {self._vocab_size}: both must read the same checkpoint"
             )
         for other in self._links.values():
             same = other.info.model_fingerprint == info.model_fingerprint

@@ -53,7 +53,7 @@ def test_every_key_of_the_routers_section_reaches_it() -> None:
         "router.max_body_bytes=7000",
         "slo.default=batch",
     )
-    settings = asdict(router_settings(config))
+    settings = asdict(router_settings(config, "ERROR"))
     assert config.router.model_dump().items() <= settings.items()
     assert settings["default_slo_class"] == "batch"
     assert settings["slo_classes"]["batch"] == {"ttft_s": 30.0, "tpot_s": 1.0}

@@ -18,7 +18,7 @@ from router.settings import RouterSettings
 
 
 def settings(http: str = "127.0.0.1:0", checkpoint: str = "") -> str:
-    given = router_settings(demo_config())
+    given = router_settings(demo_config(), "INFO")
     return RouterSettings(
         checkpoint=checkpoint or given.checkpoint,
         model_name=given.model_name,

@@ -141,7 +141,9 @@ async def start_cluster(checkpoint: Path) -> AsyncIterator[StartCluster]:
             slo_classes={"default": SloLimits(30.0, 30.0), "strict": SloLimits(1e-9, 1e-9)},
         )  # fmt: skip
         router = Router(replace(base, **settings), clock)
-        fleet = FakeFleet(model or FakeModel(eos_token_id=EOS, max_model_len=MAX_MODEL_LEN))
+        fleet = FakeFleet(
+            model or FakeModel(eos_token_id=EOS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
+        )
         cluster = Cluster(
             router=router,
             addresses=await router.start(),

@@ -69,6 +69,12 @@ async def test_defaults_and_eos(start_cluster):
     assert sampling.max_tokens == 512 - len(PROMPT)
 
 
+async def test_both_names_of_max_tokens(cluster):
+    async with cluster.http() as http:
+        body, _ = await post(http, prompt="abc", max_completion_tokens=3, temperature=0)
+        assert body["usage"]["completion_tokens"] == 3
+
+
 async def test_default_max_tokens_fits_the_pool(start_cluster):
     cluster = await start_cluster(decode={"num_blocks": 4})
     async with cluster.http() as http:

@@ -126,6 +126,17 @@ async def test_what_is_not_json(cluster, body):
         await still_serves(cluster, http)
 
 
+async def test_a_body_that_is_not_encoded_as_it_says(cluster, caplog):
+    async with cluster.http() as http:
+        headers = {"Content-Encoding": "gzip"}
+        async with http.post("/v1/completions", data=b"plain", headers=headers) as response:
+            assert response.status == 400
+            assert "gzip" in (await response.json())["error"]["message"]
+    async with cluster.http() as http:  # that connection is of no more use
+        await still_serves(cluster, http)
+    assert "defect" not in caplog.text
+
+
 async def test_unknown_model_path_and_method(cluster):
     async with cluster.http() as http:
         for path, body in (completion(model="gpt-9"), chat(model="gpt-9"), ("/tokenize", {"model": "gpt-9"})):

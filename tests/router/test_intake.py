@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from engine.tokenizer import Tokenizer
-from router.errors import InvalidRequestError
+from router.errors import InvalidRequestError, PromptTooLongError
 from router.intake import Intake, ServedModel
 
 BOS = 1
@@ -17,6 +17,8 @@ BOS = 1
 
 class BosTokenizer:
     """Begins every text with a token of its own, as most models' tokenizers do."""
+
+    longest_token_bytes = 2
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *text.encode()]
@@ -42,3 +44,13 @@ async def test_a_prompt_without_text_is_refused_although_the_tokenizer_adds_a_to
 
 async def test_the_tokenize_endpoint_may_ask_for_the_tokens_of_nothing(intake: Intake):
     assert await intake.tokenize("") == [BOS]
+
+
+async def test_a_text_that_cannot_fit_is_refused_without_tokenising_it(intake: Intake):
+    assert len(await intake.tokenize_prompt("x" * 128)) == 129
+    for asking in (
+        intake.tokenize_prompt("x" * 129),
+        intake.tokenize_chat([{"role": "user", "content": "x" * 64}, {"role": "user", "content": "y" * 65}]),
+    ):
+        with pytest.raises(PromptTooLongError, match="129 characters"):
+            await asking

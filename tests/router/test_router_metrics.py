@@ -48,6 +48,12 @@ async def test_counts_and_sums(cluster):
     assert all(sample("prelay_stage_seconds_count", stage=stage) == 5 for stage in Stage)
 
 
+async def test_counters_are_there_before_anything_happened(cluster):
+    value = cluster.router.registry.get_sample_value
+    assert value("prelay_admission_total", {"decision": "rejected", "reason": "gate_full"}) == 0
+    assert value("prelay_placement_total", {"kind": "disaggregated"}) == 0
+
+
 async def test_the_metrics_port(start_cluster):
     cluster = await start_cluster(slo_classes={"default": SloLimits(0.333, 0.0444)})
     await complete(cluster)

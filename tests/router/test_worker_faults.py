@@ -212,6 +212,7 @@ async def test_a_worker_that_was_lost_may_be_registered_again(cluster):
 @pytest.mark.parametrize(
     ("capacity", "changes", "message"),
     [
+        ({"vocab_size": 9}, {}, "a vocabulary of 9 tokens, but the router's checkpoint has 257"),
         ({"fingerprint": "other"}, {}, "all must load the same checkpoint"),
         ({}, {"role": PREFILL}, "says role decode, but prefill was expected"),
         ({}, {"worker_id": "d9"}, "says worker_id d1, but d9 was expected"),
