@@ -1,11 +1,12 @@
-"""What can be known about a checkpoint before anything is started, in a second and without torch."""
+"""What can be known about a deployment before anything is started, in a second and without torch."""
 
 from __future__ import annotations
 
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, ModelError
-from engine.config import ModelConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError
+from engine.layout import KvLayout
 from engine.tokenizer import Tokenizer
 
 
@@ -39,5 +40,32 @@ def check_model(config: ServeConfig) -> ServeConfig:
         config.check_kv_room(max_model_len)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.ray.address is None:
+        _check_memory(config, model, available_bytes())
     section = config.model.model_copy(update={"max_model_len": max_model_len})
     return config.model_copy(update={"model": section})
+
+
+def available_bytes() -> int:
+    """Memory that this machine can still give without swapping."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _check_memory(config: ServeConfig, model: ModelConfig, available: int) -> None:
+    """The KV caches are taken when the workers start: all at once, and for good."""
+    engine = EngineConfig(num_blocks=1, block_size=config.kv.block_size, dtype=config.model.dtype)
+    token_bytes = KvLayout.of(model, engine).block_nbytes / config.kv.block_size
+    tokens = {
+        pool: section.replicas * section.kv_cache_tokens
+        for pool, section in (("prefill", config.prefill), ("decode", config.decode))
+    }
+    needed = token_bytes * sum(tokens.values())
+    if needed > available:
+        raise ConfigError(
+            f"the KV caches of all workers need {needed / 2**30:,.1f} GiB (prefill {tokens['prefill']:,} and "
+            f"decode {tokens['decode']:,} tokens of {token_bytes / 1024:,.1f} KiB), but this machine has "
+            f"{available / 2**30:,.1f} GiB left: lower prefill.kv_cache_tokens, decode.kv_cache_tokens or "
+            "the replicas"
+        )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import pytest
+
 from cluster.config import ServeConfig
 from cluster.config_file import load_config, parse_assignment
+from cluster.errors import ConfigError
 from cluster.host import DecodeHost, PrefillHost
 from cluster.launch import router_settings, worker_specs
 from cluster.orders import Order
@@ -57,6 +60,11 @@ def test_every_key_of_the_routers_section_reaches_it() -> None:
     assert config.router.model_dump().items() <= settings.items()
     assert settings["default_slo_class"] == "batch"
     assert settings["slo_classes"]["batch"] == {"ttft_s": 30.0, "tpot_s": 1.0}
+
+
+def test_kv_caches_that_no_memory_could_hold_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"decode 1,000,000,000,000 tokens of 6\.0 KiB"):
+        configured("decode.kv_cache_tokens=1000000000000")
 
 
 def test_an_order_survives_its_way_to_the_child() -> None:
