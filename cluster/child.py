@@ -80,7 +80,7 @@ def main() -> None:
     if name == "serve":
         from cluster.serve import serve as run
     else:
-        from cluster.demo import demo as run
+        from cluster.demo.run import demo as run
     code = run_child(run, order, run_directory)
     if code != 1:
         # The guard does this too, if it still lives.

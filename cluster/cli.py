@@ -142,7 +142,7 @@ def demo(as_json: bool, debug: bool) -> int:
       prelay demo
       prelay demo --json > demo.json
     """
-    from cluster.demo import demo_config
+    from cluster.demo.run import demo_config
 
     return _run_guarded("demo", demo_config(), as_json, debug)
 

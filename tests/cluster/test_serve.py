@@ -24,9 +24,9 @@ from prelay.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_gr
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import demo_model_path
-from cluster.demo_clients import Answer, DemoClients
-from cluster.demo_prompts import DemoPrompt, FrontEnd, demo_prompts
-from cluster.demo_reference import compute_references, difference
+from cluster.demo.clients import Answer, DemoClients
+from cluster.demo.prompts import DemoPrompt, FrontEnd, demo_prompts
+from cluster.demo.reference import compute_references, difference
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Server

@@ -30,7 +30,7 @@ class DemoPrompt:
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
-    max_tokens: int = 160
+    max_tokens: int = 256
 
 
 _STORIES = (

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from prelay.v1 import inference_pb2, inference_pb2_grpc
 
-from cluster.demo_prompts import DemoPrompt, FrontEnd
+from cluster.demo.prompts import DemoPrompt, FrontEnd
 from cluster.errors import DemoError
 
 OnText = Callable[[str], None]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.demo_clients import Answer
-from cluster.demo_prompts import DemoPrompt
+from cluster.demo.clients import Answer
+from cluster.demo.prompts import DemoPrompt
 from engine.config import EngineConfig, ModelConfig
 from engine.sequence import StopReason, TokenSampling
 from engine.tokenizer import Tokenizer

@@ -19,10 +19,10 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.config import ServeConfig
-from cluster.demo_clients import Answer, DemoClients
-from cluster.demo_prompts import DemoPrompt, demo_prompts
-from cluster.demo_reference import Reference, compute_references, difference
-from cluster.demo_report import Typewriter, answers_json, print_answers
+from cluster.demo.clients import Answer, DemoClients
+from cluster.demo.prompts import DemoPrompt, demo_prompts
+from cluster.demo.reference import Reference, compute_references, difference
+from cluster.demo.report import Typewriter, answers_json, print_answers
 from cluster.errors import DemoError
 from cluster.launch import Deployment, Ready
 from cluster.orders import Order

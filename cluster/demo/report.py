@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import SloClass
-from cluster.demo_clients import Answer
-from cluster.demo_prompts import DemoPrompt
+from cluster.demo.clients import Answer
+from cluster.demo.prompts import DemoPrompt
 
 _STAGES = (
     ("gate", "gate"),
