@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,7 +32,6 @@ from router.answer_stream import AnswerStream
 from router.errors import (
     DeadlineExceededError,
     HandoffFailedError,
-    NoWorkersError,
     RouterError,
     StoppingError,
     WorkerLostError,
@@ -63,6 +62,7 @@ class CommandLink(Protocol):
 @dataclass(slots=True)
 class _Live:
     request: Request
+    call: tuple[str, ...]  # ids of all requests of the same call, its own included
     record: RequestRecord
     stream: AnswerStream
     timer: asyncio.TimerHandle
@@ -119,10 +119,20 @@ class Dispatcher:
 
     def submit(self, request: Request) -> AnswerStream:
         """Takes a request in. Raises the RouterError with which it is refused."""
-        self._admit(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[AnswerStream]:
+        """Takes the requests of one call in: all of them, or none (the RouterError is that of the first that
+        is refused). From then on they share their fate: when one fails, all do."""
+        self._admit(requests)
+        ids = tuple(request.request_id for request in requests)
+        return [self._take(request, ids) for request in requests]
+
+    def _take(self, request: Request, call: tuple[str, ...]) -> AnswerStream:
         stream = AnswerStream(cancel=lambda: self.cancel(request.request_id))
         self._live[request.request_id] = _Live(
             request=request,
+            call=call,
             record=RequestRecord(request, self._new_detokenizer()),
             stream=stream,
             timer=asyncio.get_running_loop().call_later(
@@ -150,6 +160,11 @@ class Dispatcher:
             self._lose(earlier, f"it was attached anew, with epoch {link.epoch}")
         self._links[link.worker_id] = link
         self._pool.add(WorkerView(link.worker_id, link.epoch, link.role, commands.capacity(link.info)))
+        for live in self._live.values():  # what an earlier life could not reach, this one may
+            live.unreachable = {
+                pair for pair in live.unreachable if link.worker_id not in (pair.prefill, pair.decode)
+            }
+        self._refuse_misfits()
         self._pump()
 
     def worker_down(self, link: CommandLink, reason: str) -> None:
@@ -157,10 +172,7 @@ class Dispatcher:
         if self._links.get(link.worker_id) is not link:
             return
         self._lose(link, reason)
-        missing = self._pool.missing_role()
-        if missing is not None:
-            for live in [live for live in self._live.values() if live.decode is None]:
-                self._fail(live, NoWorkersError(missing))
+        self._refuse_misfits()
         self._pump()
 
     def on_message(self, link: CommandLink, message: worker_pb2.WorkerMessage) -> None:
@@ -199,18 +211,32 @@ class Dispatcher:
                 self._fail(live, WorkerLostError(link.worker_id, reason))
         del self._links[link.worker_id]
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, requests: Sequence[Request]) -> None:
         if self._stopping:
             raise StoppingError
-        refusal = self._admission.refuse(request, self._pool, len(self._gate))
-        if refusal is None:
-            self._metrics.admission("accepted", "none")
-            return
-        self._metrics.admission("rejected", refusal.reason)
-        if refusal.counts:
-            self.outcomes[Outcome.REJECTED] += 1
-            self._metrics.rejected(request.slo.slo_class)
-        raise refusal.error
+        waiting = len(self._gate)
+        refusals = (
+            self._admission.refuse(request, self._pool, waiting + ahead)
+            for ahead, request in enumerate(requests)
+        )
+        refusal = next((refusal for refusal in refusals if refusal is not None), None)
+        for request in requests:
+            if refusal is None:
+                self._metrics.admission("accepted", "none")
+                continue
+            self._metrics.admission("rejected", refusal.reason)
+            if refusal.counts:
+                self.outcomes[Outcome.REJECTED] += 1
+                self._metrics.rejected(request.slo.slo_class)
+        if refusal is not None:
+            raise refusal.error
+
+    def _refuse_misfits(self) -> None:
+        """The pool has changed: what waits at the gate and could only wait in vain ends now."""
+        for live in [live for live in self._live.values() if live.decode is None]:
+            refusal = self._admission.refuse(live.request, self._pool, gated_requests=0)
+            if refusal is not None:
+                self._fail(live, refusal.error)
 
     def _pump(self) -> None:
         """Places requests as long as the head of the gate finds room."""
@@ -263,6 +289,7 @@ class Dispatcher:
         if live is None or live.prefilling or live.prefill is None or live.decode is None:
             return
         live.prefilling = True
+        live.record.reserved(self._clock())
         number = live.prefill.send(commands.prefill(key, live.request, commands.peer(live.decode.info)))
         self._pool[live.prefill.worker_id].sent(key, number)
 
@@ -322,6 +349,8 @@ class Dispatcher:
         self._fail(live, DeadlineExceededError(f"the answer was not complete after {after_s:.3g} s"))
 
     def _fail(self, live: _Live, error: RouterError) -> None:
+        if self._live.get(live.request.request_id) is not live:
+            return  # it has ended already, with another of its call
         details = live.record.fail(self._clock(), Outcome.ERROR)
         _log.warning(
             "request=%s tenant=%r event=ended_with_error prefill=%s decode=%s tokens=%d error=%r",
@@ -330,6 +359,9 @@ class Dispatcher:
         )  # fmt: skip
         live.stream.fail(error)
         self._close(live, details)
+        for sibling in live.call:
+            if sibling in self._live:
+                self._fail(self._live[sibling], error)
 
     def _close(self, live: _Live, details: Details, *, tell_workers: bool = True) -> None:
         del self._live[live.request.request_id]

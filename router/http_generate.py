@@ -152,9 +152,8 @@ class GenerateApi:
         reply = Reply(f"{prefix}-{http[REQUEST_ID]}", self._intake.model.name, int(self._wall_clock()), chat)
         details = http.headers.get("x-prelay-details", "") == "1"
         async with AsyncExitStack() as stack:
-            answers = [
-                await stack.enter_async_context(self._dispatcher.submit(request)) for request in job.requests
-            ]
+            submitted = self._dispatcher.submit_all(job.requests)
+            answers = [await stack.enter_async_context(answer) for answer in submitted]
             if job.stream:
                 return await self._stream(http, job, reply, answers, details)
             return await self._whole(job, reply, answers, details)
@@ -230,7 +229,8 @@ async def _merge(answers: Sequence[AnswerStream]) -> AsyncGenerator[tuple[int, D
                 yield index, delta
     finally:
         for future in waiting:
-            future.cancel()
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # failed together with the one that ended all: nobody else asks for it
 
 
 async def _chain(

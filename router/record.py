@@ -79,6 +79,10 @@ class RequestRecord:
         self._stages.placed(now)
         return self.key
 
+    def reserved(self, now: float) -> None:
+        """The decode worker holds blocks for the attempt in force."""
+        self._stages.reserved(now)
+
     def retry(self, now: float) -> None:
         """The placement came to nothing before any token was emitted: back to the gate."""
         self._stages.retried(now)

@@ -33,6 +33,10 @@ class StageClock:
         self._account(Stage.GATE, now)
         self._placed = True
 
+    def reserved(self, now: float) -> None:
+        """The decode worker has room: what follows is the prefill worker's, from its queue on."""
+        self._account(Stage.PREFILL_QUEUE, now)
+
     def retried(self, now: float) -> None:
         """The placement came to nothing: back at the gate, and what was reported of it is void."""
         self._account(Stage.HANDOFF_RETRY, now)

@@ -23,15 +23,17 @@ class LeastLoadedPlacement:
             key=lambda worker: (worker.requests, worker.worker_id),
         )
         prefills = sorted(
-            (worker for worker in pool.up(Role.PREFILL) if _prefill_has_room(worker)),
+            (worker for worker in pool.up(Role.PREFILL) if _prefill_has_room(worker, request)),
             key=lambda worker: (worker.outstanding_tokens, worker.worker_id),
         )
         pairs = (Pair(prefill.worker_id, decode.worker_id) for prefill in prefills for decode in decodes)
         return next((pair for pair in pairs if pair not in excluded), None)
 
 
-def _prefill_has_room(worker: WorkerView) -> bool:
-    return not worker.refused and worker.outstanding_tokens < 2 * worker.capacity.max_batch_tokens
+def _prefill_has_room(worker: WorkerView, request: Request) -> bool:
+    needed = worker.capacity.blocks_for(len(request.prompt_token_ids))
+    staged = worker.outstanding_tokens < 2 * worker.capacity.max_batch_tokens
+    return needed <= worker.capacity.num_blocks and staged
 
 
 def _decode_has_room(worker: WorkerView, request: Request) -> bool:

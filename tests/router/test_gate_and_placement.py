@@ -98,6 +98,13 @@ def test_workers_that_are_down_refused_or_do_not_reach_each_other_are_left_out(m
     assert choose(pool, make_request(), excluded={Pair("p1", "d1")}) is None
 
 
+def test_a_prompt_is_not_placed_where_it_could_never_fit(make_request):
+    pool = pool_of(prefill=1)
+    pool.add(WorkerView("a-small-one", 1, Role.PREFILL, WorkerCapacity(16, 2, 4, 100)))
+    assert choose(pool, make_request(prompt_tokens=32)).prefill == "a-small-one"
+    assert choose(pool, make_request(prompt_tokens=33)).prefill == "p0"
+
+
 def test_admission(make_request):
     admission = Admission(max_gated_requests=2, retry_after_s=3.0)
     assert admission.refuse(make_request(), pool_of(), gated_requests=1) is None

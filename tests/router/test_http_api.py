@@ -10,7 +10,7 @@ import pytest
 from prelay.v1 import worker_pb2
 
 from router.fake_worker import FakeModel, Hold
-from router.requests import Stage
+from router.requests import Outcome, Stage
 
 PROMPT = "tell me"
 
@@ -171,6 +171,23 @@ async def test_one_choice_of_several_fails_all(cluster):
             assert response.status == 500
             assert (await response.json())["error"]["code"] == "worker_failed"
         await cluster.settled()
+
+
+async def test_when_one_choice_fails_none_counts_as_left_by_the_client(cluster):
+    cluster.decode.fail_next(worker_pb2.FAILURE_REASON_INTERNAL)
+    payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}
+    async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
+        assert response.status == 500
+    assert cluster.router.dispatcher.outcomes == {Outcome.ERROR: 3}
+
+
+async def test_a_call_is_let_in_or_refused_as_a_whole(start_cluster):
+    cluster = await start_cluster(max_gated_requests=2)
+    payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}
+    async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
+        assert response.status == 429
+    assert cluster.router.dispatcher.outcomes == {Outcome.REJECTED: 3}
+    assert cluster.router.dispatcher.live_requests == 0
 
 
 async def test_streamed_choices_are_told_apart(cluster):

@@ -110,6 +110,22 @@ async def test_requests_at_the_gate_end_when_a_role_has_died_out(start_cluster):
     assert "no prefill worker is up" in message
 
 
+async def test_a_request_that_fits_no_living_worker_does_not_block_the_gate(start_cluster):
+    cluster = await start_cluster(decode={"num_blocks": 2})
+    large = await cluster.add(DECODE, "large", num_blocks=64)
+    cluster.prefill.hold(Hold.PREFILL)
+    fillers = [asyncio.create_task(ask(cluster, prompt="x" * 200)) for _ in range(6)]
+    await cluster.until(lambda: cluster.router.dispatcher.live_requests == 6)
+    small = asyncio.create_task(ask(cluster, prompt="hi", max_tokens=2))
+    await cluster.until(lambda: cluster.router.dispatcher.live_requests == 7)
+    assert cluster.router.dispatcher.gated_requests > 1
+    large.break_stream()
+    codes = {(await filler)[0] for filler in fillers}
+    assert codes == {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT}
+    cluster.prefill.let_go(Hold.PREFILL)
+    assert (await small)[1] == cluster.answer("hi", 2)
+
+
 async def test_the_other_pair_goes_on(cluster):
     p1, d1 = await cluster.add(PREFILL, "p1"), await cluster.add(DECODE, "d1")
     cluster.decode.hold(Hold.DECODE)
