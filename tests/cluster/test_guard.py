@@ -55,7 +55,9 @@ AND_LINGER = """
 SAY_WHEN_INPUT_ENDS = """
     import os, sys
     os.write(int(sys.argv[1]), sys.stdin.readline().encode())
-    os.write(int(sys.argv[1]), b"ended" + sys.stdin.read().encode() + b"\\n")
+    rest = sys.stdin.read().encode()
+    os.rmdir(sys.argv[2])
+    os.write(int(sys.argv[1]), b"ended" + rest + b"\\n")
 """
 
 
