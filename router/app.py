@@ -29,6 +29,7 @@ from router.gate_queue import FcfsGateQueue
 from router.grpc_api import SERVICE_NAME, InferenceApi
 from router.http_api import HttpApi
 from router.http_generate import GenerateApi
+from router.http_server_log import HttpServerLog
 from router.intake import Intake, ServedModel
 from router.metrics import RouterMetrics
 from router.metrics_http import metrics_application
@@ -178,7 +179,9 @@ async def _serve_grpc(stack: AsyncExitStack, setting: str, address: str, server:
 
 async def _serve_http(stack: AsyncExitStack, setting: str, address: str, app: web.Application) -> str:
     host, port = split_address(setting, address)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
+    runner = web.AppRunner(
+        app, access_log=None, logger=HttpServerLog(_log), handler_cancellation=True, shutdown_timeout=0.2
+    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, host, port)

@@ -349,8 +349,14 @@ class Dispatcher:
         self._fail(live, DeadlineExceededError(f"the answer was not complete after {after_s:.3g} s"))
 
     def _fail(self, live: _Live, error: RouterError) -> None:
-        if self._live.get(live.request.request_id) is not live:
-            return  # it has ended already, with another of its call
+        """Ends the whole call that `live` is part of; what of it has ended already is left alone."""
+        for request_id in live.call:
+            self._gate.remove(request_id)  # before the room that the others leave is given to one of them
+        for request_id in live.call:
+            if request_id in self._live:
+                self._fail_one(self._live[request_id], error)
+
+    def _fail_one(self, live: _Live, error: RouterError) -> None:
         details = live.record.fail(self._clock(), Outcome.ERROR)
         _log.warning(
             "request=%s tenant=%r event=ended_with_error prefill=%s decode=%s tokens=%d error=%r",
@@ -359,9 +365,6 @@ class Dispatcher:
         )  # fmt: skip
         live.stream.fail(error)
         self._close(live, details)
-        for sibling in live.call:
-            if sibling in self._live:
-                self._fail(self._live[sibling], error)
 
     def _close(self, live: _Live, details: Details, *, tell_workers: bool = True) -> None:
         del self._live[live.request.request_id]

@@ -112,11 +112,6 @@ class WorkerView:
         known = min(self.capacity.num_blocks, self._load.free_blocks + self._ended.blocks)
         return max(0, known - self._unseen.blocks)
 
-    @property
-    def refused(self) -> bool:
-        """Whether the worker turned a request away for want of room since its last snapshot."""
-        return self._refused
-
     def credit(self, key: RequestKey, tokens: int, blocks: int) -> None:
         """`key` is placed here."""
         credit = _Credit(tokens, blocks, command=None)

@@ -181,6 +181,18 @@ async def test_when_one_choice_fails_none_counts_as_left_by_the_client(cluster):
     assert cluster.router.dispatcher.outcomes == {Outcome.ERROR: 3}
 
 
+async def test_a_large_call_fails_at_once_and_none_of_it_is_placed_any_more(start_cluster):
+    cluster = await start_cluster(max_choices=2000, max_gated_requests=2000, decode={"num_blocks": 1})
+    cluster.decode.fail_next(worker_pb2.FAILURE_REASON_INTERNAL)
+    async with cluster.http() as http:
+        payload = {"prompt": PROMPT, "max_tokens": 5, "n": 1500}
+        async with http.post("/v1/completions", json=payload) as response:
+            assert response.status == 500
+    assert cluster.router.dispatcher.outcomes == {Outcome.ERROR: 1500}
+    assert cluster.sample("prelay_placement_total", kind="disaggregated") == 1
+    await cluster.settled()
+
+
 async def test_a_call_is_let_in_or_refused_as_a_whole(start_cluster):
     cluster = await start_cluster(max_gated_requests=2)
     payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}

@@ -189,6 +189,24 @@ async def test_a_connection_that_is_not_http(cluster):
         await still_serves(cluster, http)
 
 
+@pytest.mark.parametrize(
+    "header", [b"Content-Encoding: br", b"X-Long: " + b"x" * 9000, b"Content-Length: -1", b"X\x00: 1"]
+)
+async def test_what_is_not_http_is_one_line_in_the_log(cluster, caplog, header):
+    caplog.set_level(logging.INFO)
+    host, port = cluster.addresses.http.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
+    writer.write(head + header + b"\r\n\r\n{}")
+    assert (await reader.readline()).split()[1] in (b"400", b"431")
+    writer.close()
+    records = [record for record in caplog.records if record.levelno >= logging.INFO]
+    assert not any(record.exc_info for record in records)
+    assert sum("bad_http" in record.getMessage() for record in records) <= 1
+    async with cluster.http() as http:
+        await still_serves(cluster, http)
+
+
 async def test_neutral_values_and_unknown_fields_are_accepted(cluster, caplog):
     neutral = {
         "tools": [], "tool_choice": "none", "functions": None, "response_format": {"type": "text"},

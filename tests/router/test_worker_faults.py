@@ -217,6 +217,24 @@ async def test_a_new_life_takes_the_place_of_the_old_one(cluster):
     assert cluster.sample("prelay_devices", role="decode") == 1
 
 
+async def test_a_pair_that_was_unreachable_may_be_tried_again_with_a_new_life(cluster):
+    d1 = await cluster.add(DECODE, "d1", num_blocks=1)
+    cluster.decode.hold(Hold.DECODE)
+    d1.hold(Hold.DECODE)
+    held = [asyncio.create_task(ask(cluster)) for _ in range(2)]
+    await cluster.decode.waiting_at(Hold.DECODE)
+    await d1.waiting_at(Hold.DECODE)
+    cluster.decode.fail_next(UNREACHABLE)
+    asking = asyncio.create_task(ask(cluster))  # d0 does not reach p0, and d1 has no room
+    await cluster.decode.until(lambda: cluster.decode.received["reserve"] == 2)
+    await cluster.until(lambda: cluster.router.dispatcher.gated_requests == 1)
+    await cluster.add(DECODE, "d0", epoch=2)
+    _, text, finish = await asking
+    assert (text, finish.details.decode_worker) == (cluster.answer(PROMPT, 6), "d0")
+    d1.let_go(Hold.DECODE)
+    assert sorted(code is None for code, _, _ in await asyncio.gather(*held)) == [False, True]
+
+
 async def test_a_worker_that_was_lost_may_be_registered_again(cluster):
     cluster.decode.break_stream()
     await cluster.until(lambda: not cluster.router.pool["d0"].up)
