@@ -138,9 +138,9 @@ class DecodeRole:
         if not chunks:
             return False
         self._changed = True
-        tokens = self._runner.step(chunks)
+        results = self._runner.step(chunks)
         self._metrics.stepped(self._clock() - now, len(chunks))
-        for decoded in self._scheduler.complete(tokens):
+        for decoded in self._scheduler.complete(results):
             self._emit(decoded)
         return True
 

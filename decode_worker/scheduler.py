@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool, Holder
-from engine.sequence import RequestKey, ScheduledChunk, StopReason, TokenSampling
+from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,10 @@ class DecodeScheduler:
             for sequence in self._running.values()
         ]
 
-    def complete(self, tokens: Sequence[int | None]) -> list[Decoded]:
-        """Take the step's tokens (one entry a chunk) into account; sequences that end free their blocks."""
+    def complete(self, results: Sequence[ChunkResult]) -> list[Decoded]:
+        """Take the step's results (one a chunk) into account; sequences that end free their blocks."""
         decoded: list[Decoded] = []
-        drawn = [token for token in tokens if token is not None]
+        drawn = [result.token_id for result in results if result.token_id is not None]
         if len(drawn) != len(self._running):
             raise ValueError(f"the runner drew {len(drawn)} tokens for {len(self._running)} sequences")
         for sequence, token in zip(list(self._running.values()), drawn, strict=True):

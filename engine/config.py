@@ -31,8 +31,30 @@ _NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Rotary scaling of Llama 3.1; the names are those of its config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """theta: base of the rotary frequencies. scaling: None leaves them as they are."""
+
+    theta: float
+    scaling: Llama3Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of a Llama-family model, with the names of the field.
+
+    qkv_bias, attention_out_bias, mlp_bias: which projections add a bias. qk_norm: queries and keys are normed
+    head by head before the rotary embedding. windows: for each layer how many tokens back, itself included, a token sees,
+    or None for all.
 
     eos_token_ids: the tokens with which the model ends an answer; may be empty.
     max_position_embeddings: the longest sequence (prompt and answer) that the model was made for.
@@ -47,10 +69,15 @@ class ModelConfig:
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: RopeConfig
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
 
     @classmethod
     def from_pretrained(cls, path: Path) -> ModelConfig:
@@ -94,10 +121,15 @@ class ModelConfig:
             vocab_size=reader.positive_int("vocab_size"),
             max_position_embeddings=reader.positive_int("max_position_embeddings", default=2048),
             rms_norm_eps=reader.positive_float("rms_norm_eps", default=1e-6),
-            rope_theta=_rope_theta(raw, config_path),
+            rope=RopeConfig(_rope_theta(raw, config_path)),
             tie_word_embeddings=tied,
             bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
             eos_token_ids=_eos_token_ids(reader, path),
+            qkv_bias=False,
+            attention_out_bias=False,
+            mlp_bias=False,
+            qk_norm=False,
+            windows=(None,) * reader.positive_int("num_hidden_layers"),
         )
 
 
@@ -108,6 +140,7 @@ class EngineConfig:
     num_blocks: KV blocks of this worker. block_size: tokens in a KV block.
     max_batch_tokens: most tokens of one step. threads: CPU threads of a step.
     dtype: "float32" or "bfloat16", for weights, computation and KV cache alike.
+    device: "cpu" or "cuda". load: "weights" reads the checkpoint's, "dummy" makes random ones from its config.
     """
 
     num_blocks: int
@@ -115,6 +148,8 @@ class EngineConfig:
     max_batch_tokens: int = 512
     dtype: str = "float32"
     threads: int = 1
+    device: str = "cpu"
+    load: str = "weights"
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_batch_tokens", "threads"):

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from engine.attention.cpu import CpuAttention
+from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig, ModelConfig
+from engine.executor import LocalExecutor
+from engine.kernels.torch_ops import TorchKernels
 from engine.kv_cache import KvCache
 from engine.layout import KvLayout
 from engine.model import LlamaModel
+from engine.parallel.base import Solo
 from engine.runner import ModelRunner
+from engine.shard import WHOLE
 from engine.weights import fingerprint, load_weights
 
 
@@ -50,5 +54,7 @@ class Engine:
         weights = load_weights(checkpoint, model_config, getattr(torch, config.dtype), on_progress)
         layout = KvLayout.of(model_config, config)
         cache = KvCache(layout, config.num_blocks, buffer)
-        runner = ModelRunner(LlamaModel(model_config, weights), CpuAttention(cache))
+        model = LlamaModel(model_config, WHOLE, weights, TorchKernels(), Solo())
+        executor = LocalExecutor(model, SdpaAttention(cache, model_config.windows))
+        runner = ModelRunner(executor, config.block_size, config.num_blocks, model_config.vocab_size)
         return cls(model_config, config, layout, cache, runner, fingerprint(checkpoint))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.layout import locate_context
-from engine.sequence import ScheduledChunk, TokenSampling
+from engine.sequence import ChunkResult, ScheduledChunk, TokenSampling
 
 FAKE_VOCAB_SIZE = 2048
 """Fake answers are made of token ids below this; prompts may hold any."""
@@ -43,7 +43,7 @@ class FakeRunner:
         self._slots = blocks.view(np.uint32).reshape(num_blocks, block_size, -1)
         self._before_step = before_step
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[int | None]:
+    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
         """Store the chunks' tokens; draw one for each chunk that asks for it. Raises InvalidStepError."""
         if self._before_step is not None:
             self._before_step(chunks)
@@ -53,9 +53,11 @@ class FakeRunner:
             new = np.asarray(chunk.token_ids, dtype=np.uint32)
             self._slots[blocks[chunk.start :], offsets[chunk.start :]] = new[:, None]
         return [
-            None
-            if chunk.sampling is None
-            else _draw(self._slots[place], chunk.sampling, chunk.num_output_tokens)
+            ChunkResult(
+                None
+                if chunk.sampling is None
+                else _draw(self._slots[place], chunk.sampling, chunk.num_output_tokens)
+            )
             for chunk, place in zip(chunks, places, strict=True)
         ]
 

@@ -29,7 +29,8 @@ def generate(engine: Engine, prompt_ids: Sequence[int], sampling: TokenSampling)
         chunk = new[: config.max_batch_tokens]
         new = new[len(chunk) :]
         last = sampling if not new else None
-        (token,) = engine.runner.step([ScheduledChunk(chunk, start, block_table, last, len(answer))])
+        (result,) = engine.runner.step([ScheduledChunk(chunk, start, block_table, last, len(answer))])
+        token = result.token_id
         start += len(chunk)
         if token is not None:
             answer.append(token)

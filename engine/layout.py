@@ -15,6 +15,7 @@ import numpy.typing as npt
 from engine.config import DTYPE_NBYTES, EngineConfig, ModelConfig
 from engine.errors import InvalidStepError
 from engine.sequence import ScheduledChunk
+from engine.shard import WHOLE, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,15 @@ class KvLayout:
     dtype: str
 
     @classmethod
-    def of(cls, model: ModelConfig, engine: EngineConfig) -> KvLayout:
-        return cls(model.num_layers, model.num_kv_heads, model.head_dim, engine.block_size, engine.dtype)
+    def of(cls, model: ModelConfig, engine: EngineConfig, shard: Shard = WHOLE) -> KvLayout:
+        """What one rank of a worker caches: the layers of its stage, the KV heads of its shard."""
+        return cls(
+            len(shard.layers(model)),
+            len(shard.kv_heads(model)),
+            model.head_dim,
+            engine.block_size,
+            engine.dtype,
+        )
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:

@@ -1,40 +1,73 @@
-"""The Llama architecture over a flat batch: what one token's way through the layers is."""
+"""The Llama architecture over a flat batch: what one token's way through the layers is.
+
+Llama, Mistral, Qwen2 and Qwen3 differ here only in what their config says: biases, norms of queries and keys, attention windows,
+rotary scaling. A rank of a worker has its shard of the weights and meets the others where `group` is called.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from engine.attention.base import StepAttention
 from engine.config import ModelConfig
-from engine.layers import gated_silu, rms_norm, rotary_angles, rotate
+from engine.kernels.base import Kernels
+from engine.parallel.base import TensorGroup
+from engine.rope import inverse_frequencies, rotary_angles
+from engine.shard import Shard
 from engine.weights import LayerWeights, ModelWeights
 
 
 class LlamaModel:
-    """Pre-norm transformer decoder (Touvron et al. 2023). Holds weights, and no state between calls."""
+    """Pre-norm transformer decoder (Touvron et al. 2023), or one rank's shard of it. No state between calls."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+    def __init__(
+        self, config: ModelConfig, shard: Shard, weights: ModelWeights, kernels: Kernels, group: TensorGroup
+    ) -> None:
         self.config = config
         self._weights = weights
+        self._kernels = kernels
+        self._group = group
+        self._vocabulary = shard.vocabulary(config)
+        self._num_heads = len(shard.heads(config))
+        self._num_kv_heads = len(shard.kv_heads(config))
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] before the first layer; for the first stage."""
+        assert self._weights.embedding is not None
+        if self._group.size == 1:
+            return embedding(token_ids, self._weights.embedding)
+        local = token_ids - self._vocabulary.start
+        foreign = (local < 0) | (local >= len(self._vocabulary))
+        rows = embedding(local.masked_fill(foreign, 0), self._weights.embedding)
+        return self._group.sum(rows.masked_fill(foreign[:, None], 0))
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: StepAttention
+        self, hidden: torch.Tensor, positions: torch.Tensor, attention: StepAttention
     ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] after the last norm; ids and positions: [num_tokens]."""
-        config = self.config
-        hidden = embedding(token_ids, self._weights.embedding)
-        rotary = rotary_angles(positions, config.head_dim, config.rope_theta, hidden.dtype)
+        """Hidden states after this rank's layers; hidden: [num_tokens, hidden_size], positions: [num_tokens]."""
+        kernels, eps = self._kernels, self.config.rms_norm_eps
+        rotary = rotary_angles(positions, self._frequencies)
+        delta: torch.Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
-            normed = rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
-            hidden = hidden + self._attend(normed, layer, rotary, attention, index)
-            normed = rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps)
-            hidden = hidden + linear(gated_silu(linear(normed, layer.gate_up)), layer.down)
-        return rms_norm(hidden, self._weights.final_norm, config.rms_norm_eps)
+            if delta is None:
+                normed = kernels.rms_norm(hidden, layer.attention_norm, eps)
+            else:
+                hidden, normed = kernels.add_rms_norm(hidden, delta, layer.attention_norm, eps)
+            delta = self._group.sum(self._attend(normed, layer, rotary, attention, index))
+            hidden, normed = kernels.add_rms_norm(hidden, delta, layer.mlp_norm, eps)
+            inner = kernels.gated_silu(kernels.linear(normed, layer.gate_up, layer.gate_up_bias))
+            delta = self._group.sum(kernels.linear(inner, layer.down, layer.down_bias))
+        return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [num_rows, vocab_size] for hidden states [num_rows, hidden_size]."""
-        return linear(hidden, self._weights.lm_head).float()
+        """float32 [num_rows, vocab_size] for hidden states [num_rows, hidden_size]; for the last stage."""
+        assert self._weights.final_norm is not None and self._weights.lm_head is not None
+        normed = self._kernels.rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
+        logits = self._group.concat(self._kernels.linear(normed, self._weights.lm_head, None))
+        # The last ranks' shards are padded to the width of the others.
+        return logits[:, : self.config.vocab_size].float()
 
     def _attend(
         self,
@@ -44,8 +77,14 @@ class LlamaModel:
         attention: StepAttention,
         index: int,
     ) -> torch.Tensor:
-        split = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
-        heads = linear(normed, layer.qkv).view(-1, sum(split), self.config.head_dim)
+        kernels, eps = self._kernels, self.config.rms_norm_eps
+        split = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
+        heads = kernels.linear(normed, layer.qkv, layer.qkv_bias).view(-1, sum(split), self.config.head_dim)
         queries, keys, values = heads.split_with_sizes(split, dim=1)
-        attended = attention.attend(rotate(queries, *rotary), rotate(keys, *rotary), values, index)
-        return linear(attended.flatten(1), layer.attention_out)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries = kernels.rms_norm(queries, layer.query_norm, eps)
+            keys = kernels.rms_norm(keys, layer.key_norm, eps)
+        attended = attention.attend(
+            kernels.rotate(queries, *rotary), kernels.rotate(keys, *rotary), values, index
+        )
+        return kernels.linear(attended.flatten(1), layer.attention_out, layer.attention_out_bias)

@@ -3,67 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Protocol
 
-import numpy as np
-import torch
-
-from engine.attention.base import AttentionBackend, Span
-from engine.errors import InvalidStepError
-from engine.model import LlamaModel
+from engine.batch import FlatBatch
+from engine.executor import Executor
 from engine.sampler import Draw, sample
-from engine.sequence import ScheduledChunk
+from engine.sequence import ChunkResult, ScheduledChunk
 
 
 class StepRunner(Protocol):
     """Runs steps, and is all that a scheduler knows of an engine: a ModelRunner, or fake.FakeRunner."""
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[int | None]:
+    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
         """Compute and store the chunks' KV; draw the token that follows where `chunk.sampling` is set.
 
-        Returns one entry a chunk, in order. Raises InvalidStepError for chunks that cannot be run; nothing
+        Returns one result a chunk, in order. Raises InvalidStepError for chunks that cannot be run; nothing
         was stored then.
         """
         ...
 
 
 class ModelRunner:
-    """The StepRunner that computes a model, on the KV cache that `attention` works over."""
+    """The StepRunner that computes a model with `executor`."""
 
-    def __init__(self, model: LlamaModel, attention: AttentionBackend) -> None:
-        self._model = model
-        self._attention = attention
+    def __init__(self, executor: Executor, block_size: int, num_blocks: int, vocab_size: int) -> None:
+        self._executor = executor
+        self._block_size = block_size
+        self._num_blocks = num_blocks
+        self._vocab_size = vocab_size
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[int | None]:
+    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
         if not chunks:
             return []
-        drawing = [index for index, chunk in enumerate(chunks) if chunk.sampling is not None]
-        logits = self.logits(chunks, drawing)
+        batch = FlatBatch.of(chunks, self._block_size, self._num_blocks, self._vocab_size)
+        logits = self._executor.logits(batch)
         draws = [
             Draw(chunk.sampling, chunk.start + len(chunk.token_ids), chunk.num_output_tokens)
             for chunk in chunks
             if chunk.sampling is not None
         ]
-        tokens: list[int | None] = [None] * len(chunks)
-        for index, token in zip(drawing, sample(logits, draws), strict=True):
-            tokens[index] = token
-        return tokens
-
-    @torch.inference_mode()
-    def logits(self, chunks: Sequence[ScheduledChunk], wanted: Sequence[int]) -> torch.Tensor:
-        """Run the chunks; float32 [len(wanted), vocab_size] for what follows the chunks of these indices."""
-        ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
-        spans = [Span(end - len(chunk.token_ids), chunk) for chunk, end in zip(chunks, ends, strict=True)]
-        step_attention = self._attention.plan(spans)
-        token_ids = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
-        vocab_size = self._model.config.vocab_size
-        if token_ids.min() < 0 or token_ids.max() >= vocab_size:
-            raise InvalidStepError(
-                f"token ids from {token_ids.min()} to {token_ids.max()}: the vocabulary has {vocab_size}"
-            )
-        positions = np.concatenate(
-            [np.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks]
-        )
-        hidden = self._model.forward(torch.from_numpy(token_ids), torch.from_numpy(positions), step_attention)
-        return self._model.logits(hidden[[ends[index] - 1 for index in wanted]])
+        tokens = iter(sample(logits, draws))
+        return [ChunkResult(None if chunk.sampling is None else next(tokens)) for chunk in chunks]

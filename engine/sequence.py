@@ -29,7 +29,11 @@ class StopReason(Enum):
 class TokenSampling:
     """How the tokens of one answer are drawn and when they end.
 
-    temperature: 0 is greedy. top_k: 0 means all. top_p: 1.0 means all.
+    temperature: 0 is greedy. top_k: 0 means all. top_p: 1.0 means all. min_p: 0.0 means all.
+    presence_penalty, frequency_penalty: over the answer so far; 0.0 is none. repetition_penalty: over prompt
+    and answer; 1.0 is none. logit_bias: (token id, what is added to its logit).
+    logprobs, prompt_logprobs: how many most likely tokens to report at each position of the answer, of the
+    prompt; None means no log-probabilities at all, 0 only those of the tokens that are there.
     seed: with the token's position in the sequence the only source of randomness, so that a resumed or re-run
     request draws what it would have drawn.
     max_tokens, min_tokens: answer tokens, the first one (sampled by prefill) included.
@@ -43,6 +47,13 @@ class TokenSampling:
     max_tokens: int
     min_tokens: int
     stop_token_ids: frozenset[int]
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def stop_reason(self, token_id: int, num_output_tokens: int) -> StopReason | None:
         """Why the answer ends with `token_id`, its `num_output_tokens`-th (from 1); None if it goes on."""
@@ -68,3 +79,30 @@ class ScheduledChunk:
     block_table: Sequence[int]
     sampling: TokenSampling | None
     num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, from the model's own distribution (before any sampling parameter).
+
+    logprob, rank: of the token that is there; rank 1 is the most likely. top: (token id, log-probability) of
+    the most likely ones, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a step gives for one chunk.
+
+    token_id: the token drawn, None where `chunk.sampling` was None. logprobs: of that token, where asked for.
+    prompt_logprobs: of this chunk's tokens, where asked for; the prompt's first token has none.
+    """
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

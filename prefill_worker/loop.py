@@ -110,10 +110,10 @@ class PrefillRole:
         if not chunks:
             return False
         self._changed = True
-        tokens = self._runner.step(chunks)
+        results = self._runner.step(chunks)
         done_s = self._clock()
         self._metrics.stepped(done_s - now, sum(len(chunk.token_ids) for chunk in chunks))
-        for prefilled in self._scheduler.complete(tokens, done_s):
+        for prefilled in self._scheduler.complete(results, done_s):
             self._prefilled(prefilled, done_s)
         return True
 

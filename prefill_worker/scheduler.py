@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool, Holder
-from engine.sequence import RequestKey, ScheduledChunk, StopReason, TokenSampling
+from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,10 @@ class PrefillScheduler:
             budget -= self._take(prompt, budget)
         return [_chunk(prompt, count) for prompt, count in self._batch]
 
-    def complete(self, tokens: Sequence[int | None], now: float) -> list[Prefilled]:
-        """Take the step's tokens (one entry a chunk) into account; returns the prompts that are done."""
+    def complete(self, results: Sequence[ChunkResult], now: float) -> list[Prefilled]:
+        """Take the step's results (one a chunk) into account; returns the prompts that are done."""
         done: list[Prefilled] = []
+        tokens = [result.token_id for result in results]
         for (prompt, count), token in zip(self._batch, tokens, strict=True):
             if (token is None) != (count < prompt.num_left):
                 raise ValueError(f"the runner drew {token} after {count} tokens of {prompt.key}")

@@ -1,26 +1,12 @@
-"""The interface that every attention backend has, and the flat batch that it is told about."""
+"""The interface that every attention backend has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from engine.sequence import ScheduledChunk
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One chunk's tokens, which are rows of the flat batch from `first_row` on."""
-
-    first_row: int
-    chunk: ScheduledChunk
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + len(self.chunk.token_ids))
+from engine.batch import FlatBatch
 
 
 class StepAttention(Protocol):
@@ -32,14 +18,19 @@ class StepAttention(Protocol):
         """Store the tokens' keys and values of this layer, and attend causally to all that is stored.
 
         queries: [num_tokens, num_heads, head_dim]; keys, values: [num_tokens, num_kv_heads, head_dim], rotary
-        embedding applied. Returns [num_tokens, num_heads, head_dim].
+        embedding applied; the last dimension is contiguous. layer: counted from the cache's first.
+        Returns [num_tokens, num_heads, head_dim], contiguous.
         """
         ...
 
 
 class AttentionBackend(Protocol):
-    """Attention of one engine, over its KV cache."""
+    """Attention of one engine, over its KV cache.
 
-    def plan(self, spans: Sequence[Span]) -> StepAttention:
-        """Work out, once a step, what all layers share. Raises InvalidStepError; stores nothing."""
+    A backend is made for (cache, windows): for each layer of the cache how many tokens back, itself included,
+    a token sees, or None for all (sliding-window attention, Beltagy et al. 2020).
+    """
+
+    def plan(self, batch: FlatBatch) -> StepAttention:
+        """Work out, once a step, what all layers share; stores nothing."""
         ...

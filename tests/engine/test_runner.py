@@ -67,7 +67,9 @@ def test_chunks_batches_and_block_tables_do_not_change_answers(
     while live := [sequence for sequence in sequences if not sequence.is_done]:
         batch = dice.sample(live, dice.randint(1, len(live)))
         chunks = [sequence.chunk(dice.choice([1, 2, 5, 13, 40])) for sequence in batch]
-        for sequence, chunk, token in zip(batch, chunks, engine.runner.step(chunks), strict=True):
+        results = engine.runner.step(chunks)
+        for sequence, chunk, result in zip(batch, chunks, results, strict=True):
+            token = result.token_id
             sequence.num_computed += len(chunk.token_ids)
             assert (token is None) == (chunk.sampling is None)
             if token is not None:
@@ -97,12 +99,11 @@ def test_not_a_number_in_a_recycled_block_does_not_reach_its_next_user(
         Live(list(range(9)), 9, range(40, 50), GREEDY),
     )
     while not short.is_done:
-        for sequence, token in zip(
-            (short, long), engine.runner.step([short.chunk(99), long.chunk(99)]), strict=True
-        ):
-            assert token is not None
+        results = engine.runner.step([short.chunk(99), long.chunk(99)])
+        for sequence, result in zip((short, long), results, strict=True):
+            assert result.token_id is not None
             sequence.num_computed = len(sequence.tokens)
-            sequence.tokens.append(token)
+            sequence.tokens.append(result.token_id)
     assert short.answer == expected
 
 

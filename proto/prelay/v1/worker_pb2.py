@@ -24,21 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16prelay/v1/worker.proto\x12\tprelay.v1\"\xcb\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x12\n\nnum_blocks\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0c \x01(\r\x12\x18\n\x10protocol_version\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x12\n\nvocab_size\x18\x0f \x01(\r\"\xc3\x01\n\rRouterMessage\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\'\n\x05hello\x18\x02 \x01(\x0b\x32\x16.prelay.v1.RouterHelloH\x00\x12%\n\x07reserve\x18\x03 \x01(\x0b\x32\x12.prelay.v1.ReserveH\x00\x12%\n\x07prefill\x18\x04 \x01(\x0b\x32\x12.prelay.v1.PrefillH\x00\x12#\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x11.prelay.v1.CancelH\x00\x42\t\n\x07message\"I\n\x0bRouterHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"<\n\x07PeerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x90\x01\n\rTokenSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\"\x96\x01\n\x07Reserve\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.prelay.v1.TokenSampling\x12#\n\x07prefill\x18\x05 \x01(\x0b\x32\x12.prelay.v1.PeerRef\"\x91\x01\n\x07Prefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.prelay.v1.TokenSampling\x12\"\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x12.prelay.v1.PeerRef\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xe0\x01\n\rWorkerMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.prelay.v1.WorkerInfoH\x00\x12\'\n\x08reserved\x18\x02 \x01(\x0b\x32\x13.prelay.v1.ReservedH\x00\x12%\n\x04step\x18\x03 \x01(\x0b\x32\x15.prelay.v1.StepTokensH\x00\x12#\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x11.prelay.v1.FailedH\x00\x12\'\n\x08snapshot\x18\x05 \x01(\x0b\x32\x13.prelay.v1.SnapshotH\x00\x42\t\n\x07message\"/\n\x08Reserved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\":\n\nStepTokens\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.prelay.v1.SequenceTokens\"\xaf\x01\n\x0eSequenceTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\x15.prelay.v1.StopReason\x12$\n\x05times\x18\x06 \x01(\x0b\x32\x15.prelay.v1.StageTimes\"v\n\nStageTimes\x12\x17\n\x0fprefill_queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x04 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\"h\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.prelay.v1.FailureReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xb8\x01\n\x08Snapshot\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x15\n\rcommands_seen\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x16\n\x0equeue_requests\x18\x04 \x01(\r\x12\x14\n\x0cqueue_tokens\x18\x05 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x14\n\x0cowned_blocks\x18\x07 \x01(\r\x12\x15\n\rleased_blocks\x18\x08 \x01(\r*Q\n\x0fProtocolVersion\x12 \n\x1cPROTOCOL_VERSION_UNSPECIFIED\x10\x00\x12\x1c\n\x18PROTOCOL_VERSION_CURRENT\x10\x01*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02*\x93\x02\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46\x41ILURE_REASON_NO_BLOCKS\x10\x01\x12#\n\x1f\x46\x41ILURE_REASON_PEER_UNREACHABLE\x10\x02\x12 \n\x1c\x46\x41ILURE_REASON_PEER_MISMATCH\x10\x03\x12\"\n\x1e\x46\x41ILURE_REASON_TRANSFER_FAILED\x10\x04\x12 \n\x1c\x46\x41ILURE_REASON_LEASE_EXPIRED\x10\x05\x12\x1a\n\x16\x46\x41ILURE_REASON_INVALID\x10\x06\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x07\x32J\n\x06Worker\x12@\n\x06\x41ttach\x12\x18.prelay.v1.RouterMessage\x1a\x18.prelay.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16prelay/v1/worker.proto\x12\tprelay.v1\"\xcb\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x12\n\nnum_blocks\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0c \x01(\r\x12\x18\n\x10protocol_version\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x12\n\nvocab_size\x18\x0f \x01(\r\"\xc3\x01\n\rRouterMessage\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\'\n\x05hello\x18\x02 \x01(\x0b\x32\x16.prelay.v1.RouterHelloH\x00\x12%\n\x07reserve\x18\x03 \x01(\x0b\x32\x12.prelay.v1.ReserveH\x00\x12%\n\x07prefill\x18\x04 \x01(\x0b\x32\x12.prelay.v1.PrefillH\x00\x12#\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x11.prelay.v1.CancelH\x00\x42\t\n\x07message\"I\n\x0bRouterHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"<\n\x07PeerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\xb5\x03\n\rTokenSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\r\n\x05min_p\x18\x08 \x01(\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0b \x01(\x01\x12;\n\nlogit_bias\x18\x0c \x03(\x0b\x32\'.prelay.v1.TokenSampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa6\x01\n\x07Reserve\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.prelay.v1.TokenSampling\x12#\n\x07prefill\x18\x05 \x01(\x0b\x32\x12.prelay.v1.PeerRef\x12\x12\n\ncache_salt\x18\x06 \x01(\t\"\xa5\x01\n\x07Prefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.prelay.v1.TokenSampling\x12\"\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x12.prelay.v1.PeerRef\x12\x12\n\ncache_salt\x18\x06 \x01(\t\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xe0\x01\n\rWorkerMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.prelay.v1.WorkerInfoH\x00\x12\'\n\x08reserved\x18\x02 \x01(\x0b\x32\x13.prelay.v1.ReservedH\x00\x12%\n\x04step\x18\x03 \x01(\x0b\x32\x15.prelay.v1.StepTokensH\x00\x12#\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x11.prelay.v1.FailedH\x00\x12\'\n\x08snapshot\x18\x05 \x01(\x0b\x32\x13.prelay.v1.SnapshotH\x00\x42\t\n\x07message\"/\n\x08Reserved\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\":\n\nStepTokens\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.prelay.v1.SequenceTokens\"\xa5\x02\n\x0eSequenceTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\x15.prelay.v1.StopReason\x12$\n\x05times\x18\x06 \x01(\x0b\x32\x15.prelay.v1.StageTimes\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.prelay.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x18.prelay.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\t \x01(\r\"g\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01\"v\n\nStageTimes\x12\x17\n\x0fprefill_queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x04 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\"h\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.prelay.v1.FailureReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xcf\x01\n\x08Snapshot\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x15\n\rcommands_seen\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x16\n\x0equeue_requests\x18\x04 \x01(\r\x12\x14\n\x0cqueue_tokens\x18\x05 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x14\n\x0cowned_blocks\x18\x07 \x01(\r\x12\x15\n\rleased_blocks\x18\x08 \x01(\r\x12\x15\n\rcached_blocks\x18\t \x01(\r*Q\n\x0fProtocolVersion\x12 \n\x1cPROTOCOL_VERSION_UNSPECIFIED\x10\x00\x12\x1c\n\x18PROTOCOL_VERSION_CURRENT\x10\x01*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02*\x93\x02\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46\x41ILURE_REASON_NO_BLOCKS\x10\x01\x12#\n\x1f\x46\x41ILURE_REASON_PEER_UNREACHABLE\x10\x02\x12 \n\x1c\x46\x41ILURE_REASON_PEER_MISMATCH\x10\x03\x12\"\n\x1e\x46\x41ILURE_REASON_TRANSFER_FAILED\x10\x04\x12 \n\x1c\x46\x41ILURE_REASON_LEASE_EXPIRED\x10\x05\x12\x1a\n\x16\x46\x41ILURE_REASON_INVALID\x10\x06\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x07\x32J\n\x06Worker\x12@\n\x06\x41ttach\x12\x18.prelay.v1.RouterMessage\x1a\x18.prelay.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prelay.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROTOCOLVERSION']._serialized_start=2128
-  _globals['_PROTOCOLVERSION']._serialized_end=2209
-  _globals['_ROLE']._serialized_start=2211
-  _globals['_ROLE']._serialized_end=2274
-  _globals['_STOPREASON']._serialized_start=2276
-  _globals['_STOPREASON']._serialized_end=2363
-  _globals['_FAILUREREASON']._serialized_start=2366
-  _globals['_FAILUREREASON']._serialized_end=2641
+  _globals['_TOKENSAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_TOKENSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_PROTOCOLVERSION']._serialized_start=2703
+  _globals['_PROTOCOLVERSION']._serialized_end=2784
+  _globals['_ROLE']._serialized_start=2786
+  _globals['_ROLE']._serialized_end=2849
+  _globals['_STOPREASON']._serialized_start=2851
+  _globals['_STOPREASON']._serialized_end=2938
+  _globals['_FAILUREREASON']._serialized_start=2941
+  _globals['_FAILUREREASON']._serialized_end=3216
   _globals['_WORKERINFO']._serialized_start=38
   _globals['_WORKERINFO']._serialized_end=369
   _globals['_ROUTERMESSAGE']._serialized_start=372
@@ -48,27 +50,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PEERREF']._serialized_start=644
   _globals['_PEERREF']._serialized_end=704
   _globals['_TOKENSAMPLING']._serialized_start=707
-  _globals['_TOKENSAMPLING']._serialized_end=851
-  _globals['_RESERVE']._serialized_start=854
-  _globals['_RESERVE']._serialized_end=1004
-  _globals['_PREFILL']._serialized_start=1007
-  _globals['_PREFILL']._serialized_end=1152
-  _globals['_CANCEL']._serialized_start=1154
-  _globals['_CANCEL']._serialized_end=1199
-  _globals['_WORKERMESSAGE']._serialized_start=1202
-  _globals['_WORKERMESSAGE']._serialized_end=1426
-  _globals['_RESERVED']._serialized_start=1428
-  _globals['_RESERVED']._serialized_end=1475
-  _globals['_STEPTOKENS']._serialized_start=1477
-  _globals['_STEPTOKENS']._serialized_end=1535
-  _globals['_SEQUENCETOKENS']._serialized_start=1538
-  _globals['_SEQUENCETOKENS']._serialized_end=1713
-  _globals['_STAGETIMES']._serialized_start=1715
-  _globals['_STAGETIMES']._serialized_end=1833
-  _globals['_FAILED']._serialized_start=1835
-  _globals['_FAILED']._serialized_end=1939
-  _globals['_SNAPSHOT']._serialized_start=1942
-  _globals['_SNAPSHOT']._serialized_end=2126
-  _globals['_WORKER']._serialized_start=2643
-  _globals['_WORKER']._serialized_end=2717
+  _globals['_TOKENSAMPLING']._serialized_end=1144
+  _globals['_TOKENSAMPLING_LOGITBIASENTRY']._serialized_start=1063
+  _globals['_TOKENSAMPLING_LOGITBIASENTRY']._serialized_end=1111
+  _globals['_RESERVE']._serialized_start=1147
+  _globals['_RESERVE']._serialized_end=1313
+  _globals['_PREFILL']._serialized_start=1316
+  _globals['_PREFILL']._serialized_end=1481
+  _globals['_CANCEL']._serialized_start=1483
+  _globals['_CANCEL']._serialized_end=1528
+  _globals['_WORKERMESSAGE']._serialized_start=1531
+  _globals['_WORKERMESSAGE']._serialized_end=1755
+  _globals['_RESERVED']._serialized_start=1757
+  _globals['_RESERVED']._serialized_end=1804
+  _globals['_STEPTOKENS']._serialized_start=1806
+  _globals['_STEPTOKENS']._serialized_end=1864
+  _globals['_SEQUENCETOKENS']._serialized_start=1867
+  _globals['_SEQUENCETOKENS']._serialized_end=2160
+  _globals['_TOKENLOGPROBS']._serialized_start=2162
+  _globals['_TOKENLOGPROBS']._serialized_end=2265
+  _globals['_STAGETIMES']._serialized_start=2267
+  _globals['_STAGETIMES']._serialized_end=2385
+  _globals['_FAILED']._serialized_start=2387
+  _globals['_FAILED']._serialized_end=2491
+  _globals['_SNAPSHOT']._serialized_start=2494
+  _globals['_SNAPSHOT']._serialized_end=2701
+  _globals['_WORKER']._serialized_start=3218
+  _globals['_WORKER']._serialized_end=3292
 # @@protoc_insertion_point(module_scope)
