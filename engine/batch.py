@@ -18,8 +18,10 @@ class FlatBatch:
     """The chunks' tokens, one chunk after the other, and where each chunk's sequence lies in the KV cache.
 
     token_ids, positions: int64 [num_tokens]; position counts from the start of the token's sequence.
-    query_starts: int32 [num_chunks + 1]; chunk i's tokens are the rows query_starts[i] .. query_starts[i+1] - 1.
-    context_lens: int32 [num_chunks]; tokens of each sequence that are stored after this step, the new ones included.
+    query_starts: int32 [num_chunks + 1]; chunk i's tokens are the rows from query_starts[i] to before
+    query_starts[i + 1].
+    context_lens: int32 [num_chunks]; tokens of each sequence that are stored after this step, the new ones
+    included.
     block_tables: int32 [num_chunks, blocks of the longest context], padded with 0.
     wanted: int64 [num_wanted], ascending; the rows after which logits are asked for.
     """
@@ -59,7 +61,8 @@ class FlatBatch:
     def of(
         cls, chunks: Sequence[ScheduledChunk], block_size: int, num_blocks: int, vocab_size: int
     ) -> FlatBatch:
-        """Check the chunks and lay them out; logits are wanted after the last token of chunks that sample.
+        """Check the chunks and lay them out; logits are wanted where a token is drawn and where prompt tokens
+        are scored.
 
         Raises InvalidStepError for a chunk without tokens, one that its block table does not cover, and for
         tokens or blocks that do not exist.
@@ -84,15 +87,25 @@ class FlatBatch:
             raise InvalidStepError(
                 f"token ids from {token_ids.min()} to {token_ids.max()}: the vocabulary has {vocab_size}"
             )
-        sampling = np.array([chunk.sampling is not None for chunk in chunks])
         return cls(
             token_ids=token_ids,
             positions=np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lengths),
             query_starts=query_starts.astype(np.int32),
             context_lens=context_lens.astype(np.int32),
             block_tables=_block_tables(chunks, -(-context_lens // block_size), num_blocks),
-            wanted=query_starts[1:][sampling] - 1,
+            wanted=_wanted(chunks, query_starts),
         )
+
+
+def _wanted(chunks: Sequence[ScheduledChunk], query_starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows before a token that is drawn, and before a prompt token that is scored."""
+    rows = query_starts[1:][[chunk.sampling is not None for chunk in chunks]] - 1
+    scored = [
+        np.arange(start, start + len(chunk.token_ids) - (chunk.next_token is None))
+        for chunk, start in zip(chunks, query_starts, strict=False)
+        if chunk.prompt_logprobs is not None
+    ]
+    return np.unique(np.concatenate((rows, *scored))) if scored else rows
 
 
 def _block_tables(
@@ -107,7 +120,8 @@ def _block_tables(
     )
     if flat.min() < 0 or flat.max() >= num_blocks:
         raise InvalidStepError(
-            f"a block table with the blocks {flat.min()} to {flat.max()}: there are only the blocks 0 to {num_blocks - 1}"
+            f"a block table with the blocks {flat.min()} to {flat.max()}: there are only the blocks 0 to "
+            f"{num_blocks - 1}"
         )
     tables = np.zeros((len(chunks), int(used.max())), dtype=np.int32)
     tables[np.arange(tables.shape[1]) < used[:, None]] = flat

@@ -10,21 +10,24 @@ import torch
 
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig, ModelConfig
-from engine.executor import LocalExecutor
+from engine.cuda import CudaBackend
+from engine.device import open_device
+from engine.executor import Executor, LocalExecutor
 from engine.kernels.torch_ops import TorchKernels
 from engine.kv_cache import KvCache
 from engine.layout import KvLayout
+from engine.loading import fingerprint_of, weights_of
 from engine.model import LlamaModel
 from engine.parallel.base import Solo
 from engine.runner import ModelRunner
 from engine.shard import WHOLE
-from engine.weights import fingerprint, load_weights
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     """One model on one worker.
 
+    executor: what `runner` computes logits with.
     fingerprint: identity of the checkpoint; engines can hand sequences to each other if theirs are equal.
     """
 
@@ -32,6 +35,7 @@ class Engine:
     config: EngineConfig
     layout: KvLayout
     cache: KvCache
+    executor: Executor
     runner: ModelRunner
     fingerprint: str
 
@@ -45,16 +49,25 @@ class Engine:
     ) -> Engine:
         """Load a checkpoint directory, and set the number of threads that torch uses in this process.
 
+        checkpoint: with `config.load` "dummy" it needs to hold no more than a config.json.
         buffer: the KV cache's memory, config.num_blocks * KvLayout.of(...).block_nbytes writable bytes, or
-        None for memory of its own. on_progress: told the fraction of the weights that is loaded. Raises
-        CheckpointError or UnsupportedModelError.
+        None for memory of its own (on CUDA always None). on_progress: told the fraction of the weights that is
+        loaded. Raises CheckpointError, UnsupportedModelError or DeviceError.
         """
+        device = open_device(config.device)
         torch.set_num_threads(config.threads)
         model_config = ModelConfig.from_pretrained(checkpoint)
-        weights = load_weights(checkpoint, model_config, getattr(torch, config.dtype), on_progress)
+        weights = weights_of(checkpoint, model_config, config, on_progress)
         layout = KvLayout.of(model_config, config)
-        cache = KvCache(layout, config.num_blocks, buffer)
-        model = LlamaModel(model_config, WHOLE, weights, TorchKernels(), Solo())
-        executor = LocalExecutor(model, SdpaAttention(cache, model_config.windows))
+        executor: Executor
+        if device.type == "cuda":
+            backend = CudaBackend.of(model_config, config, device)
+            model = LlamaModel(model_config, WHOLE, weights, backend.kernels(), Solo())
+            cache = backend.cache(config.num_blocks, buffer)
+            executor = backend.executor(model, cache)
+        else:
+            model = LlamaModel(model_config, WHOLE, weights, TorchKernels(), Solo())
+            cache = KvCache(layout, config.num_blocks, buffer)
+            executor = LocalExecutor(model, SdpaAttention(cache, model_config.windows))
         runner = ModelRunner(executor, config.block_size, config.num_blocks, model_config.vocab_size)
-        return cls(model_config, config, layout, cache, runner, fingerprint(checkpoint))
+        return cls(model_config, config, layout, cache, executor, runner, fingerprint_of(checkpoint, config))

@@ -3,6 +3,7 @@
 EngineError
 ├── CheckpointError          the checkpoint directory is incomplete, damaged or contradicts itself
 ├── UnsupportedModelError    the checkpoint is sound, but this engine does not compute that model
+├── DeviceError              the device that is asked for cannot be used
 ├── TokenizerError           a text or a list of messages cannot be turned into tokens
 ├── InvalidStepError         a scheduled chunk that no engine could run
 ├── OutOfBlocksError         more KV blocks wanted than are free
@@ -22,6 +23,10 @@ class CheckpointError(EngineError):
 
 class UnsupportedModelError(EngineError):
     """The checkpoint asks for mathematics, a format or a number type that this engine does not have."""
+
+
+class DeviceError(EngineError):
+    """There is no such device here, or torch cannot use it; the message says why."""
 
 
 class TokenizerError(EngineError):

@@ -9,6 +9,9 @@ import torch
 from engine.attention.base import AttentionBackend
 from engine.batch import FlatBatch
 from engine.model import LlamaModel
+from engine.staging import to_device
+
+_CPU = torch.device("cpu")
 
 
 class Executor(Protocol):
@@ -20,15 +23,16 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One process, one device, all layers."""
+    """One process, one device, all layers. The logits lie on `device`; the host does not wait for them."""
 
-    def __init__(self, model: LlamaModel, attention: AttentionBackend) -> None:
+    def __init__(self, model: LlamaModel, attention: AttentionBackend, device: torch.device = _CPU) -> None:
         self._model = model
         self._attention = attention
+        self._device = device
 
     @torch.inference_mode()
     def logits(self, batch: FlatBatch) -> torch.Tensor:
         step_attention = self._attention.plan(batch)
-        hidden = self._model.embed(torch.from_numpy(batch.token_ids))
-        hidden = self._model.forward(hidden, torch.from_numpy(batch.positions), step_attention)
-        return self._model.logits(hidden[torch.from_numpy(batch.wanted)])
+        token_ids, positions, wanted = to_device(self._device, batch.token_ids, batch.positions, batch.wanted)
+        hidden = self._model.forward(self._model.embed(token_ids), positions, step_attention)
+        return self._model.logits(hidden[wanted])

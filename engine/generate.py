@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.engine import Engine
 from engine.errors import OutOfBlocksError
-from engine.sequence import ScheduledChunk, TokenSampling
+from engine.sequence import ScheduledChunk, TokenHistory, TokenSampling
 
 
 def generate(engine: Engine, prompt_ids: Sequence[int], sampling: TokenSampling) -> list[int]:
@@ -22,6 +22,7 @@ def generate(engine: Engine, prompt_ids: Sequence[int], sampling: TokenSampling)
             f"KV blocks of {config.block_size}; this engine has {config.num_blocks}"
         )
     block_table = range(num_blocks)
+    history = TokenHistory(prompt_ids) if sampling.needs_history else None
     answer: list[int] = []
     new: Sequence[int] = prompt_ids
     start = 0
@@ -29,11 +30,15 @@ def generate(engine: Engine, prompt_ids: Sequence[int], sampling: TokenSampling)
         chunk = new[: config.max_batch_tokens]
         new = new[len(chunk) :]
         last = sampling if not new else None
-        (result,) = engine.runner.step([ScheduledChunk(chunk, start, block_table, last, len(answer))])
+        (result,) = engine.runner.step(
+            [ScheduledChunk(chunk, start, block_table, last, len(answer), history)]
+        )
         token = result.token_id
         start += len(chunk)
         if token is not None:
             answer.append(token)
+            if history is not None:
+                history.append(token)
             new = [token]
             if sampling.stop_reason(token, len(answer)) is not None:
                 return answer

@@ -12,20 +12,33 @@ import numpy.typing as npt
 import torch
 
 from engine.layout import KvLayout
+from engine.staging import to_device
+
+_CPU = torch.device("cpu")
 
 
 class KvCache:
-    """`num_blocks` blocks of `layout`, over `buffer` or, without one, over memory of its own.
+    """`num_blocks` blocks of `layout`, over `buffer` or, without one, over memory of its own on `device`.
 
     buffer: num_blocks * block_nbytes writable bytes, for example shared memory; used in place, never copied.
-    data: [num_blocks, num_layers, 2 (keys, values), block_size, num_kv_heads, head_dim].
+    num_spare: blocks behind those, which no sequence has and nobody moves: for rows that fill up a batch.
+    data: [num_blocks + num_spare, num_layers, 2 (keys, values), block_size, num_kv_heads, head_dim].
     blocks: uint8 [num_blocks, block_nbytes], the same memory for those who only move it.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, buffer: memoryview | None = None) -> None:
-        size = num_blocks * layout.block_nbytes
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        buffer: memoryview | None = None,
+        device: torch.device = _CPU,
+        num_spare: int = 0,
+    ) -> None:
+        size = (num_blocks + num_spare) * layout.block_nbytes
         if buffer is None:
-            memory = torch.zeros(size, dtype=torch.uint8)
+            memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        elif device.type != "cpu":
+            raise ValueError(f"a KV cache on {device} has memory of its own; it cannot lie in a given buffer")
         elif buffer.readonly or buffer.nbytes != size:
             raise ValueError(
                 f"a KV cache of {num_blocks} blocks needs {size} writable bytes, "
@@ -35,13 +48,14 @@ class KvCache:
             memory = torch.frombuffer(buffer, dtype=torch.uint8)
         self.layout = layout
         self.num_blocks = num_blocks
-        self.blocks = memory.view(num_blocks, layout.block_nbytes)
-        self.data = memory.view(getattr(torch, layout.dtype)).view(num_blocks, *layout.block_shape)
+        self.blocks = memory.view(-1, layout.block_nbytes)[:num_blocks]
+        self.data = memory.view(getattr(torch, layout.dtype)).view(-1, *layout.block_shape)
         self._rows = self.data.view(-1, layout.num_kv_heads, layout.head_dim)
 
     def slots(self, blocks: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> torch.Tensor:
         """The slots of tokens, given the block of each and its offset there (arrays of one shape)."""
-        return torch.from_numpy(blocks * (self.layout.num_layers * 2 * self.layout.block_size) + offsets)
+        slots = blocks * (self.layout.num_layers * 2 * self.layout.block_size) + offsets
+        return to_device(self.data.device, slots)[0]
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [num_tokens, num_kv_heads, head_dim] of one layer at `slots` [num_tokens]."""

@@ -1,7 +1,8 @@
 """The Llama architecture over a flat batch: what one token's way through the layers is.
 
-Llama, Mistral, Qwen2 and Qwen3 differ here only in what their config says: biases, norms of queries and keys, attention windows,
-rotary scaling. A rank of a worker has its shard of the weights and meets the others where `group` is called.
+Llama, Mistral, Qwen2 and Qwen3 differ here only in what their config says: biases, norms of queries and keys,
+attention windows, rotary scaling. A rank of a worker has its shard of the weights and meets the others where
+`group` is called.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from engine.attention.base import StepAttention
 from engine.config import ModelConfig
 from engine.kernels.base import Kernels
 from engine.parallel.base import TensorGroup
-from engine.rope import inverse_frequencies, rotary_angles
+from engine.rope import inverse_frequencies, rotary_angles, rotary_magnitude
 from engine.shard import Shard
 from engine.weights import LayerWeights, ModelWeights
 
 
 class LlamaModel:
-    """Pre-norm transformer decoder (Touvron et al. 2023), or one rank's shard of it. No state between calls."""
+    """Pre-norm transformer decoder (Touvron et al. 2023), or a rank's shard of it. No state between calls."""
 
     def __init__(
         self, config: ModelConfig, shard: Shard, weights: ModelWeights, kernels: Kernels, group: TensorGroup
@@ -31,7 +32,9 @@ class LlamaModel:
         self._vocabulary = shard.vocabulary(config)
         self._num_heads = len(shard.heads(config))
         self._num_kv_heads = len(shard.kv_heads(config))
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        device = weights.layers[0].qkv.device
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
+        self._rotary_magnitude = rotary_magnitude(config.rope)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] before the first layer; for the first stage."""
@@ -46,9 +49,9 @@ class LlamaModel:
     def forward(
         self, hidden: torch.Tensor, positions: torch.Tensor, attention: StepAttention
     ) -> torch.Tensor:
-        """Hidden states after this rank's layers; hidden: [num_tokens, hidden_size], positions: [num_tokens]."""
+        """Hidden states [num_tokens, hidden_size] after this rank's layers; positions: [num_tokens]."""
         kernels, eps = self._kernels, self.config.rms_norm_eps
-        rotary = rotary_angles(positions, self._frequencies)
+        rotary = rotary_angles(positions, self._frequencies, self._rotary_magnitude)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
             if delta is None:
@@ -63,7 +66,8 @@ class LlamaModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [num_rows, vocab_size] for hidden states [num_rows, hidden_size]; for the last stage."""
-        assert self._weights.final_norm is not None and self._weights.lm_head is not None
+        assert self._weights.final_norm is not None
+        assert self._weights.lm_head is not None
         normed = self._kernels.rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
         logits = self._group.concat(self._kernels.linear(normed, self._weights.lm_head, None))
         # The last ranks' shards are padded to the width of the others.

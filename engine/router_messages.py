@@ -12,12 +12,13 @@ router.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from prelay.v1 import worker_pb2
 
-from engine.sequence import RequestKey, StopReason, TokenSampling
+from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
 
 _log = logging.getLogger(__name__)
 
@@ -132,8 +133,12 @@ class Outbox:
         token_id: int,
         stop_reason: StopReason | None,
         times: worker_pb2.StageTimes | None,
+        *,
+        logprobs: TokenLogprobs | None = None,
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
+        cached_tokens: int = 0,
     ) -> None:
-        """The token with this index in the answer."""
+        """The token with this index in the answer. prompt_logprobs, cached_tokens: with index 0."""
         step = self._tokens.setdefault(owner.stream, worker_pb2.StepTokens())
         step.sequences.append(
             worker_pb2.SequenceTokens(
@@ -143,6 +148,9 @@ class Outbox:
                 token_ids=[token_id],
                 stop_reason=_STOP_REASONS[stop_reason],
                 times=times,
+                logprobs=[] if logprobs is None else [_logprobs_message(logprobs)],
+                prompt_logprobs=map(_logprobs_message, prompt_logprobs),
+                cached_tokens=cached_tokens,
             )
         )
         self._push = self._push or stop_reason is not None
@@ -169,4 +177,22 @@ def sampling_of(message: worker_pb2.TokenSampling) -> TokenSampling:
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens,
         stop_token_ids=frozenset(message.stop_token_ids),
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        # 0, which would divide by nothing, is what a message without the field says.
+        repetition_penalty=message.repetition_penalty or 1.0,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def _logprobs_message(logprobs: TokenLogprobs) -> worker_pb2.TokenLogprobs:
+    return worker_pb2.TokenLogprobs(
+        token_id=logprobs.token_id,
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
     )

@@ -1,8 +1,8 @@
 """Which part of a model one rank of a worker holds: heads, columns, vocabulary rows, layers. No torch here.
 
-Tensor parallelism (Shoeybi et al. 2019, "Megatron-LM") splits every matrix of a layer over `tp_size` ranks: query,
-key, value, gate and up projections by rows of their outputs, attention-out and down projections by columns of
-their inputs. Pipeline parallelism gives each of `pp_size` stages a run of whole layers.
+Tensor parallelism (Shoeybi et al. 2019, "Megatron-LM") splits every matrix of a layer over `tp_size` ranks:
+query, key, value, gate and up projections by rows of their outputs, attention-out and down projections by
+columns of their inputs. Pipeline parallelism gives each of `pp_size` stages a run of whole layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Shard:
         return self.pp_rank == self.pp_size - 1
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UnsupportedModelError if the model cannot be split in this way, naming what does not divide."""
+        """Raises UnsupportedModelError, naming what does not divide, if the model cannot be split so."""
         for name, count in (
             ("num_attention_heads", model.num_heads),
             ("intermediate_size", model.intermediate_size),
@@ -55,7 +55,8 @@ class Shard:
             )
         if self.pp_size > model.num_layers:
             raise UnsupportedModelError(
-                f"pipeline parallelism over {self.pp_size} stages needs as many layers; there are {model.num_layers}"
+                f"pipeline parallelism over {self.pp_size} stages needs as many layers; there are "
+                f"{model.num_layers}"
             )
 
     def layers(self, model: ModelConfig) -> range:

@@ -13,11 +13,18 @@ import tokenizers
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine.config import read_json_object
+from engine.config_file import read_json_object
 from engine.errors import CheckpointError, TokenizerError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# The letters with which byte-level tokenizers (GPT-2's, and most since) write bytes: those that print stand
+# for themselves, the others follow from U+0100 on.
+_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTING]
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTING} | {
+    chr(0x100 + index): byte for index, byte in enumerate(_OTHERS)
+}
 
 
 class Tokenizer:
@@ -29,6 +36,9 @@ class Tokenizer:
         """special_tokens: what a chat template may name, such as {"bos_token": "<s>"}."""
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        decoder = tokenizer.decoder
+        self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._special_tokens = special_tokens
         self.longest_token_bytes = _longest_token_bytes(tokenizer)
@@ -84,6 +94,28 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for in the middle of a text; perhaps only a part of a character.
+
+        Special tokens are written out; an id that the tokenizer does not have stands for nothing.
+        """
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level and _BYTE_OF_LETTER.keys() >= set(token):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+        if self.is_byte(token_id):
+            return bytes([int(token[3:5], 16)])
+        # After another word: at the beginning of a text many decoders drop a leading space.
+        decoder = self._tokenizer.decoder
+        return token.encode() if decoder is None else decoder.decode(["a", token]).removeprefix("a").encode()
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text; parts of characters become U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
 
     def detokenizer(self) -> Detokenizer:
         """For one answer that arrives token by token."""

@@ -1,34 +1,35 @@
-"""A checkpoint's weights: found, checked against the config, then read one tensor at a time."""
+"""The weights of one rank: which part of which tensor of the checkpoint goes where, and how it gets there."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from engine.config import ModelConfig, read_json_object
-from engine.errors import CheckpointError, UnsupportedModelError
+from engine.checkpoint import check_files, open_tensors, weight_files
+from engine.config import ModelConfig
+from engine.shard import WHOLE, Shard
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
-_MIB = 2**20
+_MAPPED_BYTES = 16 * 2**20
+"""How much of a file is read before it is closed: what was read of it stays in memory until then."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer; projections that read the same input are one matrix.
+    """One rank's part of one layer; projections that read the same input are one matrix.
 
+    The heads and the intermediate size are those of the rank's shard.
     attention_norm, mlp_norm: [hidden_size].
     qkv: [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size], queries then keys then values.
     attention_out: [hidden_size, num_heads * head_dim].
     gate_up: [2 * intermediate_size, hidden_size], gate then up. down: [hidden_size, intermediate_size].
+    Biases: one value for each output. attention_out_bias, down_bias: only on the first tensor-parallel rank,
+    because the ranks' results are summed.
+    query_norm, key_norm: [head_dim].
     """
 
     attention_norm: torch.Tensor
@@ -47,181 +48,206 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """embedding, lm_head: [vocab_size, hidden_size], one and the same if tied. final_norm: [hidden_size]."""
+    """One rank's part of a model.
 
-    embedding: torch.Tensor
+    embedding, lm_head: [ceil(vocab_size / tp_size), hidden_size], one and the same if tied; rows beyond the
+    rank's vocabulary are zero. embedding is None after the first stage; final_norm [hidden_size] and lm_head
+    are None before the last.
+    """
+
+    embedding: torch.Tensor | None
     layers: tuple[LayerWeights, ...]
-    final_norm: torch.Tensor
-    lm_head: torch.Tensor
+    final_norm: torch.Tensor | None
+    lm_head: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank keeps of one tensor of the checkpoint.
+
+    shape: of the whole tensor, one or two dimensions. kept: the run of indices in each. target: where that
+    goes.
+    """
+
+    shape: tuple[int, ...]
+    kept: tuple[range, ...]
+    target: torch.Tensor
 
 
 def load_weights(
-    path: Path, config: ModelConfig, dtype: torch.dtype, on_progress: Callable[[float], None]
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    on_progress: Callable[[float], None],
+    shard: Shard = WHOLE,
+    device: str | torch.device = "cpu",
 ) -> ModelWeights:
-    """Read `path`'s safetensors, one file or several with an index, converted to `dtype`.
+    """Read a rank's part of `path`'s safetensors, one file or several with an index, converted to `dtype`.
 
+    No more than the part, and a few MiB of the file that is being read, is in memory at any time.
     on_progress: told the fraction that is loaded, up to 1.0.
     Raises CheckpointError if a file is missing, truncated or does not hold what the config asks for,
-    UnsupportedModelError for other file formats and number types.
+    UnsupportedModelError for other file formats and number types, and for models that cannot be split so.
     """
-    files = _weight_files(path)
+    shard.check(config)
+    files = weight_files(path)
     # Compared on tensors without memory first: a config that does not fit must not cost gigabytes.
-    expected = _by_name(_allocate(config, dtype, "meta"), config)
-    _check(files, expected, config)
-    weights = _allocate(config, dtype, "cpu")
-    targets = _by_name(weights, config)
+    whole = weight_parts(allocate_weights(config, dtype, WHOLE, "meta"), config, WHOLE)
+    redundant = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    check_files(files, {name: part.shape for name, part in whole.items()}, redundant)
+    weights = allocate_weights(config, dtype, shard, device)
+    parts = weight_parts(weights, config, shard)
     num_loaded = 0
-    num_total = sum(target.numel() for target in targets.values())
+    num_total = sum(part.target.numel() for part in parts.values())
     for file in files:
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in targets:
-                    targets[name].copy_(tensors.get_tensor(name))
-                    num_loaded += targets[name].numel()
-                    on_progress(num_loaded / num_total)
+        with open_tensors(file) as tensors:
+            names = sorted(parts.keys() & set(tensors.keys()))
+        for name in names:
+            for rows in _pieces(parts[name]):
+                with open_tensors(file) as tensors:
+                    _copy_rows(tensors.get_slice(name), rows, parts[name])
+            num_loaded += parts[name].target.numel()
+            on_progress(num_loaded / num_total)
     return weights
 
 
-def fingerprint(path: Path) -> str:
-    """Identity of a model: SHA-256 over config.json and, of each weight file, its size, header and both ends.
+def allocate_weights(
+    config: ModelConfig, dtype: torch.dtype, shard: Shard, device: str | torch.device
+) -> ModelWeights:
+    """Weights of the right shapes for one rank, to be filled; only the padding is set, to zero."""
 
-    Two checkpoints that differ only deep inside a weight file of equal layout are taken for equal: this
-    catches wrong versions and wrong fine-tunes within milliseconds, not a forger.
-    """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in _weight_files(path):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-            digest.update(f"\n{file.name} {size} {header_size}\n".encode())
-            digest.update(stream.read(min(header_size, size) + _MIB))
-            stream.seek(max(0, size - _MIB))
-            digest.update(stream.read(_MIB))
-    return digest.hexdigest()
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / _SINGLE_FILE).exists():
-        return [path / _SINGLE_FILE]
-    index = path / _INDEX_FILE
-    if not index.exists():
-        others = sorted(
-            file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern)
-        )
-        if others:
-            raise UnsupportedModelError(
-                f"{path} has weights as {', '.join(others)}; supported is only safetensors"
-            )
-        raise CheckpointError(f"{path} has no weights: {_SINGLE_FILE} or {_INDEX_FILE} is needed")
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is {weight_map!r}; it must map tensors to files")
-    names = set(weight_map.values())
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file in the same directory")
-        if not (path / name).exists():
-            raise CheckpointError(f"{path / name} is missing, but {_INDEX_FILE} names it")
-    return [path / name for name in sorted(names)]
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        tensors = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is truncated or not a safetensors file: {error}"
-        ) from error
-    with tensors:
-        yield tensors
-
-
-def _check(files: Sequence[Path], expected: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
-    """Raises unless the files together hold exactly the expected tensors, in shapes and types that fit."""
-    missing = set(expected)
-    for file in files:
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                stored = tensors.get_slice(name)
-                if name in expected:
-                    _check_tensor(file, name, stored, tuple(expected[name].shape))
-                elif not _is_redundant(name, config):
-                    raise CheckpointError(
-                        f"{file} holds {name}, which a Llama model of {config.num_layers} layers, "
-                        "as config.json says, does not have"
-                    )
-                missing.discard(name)
-    if missing:
-        few = ", ".join(sorted(missing)[:3])
-        raise CheckpointError(
-            f"{files[0].parent} lacks {len(missing)} of {len(expected)} tensors, such as {few}"
-        )
-
-
-def _check_tensor(file: Path, name: str, stored: Any, shape: tuple[int, ...]) -> None:
-    if tuple(stored.get_shape()) != shape:
-        raise CheckpointError(
-            f"{file}: {name} has shape {tuple(stored.get_shape())}, but by config.json it should be {shape}"
-        )
-    if stored.get_dtype() not in _DTYPES:
-        raise UnsupportedModelError(
-            f"{file}: {name} is stored as {stored.get_dtype()}; supported are {', '.join(_DTYPES)}"
-        )
-
-
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that some checkpoints store although they follow from the rest."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-
-
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: str) -> ModelWeights:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    num_query_rows = config.num_heads * config.head_dim
-    num_qkv_rows = num_query_rows + 2 * config.num_kv_heads * config.head_dim
-    embedding = empty(config.vocab_size, hidden)
+    hidden, head_dim = config.hidden_size, config.head_dim
+    num_query_rows = len(shard.heads(config)) * head_dim
+    num_qkv_rows = num_query_rows + 2 * len(shard.kv_heads(config)) * head_dim
+    inner = len(shard.intermediate(config))
+    adds_bias = shard.tp_rank == 0
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            attention_norm=empty(hidden),
+            qkv=empty(num_qkv_rows, hidden),
+            attention_out=empty(hidden, num_query_rows),
+            mlp_norm=empty(hidden),
+            gate_up=empty(2 * inner, hidden),
+            down=empty(hidden, inner),
+            qkv_bias=empty(num_qkv_rows) if config.qkv_bias else None,
+            attention_out_bias=empty(hidden) if config.attention_out_bias and adds_bias else None,
+            gate_up_bias=empty(2 * inner) if config.mlp_bias else None,
+            down_bias=empty(hidden) if config.mlp_bias and adds_bias else None,
+            query_norm=empty(head_dim) if config.qk_norm else None,
+            key_norm=empty(head_dim) if config.qk_norm else None,
+        )
+
+    def vocabulary_rows() -> torch.Tensor:
+        rows = empty(math.ceil(config.vocab_size / shard.tp_size), hidden)
+        rows[len(shard.vocabulary(config)) :] = 0
+        return rows
+
+    embedding = vocabulary_rows() if shard.is_first_stage else None
+    tied = embedding if config.tie_word_embeddings else None
+    lm_head = (vocabulary_rows() if tied is None else tied) if shard.is_last_stage else None
     return ModelWeights(
         embedding=embedding,
-        layers=tuple(
-            LayerWeights(
-                attention_norm=empty(hidden),
-                qkv=empty(num_qkv_rows, hidden),
-                attention_out=empty(hidden, num_query_rows),
-                mlp_norm=empty(hidden),
-                gate_up=empty(2 * intermediate, hidden),
-                down=empty(hidden, intermediate),
-            )
-            for _ in range(config.num_layers)
-        ),
-        final_norm=empty(hidden),
-        lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
+        layers=tuple(layer() for _ in shard.layers(config)),
+        final_norm=empty(hidden) if shard.is_last_stage else None,
+        lm_head=lm_head,
     )
 
 
-def _by_name(weights: ModelWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Where each tensor of a Llama checkpoint goes: its name, and the (part of a) matrix that it fills."""
-    targets = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.final_norm}
-    if not config.tie_word_embeddings:
-        targets["lm_head.weight"] = weights.lm_head
-    kv_rows = config.num_kv_heads * config.head_dim
-    for index, layer in enumerate(weights.layers):
-        queries, keys, values = layer.qkv.split_with_sizes(
-            (config.num_heads * config.head_dim, kv_rows, kv_rows)
-        )
-        gate, up = layer.gate_up.chunk(2)
-        parts = {
-            "input_layernorm": layer.attention_norm,
-            "self_attn.q_proj": queries,
-            "self_attn.k_proj": keys,
-            "self_attn.v_proj": values,
-            "self_attn.o_proj": layer.attention_out,
-            "post_attention_layernorm": layer.mlp_norm,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": layer.down,
-        }
-        targets |= {f"model.layers.{index}.{part}.weight": tensor for part, tensor in parts.items()}
-    return targets
+def weight_parts(weights: ModelWeights, config: ModelConfig, shard: Shard) -> dict[str, Part]:
+    """By name of the checkpoint's tensor: which part of it goes where in a rank's weights."""
+    hidden, tokens = range(config.hidden_size), shard.vocabulary(config)
+    parts: dict[str, Part] = {}
+
+    def vocabulary(name: str, matrix: torch.Tensor | None) -> None:
+        if matrix is not None:
+            shape = (config.vocab_size, config.hidden_size)
+            parts[name] = Part(shape, (tokens, hidden), matrix[: len(tokens)])
+
+    vocabulary("model.embed_tokens.weight", weights.embedding)
+    if config.tie_word_embeddings:
+        vocabulary("model.embed_tokens.weight", weights.lm_head)
+    else:
+        vocabulary("lm_head.weight", weights.lm_head)
+    if weights.final_norm is not None:
+        parts["model.norm.weight"] = Part((config.hidden_size,), (hidden,), weights.final_norm)
+    for index, layer in zip(shard.layers(config), weights.layers, strict=True):
+        for name, part in _layer_parts(layer, config, shard).items():
+            parts[f"model.layers.{index}.{name}"] = part
+    return parts
+
+
+def _layer_parts(layer: LayerWeights, config: ModelConfig, shard: Shard) -> dict[str, Part]:
+    hidden = range(config.hidden_size)
+    queries = _rows_of_heads(shard.heads(config), config.head_dim)
+    keys = _rows_of_heads(shard.kv_heads(config), config.head_dim)
+    num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner, num_inner = shard.intermediate(config), config.intermediate_size
+    parts: dict[str, Part] = {}
+
+    def vector(name: str, size: int, kept: range, target: torch.Tensor | None) -> None:
+        if target is not None:
+            parts[name] = Part((size,), (kept,), target)
+
+    def stacked(
+        names: tuple[str, ...],
+        sizes: tuple[int, ...],
+        kept: tuple[range, ...],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Projections split by outputs, one below the other in one matrix."""
+        lengths = [len(rows) for rows in kept]
+        weights = weight.split_with_sizes(lengths)
+        biases = [None] * len(names) if bias is None else bias.split_with_sizes(lengths)
+        for name, size, rows, matrix, its_bias in zip(names, sizes, kept, weights, biases, strict=True):
+            parts[f"{name}.weight"] = Part((size, config.hidden_size), (rows, hidden), matrix)
+            vector(f"{name}.bias", size, rows, its_bias)
+
+    stacked(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        (num_queries, num_keys, num_keys),
+        (queries, keys, keys),
+        layer.qkv,
+        layer.qkv_bias,
+    )
+    stacked(
+        ("mlp.gate_proj", "mlp.up_proj"),
+        (num_inner, num_inner),
+        (inner, inner),
+        layer.gate_up,
+        layer.gate_up_bias,
+    )
+    parts["self_attn.o_proj.weight"] = Part(
+        (config.hidden_size, num_queries), (hidden, queries), layer.attention_out
+    )
+    parts["mlp.down_proj.weight"] = Part((config.hidden_size, num_inner), (hidden, inner), layer.down)
+    vector("input_layernorm.weight", config.hidden_size, hidden, layer.attention_norm)
+    vector("post_attention_layernorm.weight", config.hidden_size, hidden, layer.mlp_norm)
+    vector("self_attn.o_proj.bias", config.hidden_size, hidden, layer.attention_out_bias)
+    vector("mlp.down_proj.bias", config.hidden_size, hidden, layer.down_bias)
+    vector("self_attn.q_norm.weight", config.head_dim, range(config.head_dim), layer.query_norm)
+    vector("self_attn.k_norm.weight", config.head_dim, range(config.head_dim), layer.key_norm)
+    return parts
+
+
+def _pieces(part: Part) -> Iterator[range]:
+    """The rows that are kept, cut into runs of about `_MAPPED_BYTES`."""
+    step = max(1, _MAPPED_BYTES // (4 * math.prod(part.shape[1:])))
+    kept = part.kept[0]
+    for first in range(kept.start, kept.stop, step):
+        yield range(first, min(first + step, kept.stop))
+
+
+def _copy_rows(stored: Any, rows: range, part: Part) -> None:
+    """stored: a safetensors slice of the whole tensor."""
+    index = [slice(kept.start, kept.stop) for kept in (rows, *part.kept[1:])]
+    first = part.kept[0].start
+    part.target[rows.start - first : rows.stop - first].copy_(stored[tuple(index)])
+
+
+def _rows_of_heads(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prelay.v1 import worker_pb2
 
-from engine.sequence import RequestKey, StopReason, TokenSampling
+from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
 from router.pool_view import Load, WorkerCapacity
 from router.record import TokenBatch
 from router.requests import Request, Stage
@@ -21,7 +21,7 @@ def reserve(key: RequestKey, request: Request, prefill: worker_pb2.PeerRef) -> w
         reserve=worker_pb2.Reserve(
             request_id=key.request_id,
             attempt=key.attempt,
-            prompt_tokens=len(request.prompt_token_ids),
+            token_ids=request.prompt_token_ids,
             sampling=_sampling(request.sampling),
             prefill=prefill,
         )
@@ -72,6 +72,9 @@ def token_batch(sequence: worker_pb2.SequenceTokens) -> TokenBatch:
         stop_reason=_STOP_REASONS.get(sequence.stop_reason),
         stage_times=times,
         kv_bytes=sequence.times.kv_bytes,
+        logprobs=[_logprobs(message) for message in sequence.logprobs],
+        prompt_logprobs=[_logprobs(message) for message in sequence.prompt_logprobs],
+        cached_tokens=sequence.cached_tokens,
     )
 
 
@@ -104,4 +107,16 @@ def _sampling(sampling: TokenSampling) -> worker_pb2.TokenSampling:
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         stop_token_ids=sorted(sampling.stop_token_ids),
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
+
+
+def _logprobs(message: worker_pb2.TokenLogprobs) -> TokenLogprobs:
+    top = zip(message.top_ids, message.top_logprobs, strict=True)
+    return TokenLogprobs(message.token_id, message.logprob, message.rank, tuple(top))

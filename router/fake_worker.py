@@ -42,6 +42,7 @@ class FakeModel:
 
     eos_token_id, answer_tokens: the answer to every prompt ends with EOS as its `answer_tokens`-th token, if
     EOS is among the request's stop tokens and min_tokens and max_tokens allow it.
+    caches: prefill workers say that they had all of a prompt but its last token in their cache.
     """
 
     low: int = 32
@@ -51,6 +52,7 @@ class FakeModel:
     fingerprint: str = "fake"
     max_model_len: int = 1024
     vocab_size: int = 0
+    caches: bool = False
 
 
 def fake_answer(
@@ -70,6 +72,21 @@ def fake_answer(
         answer.append(model.low + draw % (model.high - model.low))
         if len(answer) >= sampling.max_tokens:
             return answer, worker_pb2.STOP_REASON_LENGTH
+
+
+def fake_logprobs(token_id: int, index: int, num_top: int) -> worker_pb2.TokenLogprobs:
+    """What fake workers say of a token of a prompt or an answer: less likely with every index, and second
+    wherever the index is odd."""
+    rank = 1 + index % 2
+    top_ids = [token_id if at == rank else (token_id + at) % 128 for at in range(1, num_top + 1)]
+    logprobs = [-(at + index / 8) for at in range(1, max(num_top, rank) + 1)]
+    return worker_pb2.TokenLogprobs(
+        token_id=token_id,
+        logprob=logprobs[rank - 1],
+        rank=rank,
+        top_ids=top_ids,
+        top_logprobs=logprobs[:num_top],
+    )
 
 
 @dataclass(slots=True)
@@ -244,7 +261,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 case "reserve":
                     self.reserves.append(message.reserve)
                     await self._begin(
-                        message.reserve, message.reserve.prompt_tokens + message.reserve.sampling.max_tokens
+                        message.reserve, len(message.reserve.token_ids) + message.reserve.sampling.max_tokens
                     )
                 case "prefill":
                     await self._begin(message.prefill, len(message.prefill.token_ids))
@@ -282,7 +299,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             peer.take_over(sequence.key, command.token_ids)
         await self._pass(Hold.FIRST_TOKEN)
         times = worker_pb2.StageTimes(prefill_queue_s=1e-6, prefill_s=1e-6)
-        self._send(sequence, 0, answer[0], reason if only else _GOES_ON, times)
+        self._send(sequence, 0, answer[0], reason if only else _GOES_ON, times, command.token_ids)
         self._drop(sequence)
         await self._notify()
 
@@ -325,7 +342,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         token_id: int,
         reason: worker_pb2.StopReason,
         times: worker_pb2.StageTimes | None,
+        prompt: Sequence[int] = (),
     ) -> None:
+        sampling, logprobs, prompt_logprobs = sequence.sampling, [], []
+        if sampling.HasField("logprobs"):
+            logprobs = [fake_logprobs(token_id, index, sampling.logprobs)]
+        if sampling.HasField("prompt_logprobs"):
+            scored = list(enumerate(prompt))[1:]
+            prompt_logprobs = [fake_logprobs(token, at, sampling.prompt_logprobs) for at, token in scored]
         tokens = worker_pb2.SequenceTokens(
             request_id=sequence.key.request_id,
             attempt=sequence.key.attempt,
@@ -333,6 +357,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             token_ids=[token_id],
             stop_reason=reason,
             times=times,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            # As if all of a prompt but its last token had been cached.
+            cached_tokens=max(0, len(prompt) - 1) if self._fleet.model.caches else 0,
         )
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(step=worker_pb2.StepTokens(sequences=[tokens])))
 

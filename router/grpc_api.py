@@ -11,6 +11,8 @@ from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
 from prelay.v1 import inference_pb2
 
+from engine.sequence import TokenLogprobs
+from engine.tokenizer import Tokenizer
 from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.grpc_errors import abort
@@ -83,7 +85,7 @@ class InferenceApi:
             public_id = message.request_id or request.request_id
             async with self._dispatcher.submit(request) as answer:
                 async for delta in answer:
-                    await context.write(_response(public_id, delta))
+                    await context.write(_response(public_id, delta, self._intake.model.tokenizer))
         except RouterError as error:
             await abort(context, error)
         except Exception:
@@ -161,21 +163,48 @@ def _wish(sampling: inference_pb2.SamplingParams) -> SamplingWish:
         seed=given("seed"),
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
+        min_p=given("min_p"),
+        presence_penalty=given("presence_penalty"),
+        frequency_penalty=given("frequency_penalty"),
+        repetition_penalty=given("repetition_penalty"),
+        logit_bias=tuple(sampling.logit_bias.items()),
+        logprobs=given("logprobs"),
+        prompt_logprobs=given("prompt_logprobs"),
     )
 
 
-def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
+def _response(request_id: str, delta: Delta, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:
     finish = None
     if delta.finish is not None:
         finish = inference_pb2.Finish(
             reason=_FINISH_REASONS[delta.finish.reason],
             usage=inference_pb2.Usage(
-                prompt_tokens=delta.finish.prompt_tokens, completion_tokens=delta.finish.completion_tokens
+                prompt_tokens=delta.finish.prompt_tokens,
+                completion_tokens=delta.finish.completion_tokens,
+                cached_tokens=delta.finish.cached_tokens,
             ),
             details=_details(delta.finish.details),
         )
     return inference_pb2.GenerateResponse(
-        request_id=request_id, token_ids=delta.token_ids, text=delta.text, finish=finish
+        request_id=request_id,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        finish=finish,
+        logprobs=[_logprob(one, tokenizer) for one in delta.logprobs],
+        prompt_logprobs=[_logprob(one, tokenizer) for one in delta.prompt_logprobs],
+    )
+
+
+def _logprob(one: TokenLogprobs, tokenizer: Tokenizer) -> inference_pb2.TokenLogprob:
+    return inference_pb2.TokenLogprob(
+        token_id=one.token_id,
+        text=tokenizer.token_text(one.token_id),
+        logprob=one.logprob,
+        rank=one.rank,
+        top=[
+            inference_pb2.TopLogprob(token_id=token_id, text=tokenizer.token_text(token_id), logprob=logprob)
+            for token_id, logprob in one.top
+        ],
     )
 
 

@@ -28,8 +28,16 @@ from router.http_errors import http_error
 from router.http_request import REQUEST_ID, read_json, slo_of, tenant_of
 from router.intake import Intake, SamplingWish
 from router.openai_fields import FieldWatch
+from router.openai_logprobs import (
+    Echo,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+    with_top,
+)
 from router.openai_protocol import ChatBody, CompletionBody, Prompt, parse, parse_messages, parse_prompts
-from router.openai_responses import Reply, usage_of
+from router.openai_responses import Part, Reply, usage_of
 from router.requests import Delta, Finish, Request
 from router.slo import SloPolicy
 
@@ -39,13 +47,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A parsed call: one request for each choice. echo: text that stands before each choice's answer."""
+    """A parsed call: one request for each choice, the `count` of one prompt side by side.
+
+    echo: of each choice, what stands before its answer. prompt_logprobs: how many the choices carry for each
+    token of the prompt.
+    """
 
     requests: Sequence[Request]
-    echo: Sequence[str]
-    prompt_tokens: int
+    count: int
+    echo: Sequence[Echo | None]
+    prompt_logprobs: int | None
     stream: bool
     include_usage: bool
+
+    def usage(self, finishes: Sequence[Finish]) -> dict[str, Any]:
+        """finishes: of all choices in order. Each prompt counts once, as cached as all its choices saw it."""
+        prompts = [finishes[at : at + self.count] for at in range(0, len(finishes), self.count)]
+        return usage_of(
+            prompt_tokens=sum(choices[0].prompt_tokens for choices in prompts),
+            completion_tokens=sum(finish.completion_tokens for finish in finishes),
+            cached_tokens=sum(min(finish.cached_tokens for finish in choices) for choices in prompts),
+        )
 
 
 class GenerateApi:
@@ -75,13 +97,17 @@ class GenerateApi:
         prompts = parse_prompts(body.prompt)
         count = self._choices(len(prompts), body.n)
         token_ids = [await self._token_ids(prompt) for prompt in prompts]
-        echo = [""] * len(prompts)
+        requests = self._requests(http, token_ids, body.wish(), count, arrived_at)
+        echo: list[Echo | None] = [None] * len(prompts)
         if body.echo:
-            echo = [await self._echo(prompt, ids) for prompt, ids in zip(prompts, token_ids, strict=True)]
+            scored = body.logprobs is not None
+            each = zip(prompts, token_ids, strict=True)
+            echo = [await self._echo(prompt, ids, scored) for prompt, ids in each]
         job = _Job(
-            requests=self._requests(http, token_ids, body.wish(), count, arrived_at),
-            echo=[text for text in echo for _ in range(count)],
-            prompt_tokens=sum(map(len, token_ids)),
+            requests=requests,
+            count=count,
+            echo=[one for one in echo for _ in range(count)],
+            prompt_logprobs=body.prompt_logprobs,
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
@@ -97,8 +123,9 @@ class GenerateApi:
         token_ids = await self._intake.tokenize_chat(messages)
         job = _Job(
             requests=self._requests(http, [token_ids], body.wish(), count, arrived_at),
-            echo=[""] * count,
-            prompt_tokens=len(token_ids),
+            count=count,
+            echo=[None] * count,
+            prompt_logprobs=body.prompt_logprobs,
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
@@ -122,8 +149,11 @@ class GenerateApi:
             return prompt.token_ids
         return await self._intake.tokenize_prompt(prompt.text or "")
 
-    async def _echo(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
-        return prompt.text if prompt.text is not None else await self._intake.detokenize(token_ids, "prompt")
+    async def _echo(self, prompt: Prompt, token_ids: Sequence[int], scored: bool) -> Echo:
+        text = prompt.text
+        if text is None:
+            text = await self._intake.detokenize(token_ids, "prompt")
+        return Echo(text, token_ids, await self._intake.token_starts(token_ids) if scored else ())
 
     def _requests(
         self,
@@ -161,16 +191,33 @@ class GenerateApi:
     async def _whole(
         self, job: _Job, reply: Reply, answers: Sequence[AnswerStream], details: bool
     ) -> web.StreamResponse:
-        texts = list(job.echo)
-        finishes: dict[int, Finish] = {}
+        deltas_of: list[list[Delta]] = [[] for _ in answers]
         async with aclosing(_merge(answers)) as deltas:
             async for index, delta in deltas:
-                texts[index] += delta.text
-                if delta.finish is not None:
-                    finishes[index] = delta.finish
-        in_order = [finishes[index] for index in range(len(answers))]
-        usage = usage_of(job.prompt_tokens, sum(finish.completion_tokens for finish in in_order))
-        return web.json_response(reply.whole(texts, in_order, usage, details))
+                deltas_of[index].append(delta)
+        wholes = [Delta.joined(each) for each in deltas_of]
+        parts = [self._part(job, reply, index, delta, first=True) for index, delta in enumerate(wholes)]
+        usage = job.usage([part.finish for part in parts if part.finish is not None])
+        return web.json_response(reply.whole(parts, usage, details))
+
+    def _part(self, job: _Job, reply: Reply, index: int, delta: Delta, *, first: bool) -> Part:
+        """A piece of a choice, or all of it. first: it begins the choice, so an echoed prompt is in it."""
+        tokenizer, echo = self._intake.model.tokenizer, job.echo[index]
+        count = job.requests[index].sampling.logprobs
+        logprobs: dict[str, Any] | None = None
+        of_prompt: list[Any] | None = None
+        if count is not None and (delta.scored or first):
+            if reply.chat:
+                logprobs = chat_logprobs(delta.scored, tokenizer)
+            elif echo is not None and first:
+                prompt = with_top(delta.prompt_logprobs, count)
+                logprobs = echoed_logprobs(echo, prompt, delta.scored, tokenizer)
+            else:
+                logprobs = completion_logprobs(delta.scored, tokenizer, len(echo.text) if echo else 0)
+        if job.prompt_logprobs is not None:
+            of_prompt = prompt_logprobs(with_top(delta.prompt_logprobs, job.prompt_logprobs), tokenizer)
+        text = echo.text + delta.text if echo is not None and first else delta.text
+        return Part(text, delta.finish, logprobs, of_prompt)
 
     async def _stream(
         self, http: web.Request, job: _Job, reply: Reply, answers: Sequence[AnswerStream], details: bool
@@ -182,25 +229,21 @@ class GenerateApi:
             )
             await response.prepare(http)
             begun: set[int] = set()
-            completion_tokens = 0
+            finishes: dict[int, Finish] = {}
             try:
                 async for index, delta in _chain(first, deltas):
-                    text = delta.text
-                    chunks = []
-                    if index not in begun:
-                        begun.add(index)
-                        text = job.echo[index] + text
-                        if reply.chat:
-                            chunks.append(reply.role_chunk(index))
-                    completion_tokens += len(delta.token_ids)
-                    if text or delta.finish is not None:
-                        chunks.append(reply.text_chunk(index, text, delta.finish, details))
+                    part = self._part(job, reply, index, delta, first=index not in begun)
+                    chunks = [reply.role_chunk(index)] if reply.chat and index not in begun else []
+                    begun.add(index)
+                    if part.text or part.finish is not None:
+                        chunks.append(reply.part_chunk(index, part, details))
+                    if part.finish is not None:
+                        finishes[index] = part.finish
                     if chunks:
                         await response.write(b"".join(map(_event, chunks)))
                 if job.include_usage:
-                    await response.write(
-                        _event(reply.usage_chunk(usage_of(job.prompt_tokens, completion_tokens)))
-                    )
+                    usage = job.usage([finishes[index] for index in range(len(answers))])
+                    await response.write(_event(reply.usage_chunk(usage)))
                 await response.write(_DONE)
             except ConnectionError:
                 pass  # the client is gone, and with it whoever could be told

@@ -22,6 +22,10 @@ from router.slo import Slo
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 65_536
+"""Log-probabilities of one prompt in one answer: they come in one message."""
 MAX_TEMPERATURE = 100.0
 DEFAULT_TEMPERATURE = 1.0
 GREEDY_BELOW = 1e-5
@@ -71,6 +75,13 @@ class SamplingWish:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def for_choice(self, index: int) -> SamplingWish:
         """The same wish for the `index`-th of several answers to one prompt."""
@@ -129,6 +140,12 @@ class Intake:
             self._executor, self.model.tokenizer.decode, token_ids
         )
 
+    async def token_starts(self, token_ids: Sequence[int]) -> list[int]:
+        """The character at which each token's text begins in the text of them all."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, _token_starts, self.model.tokenizer, token_ids
+        )
+
     def request(
         self,
         prompt_token_ids: Sequence[int],
@@ -183,6 +200,7 @@ class Intake:
             f"a list of at most {MAX_STOP_TOKEN_IDS}",
         )  # fmt: skip
         self._check_token_ids(wish.stop_token_ids, "stop_token_ids")
+        self._check_logprobs(prompt_tokens, wish)
         return TokenSampling(
             temperature=0.0 if temperature < GREEDY_BELOW else temperature,
             top_k=top_k,
@@ -193,7 +211,41 @@ class Intake:
             stop_token_ids=frozenset(
                 (() if wish.ignore_eos else self.model.eos_token_ids) + wish.stop_token_ids
             ),
+            min_p=_between(wish.min_p, "min_p", 0, 1, default=0.0),
+            presence_penalty=_between(wish.presence_penalty, "presence_penalty", -2, 2, default=0.0),
+            frequency_penalty=_between(wish.frequency_penalty, "frequency_penalty", -2, 2, default=0.0),
+            repetition_penalty=_between(
+                wish.repetition_penalty, "repetition_penalty", 0.01, 100, default=1.0
+            ),
+            logit_bias=self._logit_bias(wish.logit_bias),
+            logprobs=wish.logprobs,
+            prompt_logprobs=wish.prompt_logprobs,
         )
+
+    def _logit_bias(self, bias: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        _require(
+            len(bias) <= MAX_LOGIT_BIASES,
+            "logit_bias",
+            len(bias),
+            f"a map of at most {MAX_LOGIT_BIASES} tokens",
+        )
+        self._check_token_ids([token_id for token_id, _ in bias], "logit_bias")
+        return tuple(
+            (token_id, _between(value, "logit_bias", -100, 100, default=0.0)) for token_id, value in bias
+        )
+
+    def _check_logprobs(self, prompt_tokens: int, wish: SamplingWish) -> None:
+        for name, value in (("logprobs", wish.logprobs), ("prompt_logprobs", wish.prompt_logprobs)):
+            _require(
+                value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"between 0 and {MAX_LOGPROBS}"
+            )
+        if wish.prompt_logprobs is not None:
+            count = prompt_tokens * (1 + wish.prompt_logprobs)
+            _require(
+                count <= MAX_PROMPT_LOGPROBS, "prompt_logprobs", wish.prompt_logprobs,
+                f"small enough for this prompt (its {prompt_tokens} tokens would have {count} "
+                f"log-probabilities; at most {MAX_PROMPT_LOGPROBS} are reported)",
+            )  # fmt: skip
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         longest = self.model.max_model_len
@@ -251,6 +303,23 @@ def _checked_stop(stop: tuple[str, ...]) -> tuple[str, ...]:
             0 < len(text) <= MAX_STOP_CHARS, "stop", text[:40], f"strings of 1 to {MAX_STOP_CHARS} characters"
         )
     return stop
+
+
+def _token_starts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    detokenizer = tokenizer.detokenizer()
+    starts = [0]
+    for token_id in token_ids[:-1]:
+        starts.append(starts[-1] + len(detokenizer.push(token_id)))
+    return starts
+
+
+def _between(value: float | None, param: str, lowest: float, highest: float, *, default: float) -> float:
+    """The value, or what stands for one that is not given. Raises InvalidRequestError."""
+    if value is None:
+        return default
+    in_range = math.isfinite(value) and lowest <= value <= highest
+    _require(in_range, param, value, f"between {lowest:g} and {highest:g}")
+    return float(value)
 
 
 def _require(holds: bool, param: str, value: object, wanted: str) -> None:

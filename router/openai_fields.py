@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def _one_of(*neutral: Any) -> Callable[[Any], bool]:
-    # 0 == False in Python, but `logprobs: 0` and `logprobs: false` are different wishes.
+    # 0 == False in Python, but not in a request: `priority: false` is not the neutral 0.
     return lambda value: any(
         value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
     )
@@ -34,15 +34,8 @@ UNSUPPORTED: Mapping[str, Callable[[Any], bool]] = {
     "functions": _one_of([]),
     "function_call": _one_of("none"),
     "response_format": _one_of({"type": "text"}),
-    "logprobs": _one_of(False),
-    "top_logprobs": _one_of(0),
-    "prompt_logprobs": _one_of(),
-    "logit_bias": _one_of({}),
-    "presence_penalty": _one_of(0),
-    "frequency_penalty": _one_of(0),
-    "repetition_penalty": _one_of(1),
+    "top_logprobs": _one_of(0),  # of chat only
     "length_penalty": _one_of(1),
-    "min_p": _one_of(0),
     "typical_p": _one_of(1),
     "best_of": _one_of(1),
     "use_beam_search": _one_of(False),

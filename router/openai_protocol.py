@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.errors import InvalidRequestError
-from router.intake import SamplingWish
+from router.intake import MAX_LOGPROBS, SamplingWish
 from router.openai_fields import FieldWatch
+
+MAX_COMPLETION_LOGPROBS = 5
 
 _Int = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -40,6 +42,12 @@ class _Generate(_Body):
     temperature: _Number | None = None
     top_p: _Number | None = None
     top_k: _Int | None = None
+    min_p: _Number | None = None
+    presence_penalty: _Number | None = None
+    frequency_penalty: _Number | None = None
+    repetition_penalty: _Number | None = None
+    logit_bias: dict[str, _Number] | None = None
+    prompt_logprobs: _Int | None = None
     seed: _Int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[_Int] | None = None
@@ -60,6 +68,12 @@ class _Generate(_Body):
             seed=self.seed,
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_parse_logit_bias(self.logit_bias or {}),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     @property
@@ -73,6 +87,22 @@ class CompletionBody(_Generate):
 
     prompt: Any = None
     echo: bool | None = None
+    logprobs: _Int | None = None
+
+    def wish(self) -> SamplingWish:
+        """As `_Generate.wish`; to echo the prompt with log-probabilities is to ask for the prompt's."""
+        if self.logprobs is None:
+            return super().wish()
+        if not 0 <= self.logprobs <= MAX_COMPLETION_LOGPROBS:
+            raise InvalidRequestError(
+                f"logprobs must be between 0 and {MAX_COMPLETION_LOGPROBS}, got {self.logprobs}", "logprobs"
+            )
+        of_prompt = [
+            count
+            for count in (self.prompt_logprobs, self.logprobs if self.echo else None)
+            if count is not None
+        ]
+        return replace(super().wish(), logprobs=self.logprobs, prompt_logprobs=max(of_prompt, default=None))
 
 
 class ChatMessage(_Body):
@@ -86,6 +116,21 @@ class ChatBody(_Generate):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
+    logprobs: bool | None = None
+    top_logprobs: _Int | None = None
+
+    def wish(self) -> SamplingWish:
+        """As `_Generate.wish`, with `top_logprobs` as the number of log-probabilities."""
+        count = self.top_logprobs or 0
+        if not 0 <= count <= MAX_LOGPROBS:
+            raise InvalidRequestError(
+                f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {count}", "top_logprobs"
+            )
+        if not self.logprobs:
+            if count:
+                raise InvalidRequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+            return super().wish()
+        return replace(super().wish(), logprobs=count)
 
 
 class TokenizeBody(_Body):
@@ -126,8 +171,13 @@ def parse(kind: type[_Model], data: Any, watch: FieldWatch | None = None) -> _Mo
         raise InvalidRequestError(f"{param}: {first['msg']}", param) from error
     if watch is not None:
         watch.check(body.model_extra or {})
-    if isinstance(body, _Generate) and body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options is only allowed when stream is true", "stream_options")
+    if isinstance(body, _Generate):
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequestError("stream_options is only allowed when stream is true", "stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise InvalidRequestError(
+                "prompt_logprobs is not possible when stream is true", "prompt_logprobs"
+            )
     return body
 
 
@@ -196,6 +246,15 @@ def _one_prompt(entry: Any, where: str) -> Prompt:
     raise InvalidRequestError(
         f"{where} must be a text or a list of token ids, not {_json_type(entry)}", where
     )
+
+
+def _parse_logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in bias:
+        if not (key.isascii() and key.isdecimal() and len(key) < 20):
+            raise InvalidRequestError(
+                f"logit_bias has the key {key[:40]!r}; keys are token ids", "logit_bias"
+            )
+    return tuple({int(key): value for key, value in bias.items()}.items())
 
 
 def _is_int(value: Any) -> bool:

@@ -10,6 +10,17 @@ from router.requests import Details, Finish
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A choice, or a piece of one. logprobs, prompt_logprobs: as the endpoint writes them; None if there are
+    none."""
+
+    text: str
+    finish: Finish | None
+    logprobs: dict[str, Any] | None
+    prompt_logprobs: list[Any] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What all parts of one response share. created: Unix time, seconds."""
 
@@ -18,46 +29,54 @@ class Reply:
     created: int
     chat: bool
 
-    def whole(
-        self, texts: Sequence[str], finishes: Sequence[Finish], usage: dict[str, int], details: bool
-    ) -> dict[str, Any]:
-        """The body of a response that is not streamed; one text and finish for each choice."""
+    def whole(self, parts: Sequence[Part], usage: dict[str, Any], details: bool) -> dict[str, Any]:
+        """The body of a response that is not streamed; one finished part for each choice."""
         choices = []
-        for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
+        for index, part in enumerate(parts):
+            assert part.finish is not None
+            text = part.text
             content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append(
-                {"index": index, **content, "logprobs": None, "finish_reason": finish.reason.value}
-            )
-            if details and len(finishes) > 1:
-                choices[-1]["prelay"] = details_object(finish.details)
+            reason = part.finish.reason.value
+            choice: dict[str, Any] = {
+                "index": index, **content, "logprobs": part.logprobs, "finish_reason": reason,
+            }  # fmt: skip
+            if part.prompt_logprobs is not None and not self.chat:
+                choice["prompt_logprobs"] = part.prompt_logprobs
+            if details and len(parts) > 1:
+                choice["prelay"] = details_object(part.finish.details)
+            choices.append(choice)
         body = self._envelope("chat.completion" if self.chat else "text_completion", choices)
         body["usage"] = usage
-        if details and len(finishes) == 1:
-            body["prelay"] = details_object(finishes[0].details)
+        if parts[0].prompt_logprobs is not None and self.chat:  # the choices of a chat have one prompt
+            body["prompt_logprobs"] = parts[0].prompt_logprobs
+        if details and len(parts) == 1 and parts[0].finish is not None:
+            body["prelay"] = details_object(parts[0].finish.details)
         return body
 
     def role_chunk(self, index: int) -> dict[str, Any]:
         """The first chunk of a streamed chat choice."""
-        return self._chunk([self._delta(index, {"role": "assistant", "content": ""}, None)])
+        return self._chunk([self._delta(index, {"role": "assistant", "content": ""}, None, None)])
 
-    def text_chunk(self, index: int, text: str, finish: Finish | None, details: bool) -> dict[str, Any]:
+    def part_chunk(self, index: int, part: Part, details: bool) -> dict[str, Any]:
         """A piece of one choice; the last one carries the finish reason."""
-        reason = None if finish is None else finish.reason.value
+        reason = None if part.finish is None else part.finish.reason.value
         if self.chat:
-            choice = self._delta(index, {"content": text} if text else {}, reason)
+            choice = self._delta(index, {"content": part.text} if part.text else {}, part.logprobs, reason)
         else:
-            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+            choice = {"index": index, "text": part.text, "logprobs": part.logprobs, "finish_reason": reason}
         chunk = self._chunk([choice])
-        if details and finish is not None:
-            chunk["prelay"] = details_object(finish.details)
+        if details and part.finish is not None:
+            chunk["prelay"] = details_object(part.finish.details)
         return chunk
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk before [DONE] of a stream that asked for usage."""
         return {**self._chunk([]), "usage": usage}
 
-    def _delta(self, index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _delta(
+        self, index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._envelope("chat.completion.chunk" if self.chat else "text_completion", choices)
@@ -72,12 +91,13 @@ class Reply:
         }
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's usage object."""
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """OpenAI's usage object. cached_tokens: of the prompt tokens."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.sequence import RequestKey, StopReason
+from engine.sequence import RequestKey, StopReason, TokenLogprobs
 from router.requests import Delta, Details, Finish, FinishReason, Outcome, Request, Stage
 from router.stages import StageClock
 from router.stop_strings import StopStrings
+from router.text_alignment import ScoredToken, TextAlignment
 
 
 class Detokenizes(Protocol):
@@ -37,6 +38,7 @@ class TokenBatch:
 
     first_index: index of token_ids[0] in the answer. stop_reason: set if the last of them ends the answer.
     stage_times: seconds measured by the worker, by stage; empty where it reports none.
+    logprobs: of token_ids, if asked for. prompt_logprobs, cached_tokens: with index 0.
     """
 
     first_index: int
@@ -44,6 +46,9 @@ class TokenBatch:
     stop_reason: StopReason | None
     stage_times: Sequence[tuple[Stage, float]] = ()
     kv_bytes: int = 0
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    cached_tokens: int = 0
 
 
 class RequestRecord:
@@ -58,7 +63,11 @@ class RequestRecord:
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.stop)
         self._stages = StageClock(request.arrived_at)
-        self._early: dict[int, int] = {}  # tokens that came before their predecessors, by index
+        # Tokens that came before their predecessors, by index.
+        self._early: dict[int, tuple[int, TokenLogprobs | None]] = {}
+        self._alignment = None if request.sampling.logprobs is None else TextAlignment()
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self._cached_tokens = 0
         # Number of tokens of the whole answer and why it ends there, once a worker has said so.
         self._end: tuple[int, StopReason] | None = None
         self._kv_bytes = 0
@@ -89,6 +98,8 @@ class RequestRecord:
         self._early.clear()
         self._end = None
         self._kv_bytes = 0
+        self._prompt_logprobs = ()
+        self._cached_tokens = 0
 
     def tokens(self, now: float, batch: TokenBatch) -> Delta | None:
         """Takes tokens of the attempt in force; returns what can be emitted because of them, if anything.
@@ -102,9 +113,13 @@ class RequestRecord:
         self._kv_bytes = max(self._kv_bytes, batch.kv_bytes)
         if batch.stop_reason is not None:
             self._end = (batch.first_index + len(batch.token_ids), batch.stop_reason)
-        for index, token_id in enumerate(batch.token_ids, start=batch.first_index):
+        if batch.first_index == 0 and not self.token_ids:
+            self._prompt_logprobs = tuple(batch.prompt_logprobs)
+            self._cached_tokens = batch.cached_tokens
+        logprobs: Sequence[TokenLogprobs | None] = batch.logprobs or [None] * len(batch.token_ids)
+        for index, token in enumerate(zip(batch.token_ids, logprobs, strict=True), start=batch.first_index):
             if index >= len(self.token_ids):
-                self._early[index] = token_id
+                self._early[index] = token
         return self._emit(now)
 
     def fail(self, now: float, outcome: Outcome) -> Details:
@@ -113,10 +128,12 @@ class RequestRecord:
 
     def _emit(self, now: float) -> Delta | None:
         emitted: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        scored: list[ScoredToken] = []
         text: list[str] = []
         reason: FinishReason | None = None
         while reason is None and len(self.token_ids) in self._early:
-            token_id = self._early.pop(len(self.token_ids))
+            token_id, token_logprobs = self._early.pop(len(self.token_ids))
             self.token_ids.append(token_id)
             emitted.append(token_id)
             ended_by = self._ended_by()
@@ -127,25 +144,36 @@ class RequestRecord:
                 reason = FinishReason(ended_by.value)
             armed = len(self.token_ids) > self.request.sampling.min_tokens
             out, stopped = self._stops.push(piece, armed=armed)
-            text.append(out)
             if stopped:
                 reason = FinishReason.STOP
             elif reason is not None:
-                text.append(self._stops.flush())
+                out += self._stops.flush()
+            text.append(out)
+            if self._alignment is not None and token_logprobs is not None:
+                logprobs.append(token_logprobs)
+                if ended_by is not StopReason.STOP:
+                    self._alignment.token(token_logprobs)
+                self._alignment.text(len(piece), last=ended_by is not None)
+                scored += self._alignment.release(len(out))
         if not emitted:
             return None
+        of_prompt, self._prompt_logprobs = self._prompt_logprobs, ()
         if self._first_token_at is None:
             self._first_token_at = now
             self._stages.first_token(now)
         self.last_token_at = now
-        return Delta(tuple(emitted), "".join(text), None if reason is None else self._finish(now, reason))
+        finish = None if reason is None else self._finish(now, reason)
+        return Delta(
+            tuple(emitted), "".join(text), finish, tuple(logprobs), tuple(scored), prompt_logprobs=of_prompt
+        )
 
     def _ended_by(self) -> StopReason | None:
         return self._end[1] if self._end is not None and self._end[0] == len(self.token_ids) else None
 
     def _finish(self, now: float, reason: FinishReason) -> Finish:
         details = self._close(now, None)
-        return Finish(reason, len(self.request.prompt_token_ids), len(self.token_ids), details)
+        prompt_tokens = len(self.request.prompt_token_ids)
+        return Finish(reason, prompt_tokens, len(self.token_ids), details, self._cached_tokens)
 
     def _close(self, now: float, failed: Outcome | None) -> Details:
         count = len(self.token_ids)

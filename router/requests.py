@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 
-from engine.sequence import TokenSampling
+from engine.sequence import TokenLogprobs, TokenSampling
 from router.slo import Slo
+from router.text_alignment import ScoredToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +87,43 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a complete answer."""
+    """The end of a complete answer. cached_tokens: tokens of the prompt whose KV was there already."""
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     details: Details
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What was added to an answer. Text may lag behind tokens (half a character, a possible stop string)."""
+    """What was added to an answer. Text may lag behind tokens (half a character, a possible stop string).
+
+    logprobs: of token_ids, if asked for. scored: the same of the tokens whose text is out with this delta;
+    what is not part of the text (the token that stops the answer, a stop string) is not among them.
+    prompt_logprobs: with the first delta, if asked for: of the prompt's tokens from the second on.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish: Finish | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def then(self, later: Delta) -> Delta:
         """This delta and the one after it as one."""
-        return Delta(self.token_ids + later.token_ids, self.text + later.text, later.finish)
+        return Delta.joined((self, later))
+
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        """Consecutive deltas as one."""
+        return cls(
+            tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+            "".join(delta.text for delta in deltas),
+            deltas[-1].finish,
+            tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            tuple(chain.from_iterable(delta.scored for delta in deltas)),
+            tuple(chain.from_iterable(delta.prompt_logprobs for delta in deltas)),
+        )

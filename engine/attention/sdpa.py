@@ -1,7 +1,7 @@
 """Attention on torch's scaled_dot_product_attention, over contexts that are gathered out of the KV blocks.
 
-It runs on every device, and needs nothing but torch. All decoding sequences of a step are padded to one length and
-computed in one call; prefill chunks, which are few and large, are computed one by one.
+It runs on every device, and needs nothing but torch. All decoding sequences of a step are padded to one
+length and computed in one call; prefill chunks, which are few and large, are computed one by one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.batch import FlatBatch
 from engine.kv_cache import KvCache
+from engine.staging import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class SdpaAttention:
         tables = np.take_along_axis(batch.block_tables[chunks], position // block_size, axis=1)
         slots = self._cache.slots(tables.astype(np.int64), position % block_size)
         distance = batch.positions[rows][:, :, None] - context
-        return _Part(torch.from_numpy(rows.ravel()), slots, torch.from_numpy(distance))
+        flat_rows, device_distance = to_device(self._cache.data.device, rows.ravel(), distance)
+        return _Part(flat_rows, slots, device_distance)
 
 
 class _SdpaStep:

@@ -22,7 +22,7 @@ class Kernels(Protocol):
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden + delta, and its rms_norm; [num_rows, width] each. `hidden` may be overwritten by the sum."""
+        """hidden + delta, and its rms_norm; [num_rows, width] each. Both arguments may be overwritten."""
         ...
 
     def rotate(self, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -34,5 +34,5 @@ class Kernels(Protocol):
         ...
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """SwiGLU (Shazeer 2020): silu(gate) * up for [num_rows, 2 * width], gate then up, to [num_rows, width]."""
+        """SwiGLU (Shazeer 2020): silu(gate) * up, for gate and up side by side in [num_rows, 2 * width]."""
         ...

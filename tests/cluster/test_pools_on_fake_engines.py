@@ -18,7 +18,7 @@ from prelay.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from prometheus_client import CollectorRegistry
 
 from decode_worker.servicer import DecodeService, DecodeSettings
-from engine.fake import FakeRunner, fake_answer
+from engine.fake import FakeRunner, fake_answer, fake_logprobs
 from engine.layout import KvLayout
 from engine.sequence import TokenSampling
 from prefill_worker.servicer import PrefillService, PrefillSettings
@@ -69,6 +69,25 @@ async def worker(
         assert not fatal
 
 
+@asynccontextmanager
+async def pools(
+    router: Router, address: str
+) -> AsyncIterator[tuple[inference_pb2_grpc.InferenceStub, list[CollectorRegistry]]]:
+    """Two workers of each role behind the router; a client's stub and the workers' metrics."""
+    async with AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(worker(role, f"{name}-{index}"))
+            for role, name in ((worker_pb2.ROLE_PREFILL, "prefill"), (worker_pb2.ROLE_DECODE, "decode"))
+            for index in range(2)
+        ]
+        for info, _ in workers:
+            await router.workers.register(
+                Registration(info.worker_id, EPOCH, ROLE_OF_PROTO[info.role], info.address)
+            )
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+        yield inference_pb2_grpc.InferenceStub(channel), [registry for _, registry in workers]
+
+
 @pytest.fixture
 async def router() -> AsyncIterator[tuple[Router, str]]:
     anywhere = {door: "127.0.0.1:0" for door in ("http", "grpc", "metrics", "admin")}
@@ -108,18 +127,7 @@ async def ask(
 async def test_200_at_once_with_cancellations_leave_right_answers_and_no_blocks(router: tuple[Router, str]):
     app, address = router
     rng = random.Random(1)
-    async with AsyncExitStack() as stack:
-        workers = [
-            await stack.enter_async_context(worker(role, f"{name}-{index}"))
-            for role, name in ((worker_pb2.ROLE_PREFILL, "prefill"), (worker_pb2.ROLE_DECODE, "decode"))
-            for index in range(2)
-        ]
-        for info, _ in workers:
-            await app.workers.register(
-                Registration(info.worker_id, EPOCH, ROLE_OF_PROTO[info.role], info.address)
-            )
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        stub = inference_pb2_grpc.InferenceStub(channel)
+    async with pools(app, address) as (stub, registries):
         prompts = [[rng.randrange(3, 2000) for _ in range(rng.randint(1, 200))] for _ in range(200)]
         lengths = [rng.randint(1, 60) for _ in prompts]
         leaves = [rng.randrange(length) if rng.random() < 0.4 else None for length in lengths]
@@ -131,6 +139,43 @@ async def test_200_at_once_with_cancellations_leave_right_answers_and_no_blocks(
                 assert answer == fake_answer(prompt, TokenSampling(0.0, 0, 1.0, 0, length, 0, frozenset()))
         assert answers.count(None) > 40
         async with asyncio.timeout(10):  # cancellations are still on their way
-            while any(free_blocks(registry) != NUM_BLOCKS for _, registry in workers):  # noqa: ASYNC110
+            while any(free_blocks(registry) != NUM_BLOCKS for registry in registries):  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert app.dispatcher.live_requests == 0
+
+
+async def test_penalties_and_log_probabilities_go_all_the_way(router: tuple[Router, str]):
+    """With penalties a fake engine's answer depends on the history that its scheduler keeps."""
+    app, address = router
+    rng = random.Random(2)
+
+    async def one(stub: inference_pb2_grpc.InferenceStub) -> None:
+        prompt, length = [rng.randrange(3, 2000) for _ in range(rng.randint(1, 300))], rng.randint(1, 12)
+        wanted = inference_pb2.SamplingParams(
+            max_tokens=length, temperature=0, ignore_eos=True, presence_penalty=rng.choice([0.0, 1.0]),
+            logprobs=2, prompt_logprobs=rng.choice([None, 1]),
+        )  # fmt: skip
+        token_ids = inference_pb2.TokenIds(ids=prompt)
+        call = stub.Generate(inference_pb2.GenerateRequest(token_ids=token_ids, sampling=wanted))
+        messages = [message async for message in call]
+        answer = [token for message in messages for token in message.token_ids]
+        sampling = TokenSampling(
+            0.0, 0, 1.0, 0, length, 0, frozenset(), presence_penalty=wanted.presence_penalty
+        )
+        assert answer == fake_answer(prompt, sampling)
+        whole = prompt + answer
+        of_prompt = range(1, len(prompt)) if wanted.HasField("prompt_logprobs") else range(0)
+        for scored, indices, num_top in (
+            ([one for message in messages for one in message.prompt_logprobs], of_prompt, 1),
+            ([one for message in messages for one in message.logprobs], range(len(prompt), len(whole)), 2),
+        ):
+            expected = [fake_logprobs(whole, index, num_top) for index in indices]
+            assert [(got.token_id, got.logprob, got.rank) for got in scored] == [
+                (want.token_id, want.logprob, want.rank) for want in expected
+            ]
+            assert [[(top.token_id, top.logprob) for top in got.top] for got in scored] == [
+                list(want.top) for want in expected
+            ]
+
+    async with pools(app, address) as (stub, _):
+        await asyncio.gather(*(one(stub) for _ in range(30)))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InvalidStepError
-from engine.fake import FAKE_VOCAB_SIZE, FakeRunner, fake_answer
-from engine.sequence import ScheduledChunk, TokenSampling
+from engine.fake import FAKE_VOCAB_SIZE, FakeRunner, fake_answer, fake_logprobs
+from engine.sequence import ScheduledChunk, TokenHistory, TokenSampling
 
 GREEDY = TokenSampling(
     temperature=0, top_k=0, top_p=1.0, seed=5, max_tokens=20, min_tokens=0, stop_token_ids=frozenset()
@@ -26,17 +26,25 @@ def new_memory() -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     return np.full((NUM_BLOCKS, BLOCK_NBYTES), 0xA5, dtype=np.uint8)
 
 
+def drawn(runner: FakeRunner, *chunks: ScheduledChunk) -> list[int | None]:
+    return [result.token_id for result in runner.step(chunks)]
+
+
 def run(
     runner: FakeRunner, prompt: Sequence[int], table: Sequence[int], sampling: TokenSampling, chunk: int
 ) -> list[int]:
     answer: list[int] = []
+    history = TokenHistory(prompt)
     start, new = 0, list(prompt)
     while True:
         now, new = new[:chunk], new[chunk:]
-        (token,) = runner.step([ScheduledChunk(now, start, table, None if new else sampling, len(answer))])
+        last = None if new else sampling
+        (result,) = runner.step([ScheduledChunk(now, start, table, last, len(answer), history)])
+        token = result.token_id
         start += len(now)
         if token is not None:
             answer.append(token)
+            history.append(token)
             new = [token]
             if sampling.stop_reason(token, len(answer)):
                 return answer
@@ -47,11 +55,12 @@ def run(
     table=st.permutations(range(NUM_BLOCKS)),
     chunk=st.integers(1, 30),
     temperature=st.sampled_from([0.0, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 1.0]),
 )
 def test_answers_do_not_depend_on_chunks_or_blocks(
-    prompt: list[int], table: list[int], chunk: int, temperature: float
+    prompt: list[int], table: list[int], chunk: int, temperature: float, presence_penalty: float
 ) -> None:
-    sampling = replace(GREEDY, temperature=temperature)
+    sampling = replace(GREEDY, temperature=temperature, presence_penalty=presence_penalty)
     answer = run(FakeRunner(new_memory(), BLOCK_SIZE), prompt, table, sampling, chunk)
     assert answer == fake_answer(prompt, sampling)
     assert len(answer) == 20
@@ -66,12 +75,12 @@ def test_any_corrupted_byte_changes_the_next_token(position: int, byte: int, mas
     runner = FakeRunner(memory, BLOCK_SIZE)
     prompt = list(range(10))
     right = fake_answer(prompt, replace(GREEDY, max_tokens=3))
-    assert runner.step([ScheduledChunk(prompt, 0, table, GREEDY, 0)]) == right[:1]
+    assert drawn(runner, ScheduledChunk(prompt, 0, table, GREEDY, 0)) == right[:1]
     slot_nbytes = BLOCK_NBYTES // BLOCK_SIZE
     memory[table[position // BLOCK_SIZE], position % BLOCK_SIZE * slot_nbytes + byte] ^= mask
     # Two tokens: one alone is right by chance once in FAKE_VOCAB_SIZE times.
-    drawn = [runner.step([ScheduledChunk([right[at]], 10 + at, table, GREEDY, at + 1)])[0] for at in range(2)]
-    assert drawn != right[1:]
+    chunks = [ScheduledChunk([right[at]], 10 + at, table, GREEDY, at + 1) for at in range(2)]
+    assert [drawn(runner, chunk)[0] for chunk in chunks] != right[1:]
 
 
 def test_swapped_or_stale_blocks_change_the_next_token() -> None:
@@ -83,8 +92,8 @@ def test_swapped_or_stale_blocks_change_the_next_token() -> None:
         [ScheduledChunk(prompt, 0, [0, 1, 2], None, 0), ScheduledChunk([7] * 10, 0, [3, 4, 5], None, 0)]
     )
     for table in ([1, 0, 2], [0, 4, 2], [0, 9, 2]):
-        assert runner.step([ScheduledChunk(right[:1], 10, table, GREEDY, 1)]) != right[1:]
-    assert runner.step([ScheduledChunk(right[:1], 10, [0, 1, 2], GREEDY, 1)]) == right[1:]
+        assert drawn(runner, ScheduledChunk(right[:1], 10, table, GREEDY, 1)) != right[1:]
+    assert drawn(runner, ScheduledChunk(right[:1], 10, [0, 1, 2], GREEDY, 1)) == right[1:]
 
 
 def test_blocks_copied_to_other_places_carry_the_answer_on() -> None:
@@ -93,9 +102,8 @@ def test_blocks_copied_to_other_places_carry_the_answer_on() -> None:
     right = fake_answer(prompt, replace(GREEDY, max_tokens=2))
     FakeRunner(here, BLOCK_SIZE).step([ScheduledChunk(prompt, 0, [5, 6, 7], GREEDY, 0)])
     there[[9, 1, 4]] = here[[5, 6, 7]]
-    assert (
-        FakeRunner(there, BLOCK_SIZE).step([ScheduledChunk(right[:1], 11, [9, 1, 4], GREEDY, 1)]) == right[1:]
-    )
+    carried_on = ScheduledChunk(right[:1], 11, [9, 1, 4], GREEDY, 1)
+    assert drawn(FakeRunner(there, BLOCK_SIZE), carried_on) == right[1:]
 
 
 def test_stop_tokens_end_the_answer_but_not_before_min_tokens() -> None:
@@ -107,6 +115,43 @@ def test_stop_tokens_end_the_answer_but_not_before_min_tokens() -> None:
     assert patient[4] not in stopping.stop_token_ids
     runner = FakeRunner(new_memory(), BLOCK_SIZE)
     assert run(runner, [1, 2, 3], range(8), replace(stopping, min_tokens=5), 2) == patient
+
+
+@pytest.mark.parametrize(
+    "wrong", [TokenHistory([1, 2]), TokenHistory([1, 2, 3], [4]), TokenHistory([1, 2, 4])]
+)
+def test_with_penalties_a_wrong_history_changes_the_answer(wrong: TokenHistory) -> None:
+    sampling = replace(GREEDY, repetition_penalty=1.1)
+    right = fake_answer([1, 2, 3], sampling)
+    for history, is_right in ((TokenHistory([3, 2, 1]), True), (wrong, False)):
+        chunk = ScheduledChunk([1, 2, 3], 0, [0], sampling, 0, history)
+        assert (drawn(FakeRunner(new_memory(), BLOCK_SIZE), chunk) == right[:1]) is is_right
+    with pytest.raises(InvalidStepError, match="needs the sequence's history"):
+        ScheduledChunk([1, 2, 3], 0, [0], sampling, 0)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 9])
+def test_log_probabilities_depend_on_all_tokens_before_and_on_no_chunk(cut: int) -> None:
+    memory = new_memory()
+    runner = FakeRunner(memory, BLOCK_SIZE)
+    sampling = replace(GREEDY, logprobs=3, prompt_logprobs=1)
+    prompt = list(range(10))
+    (first,) = runner.step([ScheduledChunk(prompt[:cut], 0, [2, 0, 1], None, 0, None, 1, prompt[cut])])
+    (last,) = runner.step([ScheduledChunk(prompt[cut:], cut, [2, 0, 1], sampling, 0, None, 1)])
+    expected = tuple(fake_logprobs(prompt, index, 1) for index in range(1, 10))
+    assert first.prompt_logprobs + last.prompt_logprobs == expected
+    assert len(first.prompt_logprobs) == cut
+    assert last.token_id is not None
+    assert first.logprobs is None
+    assert last.logprobs == fake_logprobs([*prompt, last.token_id], 10, 3)
+    assert len(last.logprobs.top) == 3
+    for scored in (*expected, last.logprobs):
+        assert sorted(scored.top, key=lambda one: -one[1]) == list(scored.top)
+        if scored.rank <= len(scored.top):
+            assert scored.top[scored.rank - 1] == (scored.token_id, scored.logprob)
+    memory[2, 0] ^= 1
+    (spoilt,) = runner.step([ScheduledChunk(prompt[cut:], cut, [2, 0, 1], sampling, 0, None, 1)])
+    assert (spoilt.prompt_logprobs, spoilt.logprobs) != (last.prompt_logprobs, last.logprobs)
 
 
 def test_the_seed_matters_only_when_sampling() -> None:

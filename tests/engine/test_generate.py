@@ -15,7 +15,7 @@ from engine.errors import OutOfBlocksError
 from engine.generate import generate
 from engine.layout import KvLayout
 from engine.sequence import TokenSampling
-from engine.weights import fingerprint
+from engine.checkpoint import fingerprint
 
 LoadEngine = Callable[..., Engine]
 GREEDY = TokenSampling(

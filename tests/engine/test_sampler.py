@@ -11,12 +11,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.sampler import Draw, philox4x32, sample, uniforms
-from engine.sequence import TokenSampling
+from engine.sampler import CANDIDATES, Draw, philox4x32, sample, uniforms
+from engine.sequence import TokenHistory, TokenSampling
 
 PLAIN = TokenSampling(
     temperature=1.0, top_k=0, top_p=1.0, seed=11, max_tokens=100, min_tokens=0, stop_token_ids=frozenset()
 )
+
+
+def reference_logits(logits: list[float], draw: Draw, answer: list[int], prompt: list[int]) -> list[float]:
+    """Penalties, bias and barred stop tokens, one token after the other."""
+    sampling, adjusted = draw.sampling, []
+    for token, logit in enumerate(logits):
+        if token in prompt + answer:
+            factor = sampling.repetition_penalty
+            logit = logit / factor if logit > 0 else logit * factor
+        logit -= sampling.frequency_penalty * answer.count(token)
+        logit -= sampling.presence_penalty if token in answer else 0
+        logit += dict(sampling.logit_bias).get(token, 0)
+        if token in sampling.stop_token_ids and draw.num_output_tokens < sampling.min_tokens:
+            logit = -np.inf
+        adjusted.append(logit)
+    return adjusted
 
 
 def reference_probabilities(logits: list[float], sampling: TokenSampling) -> np.ndarray:
@@ -35,9 +51,20 @@ def reference_probabilities(logits: list[float], sampling: TokenSampling) -> np.
             break
         kept.append(token)
         mass += weights[token]
+    kept = [token for token in kept if weights[token] >= sampling.min_p * weights[ranked[0]]]
+    mass = sum(weights[token] for token in kept)
     probabilities = np.zeros(len(logits))
     probabilities[kept] = [weights[token] / mass for token in kept]
     return probabilities
+
+
+def reference_token(logits: list[float], draw: Draw) -> int:
+    """The token of the reference distribution that the draw's random number points at."""
+    if draw.sampling.temperature == 0:
+        return int(np.argmax(logits))
+    seed, position = (np.array([value], dtype=np.uint64) for value in (draw.sampling.seed, draw.position))
+    cumulated = reference_probabilities(logits, draw.sampling).cumsum()
+    return int(np.searchsorted(cumulated / cumulated[-1], uniforms(seed, position)[0], side="right"))
 
 
 def draw_many(logits: list[float], sampling: TokenSampling, count: int) -> np.ndarray:
@@ -82,6 +109,7 @@ def test_uniforms_depend_on_every_bit_of_seed_and_position() -> None:
         replace(PLAIN, top_k=3),
         replace(PLAIN, top_p=0.7),
         replace(PLAIN, temperature=2.0, top_k=6, top_p=0.9, seed=2**64 - 1),
+        replace(PLAIN, min_p=0.2),
     ],
 )
 def test_frequencies_are_the_distribution(sampling: TokenSampling) -> None:
@@ -99,24 +127,112 @@ def test_frequencies_are_the_distribution(sampling: TokenSampling) -> None:
     logits=st.lists(st.integers(-32, 32).map(lambda eighths: eighths / 8), min_size=2, max_size=20),
     top_k=st.integers(0, 25),
     top_p=st.floats(0.01, 1.0),
+    min_p=st.sampled_from([0.0, 0.0101, 0.15, 1.0]),
     temperature=st.floats(0.1, 3.0),
 )
-def test_exactly_the_tokens_of_top_k_and_top_p_can_be_drawn(
-    logits: list[float], top_k: int, top_p: float, temperature: float
+def test_exactly_the_tokens_of_top_k_top_p_and_min_p_can_be_drawn(
+    logits: list[float], top_k: int, top_p: float, min_p: float, temperature: float
 ) -> None:
-    sampling = replace(PLAIN, top_k=top_k, top_p=top_p, temperature=temperature)
+    sampling = replace(PLAIN, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     expected = reference_probabilities(logits, sampling)
-    # Where the kept mass meets top_p to the last bits, rounding decides; both answers are right there.
-    ordered = np.sort(reference_probabilities(logits, replace(sampling, top_p=1.0)))[::-1].cumsum()
-    if np.abs(ordered - top_p).min() < 1e-9 and top_p < 1:
+    # Where the kept mass meets top_p, or a ratio min_p, to the last bits of float32, rounding decides.
+    ordered = np.sort(reference_probabilities(logits, replace(sampling, top_p=1.0, min_p=0.0)))[::-1]
+    if np.abs(ordered.cumsum() - top_p).min() < 1e-6 and top_p < 1:
+        return
+    if np.abs(ordered / ordered[0] - min_p).min() < 1e-6 and min_p < 1:
         return
     drawn = draw_many(logits, sampling, 300)
     assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(expected))
     assert set(np.flatnonzero(expected > 0.1)) <= set(np.flatnonzero(drawn))
 
 
+def test_batches_of_all_kinds_draw_what_the_reference_draws() -> None:
+    """A vocabulary larger than CANDIDATES, peaked and flat distributions, everything at once in one batch."""
+    generator, dice = torch.Generator().manual_seed(5), np.random.default_rng(5)
+    vocab_size = 5 * CANDIDATES
+    rows, draws, expected = [], [], []
+    for index in range(240):
+        sampling = TokenSampling(
+            temperature=dice.choice([0.0, 0.3, 1.0, 4.0]),
+            top_k=int(dice.choice([0, 0, 1, 40, CANDIDATES, 300, vocab_size + 5])),
+            top_p=dice.choice([1.0, 1.0, 0.5, 0.95]),
+            min_p=dice.choice([0.0, 0.0, 0.05, 0.6]),
+            seed=index,
+            max_tokens=100,
+            min_tokens=4,
+            stop_token_ids=frozenset(dice.integers(0, vocab_size, 3).tolist()),
+            presence_penalty=dice.choice([0.0, 1.5, -1.5]),
+            frequency_penalty=dice.choice([0.0, 0.7]),
+            repetition_penalty=dice.choice([1.0, 1.3, 0.8]),
+            logit_bias=tuple((int(token), 2.5) for token in set(dice.integers(0, vocab_size, index % 3))),
+        )
+        logits = torch.randn(vocab_size, generator=generator) * float(dice.choice([0.01, 1, 5]))
+        prompt, answer = (dice.integers(0, vocab_size, 60).tolist() for _ in range(2))
+        answer += answer[:20]
+        history = TokenHistory(prompt, answer) if sampling.needs_history else None
+        draw = Draw(sampling, position=index, num_output_tokens=index % 8, history=history)
+        rows.append(logits)
+        draws.append(draw)
+        adjusted = reference_logits(logits.tolist(), draw, answer, prompt)
+        expected.append(reference_token(adjusted, draw))
+    logits = torch.stack(rows)
+    untouched = logits.clone()
+    drawn = sample(logits, draws)
+    # One may differ: the reference rounds in float64, and a number close to a border falls on its other side.
+    differing = [row for row in range(240) if drawn[row] != expected[row]]
+    assert len(differing) <= 1, differing
+    assert torch.equal(logits, untouched)
+
+
+@pytest.mark.parametrize("top_k", [3, CANDIDATES, CANDIDATES + 3])
+def test_of_equals_the_lower_ids_stay_also_beyond_the_candidates(top_k: int) -> None:
+    vocab_size = 3 * CANDIDATES
+    logits = torch.zeros(vocab_size)
+    logits[-2:] = 1.0
+    drawn = draw_many(logits.tolist(), replace(PLAIN, top_k=top_k), 40 * top_k)
+    assert set(np.flatnonzero(drawn)) == {*range(top_k - 2), vocab_size - 2, vocab_size - 1}
+
+
+def test_penalties_are_those_of_the_answer_and_repetition_that_of_the_prompt_too() -> None:
+    logits = torch.tensor([[2.0, 1.0, -1.0, 0.5]])
+    history = TokenHistory([0], [1, 1, 2])
+
+    def best_with(bias: tuple[tuple[int, float], ...] = (), **penalties: float) -> int:
+        sampling = replace(PLAIN, temperature=0.0, logit_bias=bias, **penalties)
+        return sample(logits, [Draw(sampling, 9, 3, history)])[0]
+
+    # Token 1 after the penalty stands at 1 - 0.4, or at 1 - 2 * 0.4; a bias of the others shows where.
+    assert best_with(presence_penalty=0.4, bias=((0, -9.0), (3, 0.09))) == 1
+    assert best_with(presence_penalty=0.4, bias=((0, -9.0), (3, 0.11))) == 3
+    assert best_with(frequency_penalty=0.4, bias=((0, -9.0), (3, -0.31))) == 1
+    assert best_with(frequency_penalty=0.4, bias=((0, -9.0), (3, -0.29))) == 3
+    # Token 0 is in the prompt only.
+    assert best_with(frequency_penalty=2.0, presence_penalty=2.0) == 0
+    assert best_with(repetition_penalty=3.9) == 0
+    assert best_with(repetition_penalty=4.1) == 3
+    # What is negative moves away from 0: token 2 stands at -2.
+    assert best_with(repetition_penalty=2.0, bias=((0, -9.0), (1, -9.0), (3, -2.6))) == 2
+    assert best_with(repetition_penalty=2.0, bias=((0, -9.0), (1, -9.0), (3, -2.4))) == 3
+
+
+@given(prompt=st.lists(st.integers(0, 30)), answer=st.lists(st.integers(0, 60)), cut=st.integers(0, 60))
+def test_a_history_counts_however_it_came_about(prompt: list[int], answer: list[int], cut: int) -> None:
+    history = TokenHistory(prompt, answer[:cut])
+    for token_id in answer[cut:]:
+        history.append(token_id)
+    counts = dict(zip(history.token_ids.tolist(), history.counts.tolist(), strict=True))
+    assert counts == {token_id: answer.count(token_id) for token_id in prompt + answer}
+    assert set(history.token_ids[: history.num_prompt].tolist()) == set(prompt)
+
+
 @pytest.mark.parametrize(
-    "sampling", [replace(PLAIN, top_k=1), replace(PLAIN, top_p=1e-9), replace(PLAIN, top_p=0.0)]
+    "sampling",
+    [
+        replace(PLAIN, top_k=1),
+        replace(PLAIN, top_p=1e-9),
+        replace(PLAIN, top_p=0.0),
+        replace(PLAIN, min_p=1.0),
+    ],
 )
 def test_the_narrowest_filters_leave_the_likeliest_token(sampling: TokenSampling) -> None:
     assert draw_many([0.0, 3.0, 2.9], sampling, 100).tolist() == [0, 100, 0]

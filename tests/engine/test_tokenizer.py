@@ -108,6 +108,23 @@ def test_streaming_the_bytes_of_any_text_gives_the_text(tokenizer: Tokenizer, te
     assert "".join(stream(tokenizer, [256, *text.encode()])) == the + text
 
 
+@pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()])
+@given(text=st.text().filter(lambda text: "▁" not in text))
+def test_the_bytes_of_the_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    token_ids = [*text.encode(), 256]
+    assert b"".join(map(tokenizer.token_bytes, token_ids)) == f"{text} the".encode()
+
+
+def test_what_single_tokens_stand_for(storyteller_tokenizer: Tokenizer) -> None:
+    assert byte_level().token_text(0xE7) == "\N{REPLACEMENT CHARACTER}"
+    spelled = [byte_level().token_text(token) for token in (256, 261, 262, 263)]
+    assert spelled == [" the", "<s>", "<think>", ""]
+    assert [byte_fallback().token_text(token) for token in (256, 257, 259, 261)] == [" the", " ", "cat", "猫"]
+    text = "Once upon a time, naïve 猫 🐈\n"
+    token_ids = storyteller_tokenizer.encode(text)
+    assert b"".join(map(storyteller_tokenizer.token_bytes, token_ids)).endswith(text.encode())
+
+
 def test_text_comes_as_soon_as_it_is_certain(storyteller_tokenizer: Tokenizer) -> None:
     ids = storyteller_tokenizer.encode("The cat 🐈 sat.")
     pieces = stream(storyteller_tokenizer, ids)

@@ -5,7 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("block_pool", "config", "errors", "fake", "layout", "sequence", "tokenizer")
+MODULES = (
+    "batch",
+    "block_pool",
+    "config",
+    "config_file",
+    "errors",
+    "fake",
+    "families",
+    "layout",
+    "rope_config",
+    "sequence",
+    "shard",
+    "tokenizer",
+)
 
 
 def test_these_modules_do_not_import_torch() -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint import fingerprint
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
-from engine.weights import ModelWeights, fingerprint, load_weights
+from engine.weights import ModelWeights, load_weights
 
 NewCheckpoint = Callable[..., Path]
 
@@ -21,6 +22,10 @@ NewCheckpoint = Callable[..., Path]
 def load(path: Path) -> ModelWeights:
     config = ModelConfig.from_pretrained(path)
     return load_weights(path, config, torch.float32, lambda fraction: None)
+
+
+def same(loaded: torch.Tensor | None, stored: torch.Tensor) -> bool:
+    return loaded is not None and torch.equal(loaded, stored)
 
 
 def change(path: Path, **tensors: torch.Tensor | None) -> None:
@@ -39,7 +44,7 @@ def test_tensors_go_to_their_places_with_progress(new_checkpoint: NewCheckpoint)
     assert torch.equal(weights.layers[1].qkv, torch.cat([stored[name] for name in names]))
     names = [f"model.layers.2.mlp.{which}_proj.weight" for which in ("gate", "up")]
     assert torch.equal(weights.layers[2].gate_up, torch.cat([stored[name] for name in names]))
-    assert torch.equal(weights.lm_head, stored["lm_head.weight"])
+    assert same(weights.lm_head, stored["lm_head.weight"])
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
 
@@ -59,7 +64,7 @@ def test_several_files_with_an_index_are_one_checkpoint(
     stored = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
     weights = load(path)
     assert torch.equal(weights.layers[2].down, stored["model.layers.2.mlp.down_proj.weight"])
-    assert torch.equal(weights.embedding, stored["model.embed_tokens.weight"])
+    assert same(weights.embedding, stored["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -67,17 +72,18 @@ def test_other_float_types_are_converted(new_checkpoint: NewCheckpoint, dtype: t
     path = new_checkpoint()
     norm = torch.full((64,), 0.1, dtype=dtype)
     change(path, model__norm__weight=norm)
-    assert torch.equal(load(path).final_norm, norm.float())
+    assert same(load(path).final_norm, norm.float())
 
 
 def test_redundant_tensors_are_passed_over(new_checkpoint: NewCheckpoint) -> None:
     path = new_checkpoint(tie_word_embeddings=True)
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
     change(
         path,
         lm_head__weight=torch.zeros(160, 64),
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(8),
     )
-    assert load(path).lm_head.count_nonzero() > 0
+    assert same(load(path).lm_head, embedding)
 
 
 def test_missing_tensors_are_named(new_checkpoint: NewCheckpoint) -> None:
@@ -108,7 +114,21 @@ def test_a_config_of_another_size_costs_no_memory(new_checkpoint: NewCheckpoint)
 def test_tensors_beyond_the_architecture_are_refused(new_checkpoint: NewCheckpoint, name: str) -> None:
     path = new_checkpoint()
     change(path, **{name: torch.zeros(64)})
-    with pytest.raises(CheckpointError, match=f"{name.replace('__', '.')}, which a Llama model of 3 layers"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name.replace('__', '.')}, which the model .* does not have"
+    ):
+        load(path)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(new_checkpoint: NewCheckpoint) -> None:
+    path = new_checkpoint()
+    (path / "model.safetensors").rename(path / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros(64)}, path / "b.safetensors")
+    weight_map = {"model.norm.weight": "b.safetensors", "lm_head.weight": "a.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        CheckpointError, match=r"b\.safetensors holds model\.norm\.weight, and so does another"
+    ):
         load(path)
 
 

@@ -12,7 +12,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from prelay.v1 import inference_pb2, worker_pb2
 
-from router.fake_worker import Hold
+from engine.router_messages import sampling_of
+from engine.sequence import TokenSampling
+from router.fake_worker import FakeModel, Hold, fake_logprobs
 from router.requests import Stage
 
 PROMPT = "tell me"
@@ -70,15 +72,55 @@ async def test_token_ids_and_chat(cluster):
 async def test_what_is_sent_reaches_the_workers(cluster):
     sampling = inference_pb2.SamplingParams(
         max_tokens=3, min_tokens=2, ignore_eos=True, temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1,
-        stop_token_ids=[5],
+        stop_token_ids=[5], min_p=0.125, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.5,
+        logit_bias={7: -100, 256: 0.5}, logprobs=0, prompt_logprobs=20,
     )  # fmt: skip
     async with cluster.grpc() as stub:
         await collect(stub.Generate(generate(sampling=sampling)))
     expected = worker_pb2.TokenSampling(
-        max_tokens=3, min_tokens=2, temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1, stop_token_ids=[5]
-    )
+        max_tokens=3, min_tokens=2, temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1, stop_token_ids=[5],
+        min_p=0.125, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.5,
+        logit_bias={7: -100, 256: 0.5}, logprobs=0, prompt_logprobs=20,
+    )  # fmt: skip
     assert cluster.decode.reserves[0].sampling == expected
-    assert cluster.decode.reserves[0].prompt_tokens == 7
+    assert bytes(cluster.decode.reserves[0].token_ids) == PROMPT.encode()
+    assert sampling_of(expected) == TokenSampling(
+        max_tokens=3, min_tokens=2, temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1,
+        stop_token_ids=frozenset({5}), min_p=0.125, presence_penalty=-2, frequency_penalty=2,
+        repetition_penalty=1.5, logit_bias=((7, -100), (256, 0.5)), logprobs=0, prompt_logprobs=20,
+    )  # fmt: skip
+
+
+async def test_what_is_not_sent_is_neutral(cluster):
+    async with cluster.grpc() as stub:
+        await collect(stub.Generate(generate(sampling=inference_pb2.SamplingParams(max_tokens=3, seed=1))))
+    assert sampling_of(cluster.decode.reserves[0].sampling) == TokenSampling(
+        1.0, 0, 1.0, 1, 3, 0, frozenset({256})
+    )
+
+
+async def test_log_probabilities_of_prompt_and_answer(start_cluster):
+    cluster = await start_cluster(
+        model=FakeModel(eos_token_id=256, answer_tokens=4, max_model_len=512, caches=True)
+    )
+    sampling = inference_pb2.SamplingParams(max_tokens=6, logprobs=2, prompt_logprobs=1)
+    async with cluster.grpc() as stub:
+        messages = await collect(stub.Generate(generate(sampling=sampling)))
+    assert [list(message.token_ids) for message in messages] == [
+        [one.token_id for one in message.logprobs] for message in messages
+    ]
+    first, *later = messages
+    assert [one.text for one in first.prompt_logprobs] == list(PROMPT[1:])
+    assert not any(message.prompt_logprobs for message in later)
+    answer = [one for message in messages for one in message.logprobs]
+    assert "".join(one.text for one in answer[:-1]) == cluster.answer(PROMPT, 6)
+    assert answer[-1].text == "</s>"  # ends the answer, is a token of it, and no text
+    for index, one in enumerate(answer):
+        expected = fake_logprobs(one.token_id, index, 2)
+        assert (one.logprob, one.rank) == (expected.logprob, expected.rank)
+        assert [top.token_id for top in one.top] == list(expected.top_ids)
+        assert [top.logprob for top in one.top] == list(expected.top_logprobs)
+    assert messages[-1].finish.usage.cached_tokens == len(PROMPT) - 1
 
 
 async def test_model_info(cluster):
@@ -99,6 +141,13 @@ async def test_refused_with_the_field_named(cluster):
         "top_p": generate(sampling=sampling(top_p=2)),
         "min_tokens": generate(sampling=sampling(max_tokens=2, min_tokens=-1)),
         "stop": generate(sampling=sampling(stop=[""])),
+        "min_p": generate(sampling=sampling(min_p=1.01)),
+        "presence_penalty": generate(sampling=sampling(presence_penalty=2.01)),
+        "frequency_penalty": generate(sampling=sampling(frequency_penalty=float("nan"))),
+        "repetition_penalty": generate(sampling=sampling(repetition_penalty=0)),
+        "logit_bias": generate(sampling=sampling(logit_bias={257: 1})),
+        "logprobs": generate(sampling=sampling(logprobs=21)),
+        "prompt_logprobs": generate(sampling=sampling(prompt_logprobs=-1)),
         "slo.slo_class": generate(slo=slo(slo_class="gold")),
         "slo.ttft": generate(slo=slo(ttft=duration_pb2.Duration(seconds=-1))),
         "slo.tpot": generate(slo=slo(tpot=duration_pb2.Duration())),

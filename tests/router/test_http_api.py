@@ -31,6 +31,15 @@ async def events(response):
     return [one if one == "[DONE]" else json.loads(one) for one in data]
 
 
+def usage(prompt_tokens, completion_tokens, cached_tokens=0):
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
 async def test_prompts_of_every_kind(cluster):
     texts, ids = ["one", "two"], [list(b"one"), list(b"two")]
     expected = [cluster.answer(text, 4) for text in texts]
@@ -39,7 +48,7 @@ async def test_prompts_of_every_kind(cluster):
             body, _ = await post(http, prompt=prompt)
             assert [choice["text"] for choice in body["choices"]] == expected
             assert [choice["index"] for choice in body["choices"]] == [0, 1]
-            assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 8, "total_tokens": 14}
+            assert body["usage"] == usage(6, 8)
         body, _ = await post(http, prompt=ids[0], echo=True)
         assert body["choices"][0]["text"] == "one" + expected[0]
 
@@ -48,9 +57,25 @@ async def test_several_choices_have_seeds_of_their_own(cluster):
     async with cluster.http() as http:
         body, _ = await post(http, n=3, seed=7, headers={"x-prelay-details": "1"})
     assert [choice["text"] for choice in body["choices"]] == [cluster.answer(PROMPT, 4)] * 3
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 12, "total_tokens": 19}
+    assert body["usage"] == usage(7, 12)
     assert len({choice["prelay"]["request_id"] for choice in body["choices"]}) == 3
     assert [reserve.sampling.seed for reserve in cluster.decode.reserves] == [7, 8, 9]
+
+
+async def test_cached_tokens_count_once_for_a_prompt(start_cluster):
+    cluster = await start_cluster(model=FakeModel(max_model_len=512, caches=True))
+    async with cluster.http() as http:
+        body, _ = await post(http, prompt=["one", "three"], n=2)
+        assert body["usage"] == usage(8, 16, cached_tokens=6)
+        payload = {
+            "prompt": "one",
+            "max_tokens": 3,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        async with http.post("/v1/completions", json=payload) as response:
+            chunks = await events(response)
+    assert chunks[-2]["usage"] == usage(3, 3, cached_tokens=2)
 
 
 async def test_defaults_and_eos(start_cluster):

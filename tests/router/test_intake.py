@@ -10,7 +10,8 @@ import pytest
 
 from engine.tokenizer import Tokenizer
 from router.errors import InvalidRequestError, PromptTooLongError
-from router.intake import Intake, ServedModel
+from router.intake import MAX_PROMPT_LOGPROBS, Intake, SamplingWish, ServedModel
+from router.slo import Slo, SloLimits
 
 BOS = 1
 
@@ -54,3 +55,22 @@ async def test_a_text_that_cannot_fit_is_refused_without_tokenising_it(intake: I
     ):
         with pytest.raises(PromptTooLongError, match="129 characters"):
             await asking
+
+
+@pytest.mark.parametrize("num_top", [0, 20])
+async def test_a_prompt_with_more_log_probabilities_than_one_message_holds_is_refused(
+    executor: Executor, num_top: int
+):
+    model = ServedModel("m", 100_000, 256, (2,), cast(Tokenizer, cast(Any, BosTokenizer())))
+    intake = Intake(model, executor, lambda: 0.0, lambda: 0, 1.0, lambda: None)
+    longest = MAX_PROMPT_LOGPROBS // (1 + num_top)
+
+    def ask(num_tokens: int) -> None:
+        wish = SamplingWish(max_tokens=1, prompt_logprobs=num_top)
+        slo = Slo("default", SloLimits(1.0, 1.0))
+        intake.request([7] * num_tokens, wish, slo, request_id="", tenant="", arrived_at=0.0)
+
+    ask(longest)
+    with pytest.raises(InvalidRequestError, match="at most 65536 are reported") as refused:
+        ask(longest + 1)
+    assert refused.value.param == "prompt_logprobs"
