@@ -40,7 +40,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What serving needs.
-.venv/core: pyproject.toml constraints.txt
+.venv/core: pyproject.toml constraints.txt hatch_build.py $(wildcard engine/native/*.h engine/native/*.cpp)
 	@test -n "$(PYTHON)" || { echo "prelay needs Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .

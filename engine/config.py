@@ -95,6 +95,8 @@ class EngineConfig:
     max_batch_tokens: most tokens of one step. threads: CPU threads of a step.
     dtype: "float32" or "bfloat16", for weights, computation and KV cache alike.
     device: "cpu" or "cuda".
+    kernels: on a CPU, "native" takes the compiled ones, "torch" those of torch, "auto" the compiled ones where
+    they can be used.
     load: "weights" reads the checkpoint's, "dummy" makes random ones from its config.json alone.
     """
 
@@ -105,6 +107,7 @@ class EngineConfig:
     threads: int = 1
     device: str = "cpu"
     load: str = "weights"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_batch_tokens", "threads"):
@@ -114,6 +117,8 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPE_NBYTES)}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be cpu or cuda")
+        if self.kernels not in ("auto", "native", "torch"):
+            raise ValueError(f"kernels is {self.kernels!r}; it must be auto, native or torch")
         if self.load not in ("weights", "dummy"):
             raise ValueError(f"load is {self.load!r}; it must be weights or dummy")
 

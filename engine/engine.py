@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig, ModelConfig
+from engine.cpu import CpuBackend
 from engine.cuda import CudaBackend
 from engine.device import open_device
 from engine.executor import Executor, LocalExecutor
-from engine.kernels.torch_ops import TorchKernels
 from engine.kv_cache import KvCache
 from engine.layout import KvLayout
 from engine.loading import fingerprint_of, weights_of
@@ -52,7 +51,8 @@ class Engine:
         checkpoint: with `config.load` "dummy" it needs to hold no more than a config.json.
         buffer: the KV cache's memory, config.num_blocks * KvLayout.of(...).block_nbytes writable bytes, or
         None for memory of its own (on CUDA always None). on_progress: told the fraction of the weights that is
-        loaded. Raises CheckpointError, UnsupportedModelError or DeviceError.
+        loaded. Raises CheckpointError, UnsupportedModelError, DeviceError or
+        KernelsUnavailableError.
         """
         device = open_device(config.device)
         torch.set_num_threads(config.threads)
@@ -66,8 +66,9 @@ class Engine:
             cache = backend.cache(config.num_blocks, buffer)
             executor = backend.executor(model, cache)
         else:
-            model = LlamaModel(model_config, WHOLE, weights, TorchKernels(), Solo())
+            cpu = CpuBackend(model_config, config)
+            model = LlamaModel(model_config, WHOLE, weights, cpu.kernels(), Solo())
             cache = KvCache(layout, config.num_blocks, buffer)
-            executor = LocalExecutor(model, SdpaAttention(cache, model_config.windows))
+            executor = LocalExecutor(model, cpu.attention(cache))
         runner = ModelRunner(executor, config.block_size, config.num_blocks, model_config.vocab_size)
         return cls(model_config, config, layout, cache, executor, runner, fingerprint_of(checkpoint, config))

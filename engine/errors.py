@@ -4,6 +4,7 @@ EngineError
 ├── CheckpointError          the checkpoint directory is incomplete, damaged or contradicts itself
 ├── UnsupportedModelError    the checkpoint is sound, but this engine does not compute that model
 ├── DeviceError              the device that is asked for cannot be used
+├── KernelsUnavailableError  the compiled CPU kernels are asked for, and cannot be used here
 ├── TokenizerError           a text or a list of messages cannot be turned into tokens
 ├── InvalidStepError         a scheduled chunk that no engine could run
 ├── OutOfBlocksError         more KV blocks wanted than are free
@@ -27,6 +28,10 @@ class UnsupportedModelError(EngineError):
 
 class DeviceError(EngineError):
     """There is no such device here, or torch cannot use it; the message says why."""
+
+
+class KernelsUnavailableError(EngineError):
+    """The compiled CPU kernels were not built, or this CPU cannot run them; torch does the same work."""
 
 
 class TokenizerError(EngineError):

@@ -208,11 +208,9 @@ def _filters(sampling: TokenSampling, vocab_size: int) -> tuple[float, float, fl
 
 def _probabilities(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """float32 [num_rows, vocab_size] at the draws' temperatures."""
-    # The clamp keeps 0 / temperature a number; whatever is that cold is greedy.
+    # The clamp keeps the quotients finite; whatever is that cold is greedy.
     temperatures = np.array([draw.sampling.temperature for draw in draws]).clip(min=1e-30)
-    scaled = logits - logits.amax(dim=-1, keepdim=True)
-    scaled /= _tensor(temperatures.astype(np.float32)[:, None], logits)
-    return scaled.softmax(dim=-1)
+    return (logits / _tensor(temperatures.astype(np.float32)[:, None], logits)).softmax(dim=-1)
 
 
 def _inverse_transform(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

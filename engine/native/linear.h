@@ -1,0 +1,81 @@
+// rows @ weight.T + bias, for few rows: the matrix is read once, as it lies in memory.
+//
+// Both operands are contiguous along the summed dimension, so a product of R weight rows and X input rows is R * X
+// running dot products in registers. Every output is summed in the same order whatever R, X and the number of rows are:
+// a row's result does not depend on the batch that it is in.
+#pragma once
+
+#include "simd.h"
+
+namespace prelay {
+
+// outputs[x * stride + r] for R weight rows and X input rows, R * X <= 16.
+template <class E, int R, int X>
+inline void dot_block(const typename E::T* weight, const typename E::T* rows, const typename E::T* bias,
+                      typename E::T* outputs, size_t inputs, size_t stride) {
+    __m512 sums[16];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    auto add = [&](int j, size_t k, size_t count) {
+        const auto* p = weight + j * inputs + k;
+        typename E::V w = count == E::lanes ? E::load(p) : E::load(p, count);
+        for (int i = 0; i < X; i++) {
+            const auto* x = rows + i * inputs + k;
+            sums[i * R + j] = E::dot(sums[i * R + j], w, count == E::lanes ? E::load(x) : E::load(x, count));
+        }
+    };
+    size_t whole = inputs / E::lanes * E::lanes;
+    if constexpr (X < 4) {
+        // Reading takes the time: row after row, as memory is read fastest.
+#pragma GCC unroll 16
+        for (int j = 0; j < R; j++)
+            for (size_t k = 0; k < whole; k += E::lanes) add(j, k, E::lanes);
+    } else {
+        // Computing does: R rows side by side, so that each input is loaded once for all of them.
+        for (size_t k = 0; k < whole; k += E::lanes)
+#pragma GCC unroll 16
+            for (int j = 0; j < R; j++) {
+                add(j, k, E::lanes);
+                _mm_prefetch((const char*)(weight + (R + j) * inputs + k), _MM_HINT_T0);
+            }
+    }
+    if (whole < inputs)
+        for (int j = 0; j < R; j++) add(j, whole, inputs - whole);
+    alignas(64) float out[16];
+    _mm512_store_ps(out, sum_each(sums));
+    for (int i = 0; i < X; i++) {
+        __m512 sum = _mm512_maskz_loadu_ps(first16(R), out + i * R);
+        if (bias) sum = _mm512_add_ps(sum, E::widen(bias, first16(R)));
+        E::narrow(outputs + i * stride, sum, first16(R));
+    }
+}
+
+// The outputs from `first` to `last`, of all rows.
+template <class E>
+void linear(const typename E::T* rows, const typename E::T* weight, const typename E::T* bias, typename E::T* outputs,
+            size_t num_rows, size_t num_outputs, size_t inputs, size_t first, size_t last) {
+    auto run = [&](auto r, auto x, size_t n, size_t m) {
+        dot_block<E, r.value, x.value>(weight + n * inputs, rows + m * inputs, bias ? bias + n : nullptr,
+                                       outputs + m * num_outputs + n, inputs, num_outputs);
+    };
+    auto columns = [&](auto r, auto x, size_t n) {
+        size_t m = 0;
+        for (; m + x.value <= num_rows; m += x.value) run(r, x, n, m);
+        for (; m < num_rows; m++) run(r, std::integral_constant<int, 1>{}, n, m);
+    };
+    auto all = [&](auto r, auto x) {
+        size_t n = first;
+        for (; n + r.value <= last; n += r.value) columns(r, x, n);
+        for (; n < last; n++) columns(std::integral_constant<int, 1>{}, x, n);
+    };
+    // Few rows: many weight rows at once, as reading them is what takes the time.
+    if (num_rows == 1)
+        all(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
+    else if (num_rows == 2)
+        all(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
+    else if (num_rows == 3)
+        all(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
+    else
+        all(std::integral_constant<int, 4>{}, std::integral_constant<int, 4>{});
+}
+
+}  // namespace prelay
