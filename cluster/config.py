@@ -35,12 +35,13 @@ class ServeConfig(BaseModel):
         return self.model_copy(update={"model": model})
 
     def check_kv_room(self, max_model_len: int) -> None:
-        """Raises ValueError if the KV cache of a pool cannot hold one sequence of `max_model_len` tokens."""
+        """Raises ValueError if a KV cache whose size is given cannot hold one sequence of `max_model_len`
+        tokens."""
         for pool, tokens in (
             ("prefill", self.prefill.kv_cache_tokens),
             ("decode", self.decode.kv_cache_tokens),
         ):
-            if tokens < max_model_len:
+            if tokens is not None and tokens < max_model_len:
                 raise ValueError(
                     f"{pool}.kv_cache_tokens is {tokens}, too few for one sequence of {max_model_len} "
                     "tokens: raise it, or lower model.max_model_len"
@@ -111,27 +112,42 @@ class ModelSection(Section):
 
 
 class PrefillSection(Section):
-    """threads: CPU threads (and cores) of each worker; max_batch_tokens: most prompt tokens in one step."""
+    """threads: CPU threads (and cores) of each worker; max_batch_tokens: most prompt tokens in one step;
+    kv_cache_tokens: room of each worker, None is its part of kv.memory_share."""
 
     replicas: Replicas = 1
     threads: Threads = 1
     max_batch_tokens: Count = 512
-    kv_cache_tokens: Count = 16384
+    kv_cache_tokens: Count | None = None
 
 
 class DecodeSection(Section):
-    """max_num_seqs: most sequences in one step."""
+    """max_num_seqs: most sequences in one step; max_batch_tokens: most tokens in one step, those included
+    that are computed again for a sequence that had to give up its KV blocks."""
 
     replicas: Replicas = 1
     threads: Threads = 1
     max_num_seqs: Count = 64
-    kv_cache_tokens: Count = 32768
+    max_batch_tokens: Count = 512
+    kv_cache_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _every_sequence_has_a_token(self) -> Self:
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"decode.max_batch_tokens is {self.max_batch_tokens}, less than one token for each of "
+                f"decode.max_num_seqs, {self.max_num_seqs}: raise the one or lower the other"
+            )
+        return self
 
 
 class KvSection(Section):
-    """block_size: tokens in one KV block, the unit of allocation and of the hand-off."""
+    """block_size: tokens in one KV block, the unit of allocation and of the hand-off. memory_share: of the
+    memory that is available at the start, for the KV caches of all workers whose kv_cache_tokens is not
+    given, in equal parts. The default keeps the start short: fresh memory comes at about 0.7 s a GiB."""
 
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    memory_share: Annotated[float, Field(gt=0, le=0.9)] = 0.1
 
 
 class TransferSection(Section):

@@ -180,6 +180,12 @@ class WorkerHost(ABC):
         layout = KvLayout.of(ModelConfig.from_pretrained(spec.checkpoint), config)
         mib = spec.num_blocks * layout.block_nbytes / 2**20
         self._progress = Progress(f"allocating {mib:.0f} MiB of KV cache", _FRACTION_IMPORTED)
+        logger.info(
+            "event=kv_cache worker=%s tokens=%d gib=%.2f",
+            spec.worker_id,
+            spec.num_blocks * spec.block_size,
+            mib / 1024,
+        )
         segment = SharedSegment.create(layout, spec.num_blocks, spec.epoch)
         self._weights_read(0.0)
         return Engine.load(spec.checkpoint, config, segment.data_buffer, self._weights_read), segment
@@ -233,7 +239,10 @@ class DecodeHost(WorkerHost):
 
         spec = self._spec
         settings = DecodeSettings(
-            max_num_seqs=spec.max_num_seqs, heartbeat_s=spec.heartbeat_s, lease_s=spec.lease_s
+            max_num_seqs=spec.max_num_seqs,
+            max_batch_tokens=spec.max_batch_tokens,
+            heartbeat_s=spec.heartbeat_s,
+            lease_s=spec.lease_s,
         )
         return DecodeService(
             info, engine.runner, engine.layout, segment, registry, settings, on_fatal=self._give_up

@@ -176,8 +176,9 @@ def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]
     slot = 0
     for host_class, pool, role, max_batch_tokens, max_num_seqs in (
         (PrefillHost, config.prefill, "prefill", config.prefill.max_batch_tokens, 0),
-        (DecodeHost, config.decode, "decode", config.decode.max_num_seqs, config.decode.max_num_seqs),
+        (DecodeHost, config.decode, "decode", config.decode.max_batch_tokens, config.decode.max_num_seqs),
     ):
+        assert pool.kv_cache_tokens is not None
         for index in range(pool.replicas):
             spec = HostSpec(
                 worker_id=f"{role}-{index}",

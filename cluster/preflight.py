@@ -5,13 +5,15 @@ from __future__ import annotations
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, ModelError
 from engine.config import EngineConfig, ModelConfig
-from engine.errors import EngineError
+from engine.errors import EngineError, KvMemoryError
+from engine.kv_sizing import blocks_of_share
 from engine.layout import KvLayout
 from engine.tokenizer import Tokenizer
 
 
 def check_model(config: ServeConfig) -> ServeConfig:
-    """Read the checkpoint's config and tokenizer; returns the configuration with max_model_len filled in.
+    """Read the checkpoint's config and tokenizer; returns the configuration with max_model_len and the sizes
+    of the KV caches filled in.
 
     config: resolved. Raises ModelError if the checkpoint cannot be served, ConfigError if the configuration
     asks for more than the model or the KV caches allow.
@@ -40,10 +42,44 @@ def check_model(config: ServeConfig) -> ServeConfig:
         config.check_kv_room(max_model_len)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    available = available_bytes()
+    config = with_kv_sizes(config, model, max_model_len, available)
     if config.ray.address is None:
-        _check_memory(config, model, available_bytes())
+        _check_memory(config, model, available)
     section = config.model.model_copy(update={"max_model_len": max_model_len})
     return config.model_copy(update={"model": section})
+
+
+def with_kv_sizes(config: ServeConfig, model: ModelConfig, max_model_len: int, available: int) -> ServeConfig:
+    """kv_cache_tokens filled in where it is not given. Raises ConfigError if a worker's part is too small.
+
+    available: bytes of this machine, which in a Ray cluster stands for all of them.
+    """
+    size = config.kv.block_size
+    block_nbytes = KvLayout.of(
+        model, EngineConfig(num_blocks=1, block_size=size, dtype=config.model.dtype)
+    ).block_nbytes
+    missing = {
+        name: section
+        for name, section in (("prefill", config.prefill), ("decode", config.decode))
+        if section.kv_cache_tokens is None
+    }
+    if not missing:
+        return config
+    num_workers = sum(section.replicas for section in missing.values())
+    try:
+        num_blocks = blocks_of_share(
+            available, config.kv.memory_share, num_workers, block_nbytes, -(-max_model_len // size)
+        )
+    except KvMemoryError as error:
+        raise ConfigError(
+            f"{error} ({max_model_len} tokens): raise kv.memory_share, or lower model.max_model_len or the "
+            "replicas"
+        ) from error
+    tokens = {"kv_cache_tokens": num_blocks * size}
+    return config.model_copy(
+        update={name: section.model_copy(update=tokens) for name, section in missing.items()}
+    )
 
 
 def available_bytes() -> int:
@@ -58,7 +94,7 @@ def _check_memory(config: ServeConfig, model: ModelConfig, available: int) -> No
     engine = EngineConfig(num_blocks=1, block_size=config.kv.block_size, dtype=config.model.dtype)
     token_bytes = KvLayout.of(model, engine).block_nbytes / config.kv.block_size
     tokens = {
-        pool: section.replicas * section.kv_cache_tokens
+        pool: section.replicas * (section.kv_cache_tokens or 0)
         for pool, section in (("prefill", config.prefill), ("decode", config.decode))
     }
     needed = token_bytes * sum(tokens.values())

@@ -1,12 +1,14 @@
 """The decode role on the engine thread.
 
 The life of a request here:
-  1. `Reserve` arrives: blocks for prompt and whole answer are set aside (leased), or it is refused at once;
-     it is the router that queues. When the link to the prefill worker is up the router gets `Reserved`.
+  1. `Reserve` arrives: blocks for the prompt and a little more are set aside (leased), or it is refused at
+     once; it is the router that queues. When the link to the prefill worker is up the router gets `Reserved`.
   2. The prefill worker offers the prompt's KV: it is copied in the transfer thread while steps go on.
   3. The copy is verified and acknowledged. The blocks now belong to the sequence, which joins the batch at
      the next step, or waits for a place in it. Its first input is the token that the prefill worker drew.
   4. Each step gives every running sequence one token; all tokens of a step go to a router in one message.
+     A sequence takes another block when it needs one. If there is none, the one that arrived last gives up
+     its blocks, waits, and is computed again from its tokens (scheduler.py); its answer goes on unchanged.
   5. A stop token or max_tokens ends the sequence: blocks freed.
 Cancel and the end of the router's stream are legal at any point: blocks are freed at the border of the
 step, or of the copy, that is under way.
@@ -24,6 +26,8 @@ from decode_worker.scheduler import Decoded, DecodeScheduler
 from engine.block_pool import BlockPool, Holder
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
+from engine.prefix_cache import PrefixCache
+from engine.reservation import has_room, reserved_blocks
 from engine.router_messages import (
     Command,
     Load,
@@ -70,8 +74,9 @@ DecodeOutput: TypeAlias = RouterBatch | Connect | Fetch | SendAcknowledge | Send
 @dataclass(slots=True)
 class _Request:
     owner: Owner
-    prompt_tokens: int
+    prompt_ids: Sequence[int]
     sampling: TokenSampling
+    salt: str
     transfer_s: float = 0.0
     kv_bytes: int = 0
 
@@ -86,7 +91,9 @@ class DecodeRole:
         self,
         runner: StepRunner,
         pool: BlockPool,
+        cache: PrefixCache,
         max_num_seqs: int,
+        max_batch_tokens: int,
         max_model_len: int,
         lease_s: float,
         clock: Callable[[], float],
@@ -96,12 +103,13 @@ class DecodeRole:
     ) -> None:
         self._runner = runner
         self._pool = pool
+        self._cache = cache
         self._max_model_len = max_model_len
         self._clock = clock
         self._metrics = metrics
         self._lease_metrics = leases
         self._pull_metrics = pulls
-        self._scheduler = DecodeScheduler(pool, max_num_seqs)
+        self._scheduler = DecodeScheduler(pool, cache, max_num_seqs, max_batch_tokens)
         self._pulls = PullSide(lease_s)
         # Every request of which this worker still holds something.
         self._requests: dict[RequestKey, _Request] = {}
@@ -135,11 +143,16 @@ class DecodeRole:
         now = self._clock()
         self._apply(self._pulls.tick(now))
         chunks = self._scheduler.schedule(now)
+        preemptions, cached_tokens = self._scheduler.take_counts()
+        if preemptions:
+            self._changed = True
+            self._metrics.preempted(preemptions)
+        self._metrics.hit(cached_tokens)
         if not chunks:
             return False
         self._changed = True
         results = self._runner.step(chunks)
-        self._metrics.stepped(self._clock() - now, len(chunks))
+        self._metrics.stepped(self._clock() - now, sum(len(chunk.token_ids) for chunk in chunks))
         for decoded in self._scheduler.complete(results):
             self._emit(decoded)
         return True
@@ -174,7 +187,12 @@ class DecodeRole:
             self._apply(self._pulls.cancel(key))
 
     def check(self) -> None:
-        check_books(self._pool, owned=self._scheduler.num_blocks, leased=self._pulls.num_blocks)
+        held = {
+            Holder.SEQUENCE: self._scheduler.num_blocks,
+            Holder.CACHE: len(self._cache),
+            Holder.TRANSFER: self._pulls.num_blocks,
+        }
+        check_books(self._pool, held)
 
     def _command(self, owner: Owner, message: worker_pb2.RouterMessage, now: float) -> None:
         match message.WhichOneof("message"):
@@ -192,32 +210,40 @@ class DecodeRole:
         if why := self._why_invalid(key, reserve):
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_INVALID, why)
             return
-        num_blocks = self._num_blocks(reserve)
-        if not self._pool.can_allocate(num_blocks):
-            free = self._pool.counts().free
-            why = f"{num_blocks} KV blocks wanted, {free} of {self._pool.num_blocks} are free"
+        prompt_ids, sampling = list(reserve.token_ids), sampling_of(reserve.sampling)
+        num_blocks = reserved_blocks(self._pool.block_size, len(prompt_ids), sampling.max_tokens)
+        if why := self._why_no_room(num_blocks):
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_NO_BLOCKS, why)
             return
         blocks = self._pool.allocate(num_blocks, Holder.TRANSFER)
-        self._requests[key] = _Request(owner, reserve.prompt_tokens, sampling_of(reserve.sampling))
+        self._requests[key] = _Request(owner, prompt_ids, sampling, reserve.cache_salt)
         self._apply(
             self._pulls.reserve(
                 key,
                 Peer(reserve.prefill.worker_id, reserve.prefill.epoch),
                 reserve.prefill.address,
-                reserve.prompt_tokens,
-                self._pool.num_blocks_for(reserve.prompt_tokens),
+                len(prompt_ids),
+                self._pool.num_blocks_for(len(prompt_ids)),
                 blocks,
                 now,
             )
         )
 
-    def _num_blocks(self, reserve: worker_pb2.Reserve) -> int:
-        return self._pool.num_blocks_for(reserve.prompt_tokens + reserve.sampling.max_tokens)
+    def _why_no_room(self, num_blocks: int) -> str | None:
+        if self._scheduler.lacks_blocks:
+            return "sequences that were preempted wait for KV blocks"
+        free = self._pool.num_available
+        if not has_room(num_blocks, free, len(self._requests)):
+            return (
+                f"{num_blocks} KV blocks wanted, {free} of {self._pool.num_blocks} are free, and one has to "
+                f"stay free for each of {len(self._requests)} requests"
+            )
+        return None
 
     def _why_invalid(self, key: RequestKey, reserve: worker_pb2.Reserve) -> str | None:
-        num_tokens, max_tokens = reserve.prompt_tokens, reserve.sampling.max_tokens
-        num_blocks = self._num_blocks(reserve)
+        num_tokens, max_tokens = len(reserve.token_ids), reserve.sampling.max_tokens
+        # The whole answer: whatever else is here, one sequence must be able to end.
+        num_blocks = self._pool.num_blocks_for(num_tokens + max_tokens)
         if key in self._requests:
             return "this attempt of the request is here already"
         if not num_tokens or not max_tokens:
@@ -274,7 +300,13 @@ class DecodeRole:
                 kv_bytes=request.kv_bytes,
             )
         self._outbox.token(
-            request.owner, decoded.key, decoded.index, decoded.token_id, decoded.stop_reason, times
+            request.owner,
+            decoded.key,
+            decoded.index,
+            decoded.token_id,
+            decoded.stop_reason,
+            times,
+            logprobs=decoded.logprobs,
         )
         if decoded.stop_reason is not None:
             del self._requests[decoded.key]
@@ -306,9 +338,10 @@ class DecodeRole:
         self._pool.drop(action.blocks, Holder.TRANSFER)
         self._scheduler.add(
             action.key,
-            request.prompt_tokens,
+            request.prompt_ids,
             action.first_token,
             request.sampling,
+            request.salt,
             action.blocks,
             action.ready_s,
         )
@@ -324,7 +357,8 @@ class DecodeRole:
             scheduler.num_running,
             scheduler.num_ready + handing_over,
             0,
-            counts.free,
+            counts.available,
             counts.owned,
             counts.leased,
+            counts.cached,
         )

@@ -15,6 +15,7 @@ from engine.block_pool import BlockPool
 from engine.layout import KvLayout
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
+from engine.prefix_cache import PrefixCache
 from engine.router_messages import Load, RouterBatch
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
@@ -29,10 +30,12 @@ STOP_TIMEOUT_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """max_num_seqs: most sequences in one step. heartbeat_s: between snapshots. lease_s: how long blocks
-    stay set aside for a hand-off without news, and how long a link may be silent."""
+    """max_num_seqs: most sequences in one step. max_batch_tokens: most tokens in one step, those that are
+    computed again after a preemption included. heartbeat_s: between snapshots. lease_s: how long blocks stay
+    set aside for a hand-off without news, and how long a link may be silent."""
 
     max_num_seqs: int
+    max_batch_tokens: int
     heartbeat_s: float
     lease_s: float
 
@@ -67,7 +70,9 @@ class DecodeService:
         role = DecodeRole(
             runner,
             pool,
+            PrefixCache(pool, info.model_fingerprint),
             settings.max_num_seqs,
+            settings.max_batch_tokens,
             info.max_model_len,
             settings.lease_s,
             clock,

@@ -1,17 +1,23 @@
-"""Who holds which KV block: it is free, owned by a sequence, or leased to a transfer. A core, without torch.
+"""Who holds which KV block: sequences, transfers, the prefix cache, or nobody. A core, without torch.
 
-A block carries references of two kinds. A SEQUENCE reference belongs to a request that computes on the block,
-a TRANSFER reference to a hand-off that reads or fills it. Only a block without any reference is free, so a
-request that ends while a transfer still reads its blocks gives nothing away.
+A block carries references of three kinds. A SEQUENCE reference belongs to a request that computes on the
+block, a TRANSFER reference to a hand-off that reads or fills it, a CACHE reference to the prefix cache, which
+knows what the block holds. A request that ends while a transfer still reads its blocks gives nothing away.
 
-Each block has a generation, bumped at the moment the block becomes free. A reader that notes the generation
-before it copies and finds another one afterwards knows that its copy may be somebody else's data.
+A block without any reference is free. One that only the cache holds is as good as free: an allocation takes
+free blocks first, and then such blocks, the one that has gone unused for longest first. What one call of
+`drop` leaves to the cache counts as unused from its end to its beginning: of a sequence the last block goes
+first, so that what is left is always the beginning of a prefix.
+
+Each block has a generation, bumped at the moment that what it holds is given up: when it becomes free, or
+when it is taken from the cache. A reader that notes the generation before it copies and finds another one
+afterwards knows that its copy may be somebody else's data.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -25,6 +31,7 @@ class Holder(Enum):
     """What a reference to a block is held for."""
 
     SEQUENCE = "sequence"
+    CACHE = "cache"
     TRANSFER = "transfer"
 
 
@@ -40,21 +47,28 @@ class Generations(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """A census of the pool. free + owned + leased is the number of blocks.
+    """A census of the pool. free + owned + leased + cached is the number of blocks.
 
-    leased: blocks with any TRANSFER reference. owned: blocks with SEQUENCE references only.
+    leased: blocks with any TRANSFER reference. owned: other blocks with any SEQUENCE reference. cached:
+    blocks that only the prefix cache holds.
     """
 
     free: int
     owned: int
     leased: int
+    cached: int
+
+    @property
+    def available(self) -> int:
+        """Blocks that an allocation can have: free and cached ones."""
+        return self.free + self.cached
 
 
 class BlockPool:
     """Reference counts over `num_blocks` blocks of `block_size` tokens each.
 
-    generations: [num_blocks], counts modulo 2**32 how often each block became free; only this pool writes it.
-    Every method either does all that it was asked for or raises and changes nothing.
+    generations: [num_blocks], counts modulo 2**32 how often what each block held was given up; only this pool
+    writes it. Every method either does all that it was asked for or raises and changes nothing.
     """
 
     def __init__(self, num_blocks: int, block_size: int, generations: Generations) -> None:
@@ -67,28 +81,48 @@ class BlockPool:
         self._generations = generations
         # First freed, first reused: a block rests for as long as possible before it is written again.
         self._free = deque(range(num_blocks))
+        # Held by the cache only, the longest unused first.
+        self._unused: OrderedDict[int, None] = OrderedDict()
         self._references = {holder: [0] * num_blocks for holder in Holder}
+        self._num_references = dict.fromkeys(Holder, 0)
         self._num_leased = 0
+        self._forget: Callable[[int], None] = lambda block: None
+
+    def tell(self, forget: Callable[[int], None]) -> None:
+        """From now on `forget` is called with each block that is taken from the cache."""
+        self._forget = forget
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
+    def num_references(self, holder: Holder) -> int:
+        """References of `holder` to all blocks together."""
+        return self._num_references[holder]
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that an allocation can have: free and cached ones."""
+        return len(self._free) + len(self._unused)
+
     def can_allocate(self, num_blocks: int) -> bool:
-        return num_blocks <= len(self._free)
+        return num_blocks <= self.num_available
 
     def allocate(self, num_blocks: int, holder: Holder) -> list[int]:
-        """Take free blocks, each with one reference of `holder`. Raises OutOfBlocksError."""
+        """Take free or cached blocks, each with one reference of `holder`. Raises OutOfBlocksError."""
         if num_blocks < 0:
             raise ValueError(f"cannot allocate {num_blocks} blocks")
         if not self.can_allocate(num_blocks):
             raise OutOfBlocksError(
-                f"{num_blocks} KV blocks wanted, {len(self._free)} of {self.num_blocks} are free"
+                f"{num_blocks} KV blocks wanted, {self.num_available} of {self.num_blocks} are free"
             )
+        for _ in range(num_blocks - len(self._free)):
+            self._evict()
         blocks = [self._free.popleft() for _ in range(num_blocks)]
         references = self._references[holder]
         for block in blocks:
             references[block] = 1
+        self._num_references[holder] += num_blocks
         if holder is Holder.TRANSFER:
             self._num_leased += num_blocks
         return blocks
@@ -109,6 +143,9 @@ class BlockPool:
             if holder is Holder.TRANSFER and references[block] == 0:
                 self._num_leased += 1
             references[block] += 1
+            if holder is not Holder.CACHE:
+                self._unused.pop(block, None)
+        self._num_references[holder] += len(blocks)
 
     def drop(self, blocks: Sequence[int], holder: Holder) -> None:
         """Give back one reference of `holder` for each of `blocks`; a block without any reference is free.
@@ -122,17 +159,21 @@ class BlockPool:
                 raise BlockAccountingError(
                     f"block {block} has {references[block]} {holder.value} references, {dropped} were dropped"
                 )
-        for block in blocks:
+        for block in reversed(blocks):
             references[block] -= 1
             if holder is Holder.TRANSFER and references[block] == 0:
                 self._num_leased -= 1
             if not self._is_held(block):
-                self._generations[block] = (int(self._generations[block]) + 1) % _GENERATIONS
-                self._free.append(block)
+                self._unused.pop(block, None)
+                self._recycle(block)
+            elif holder is not Holder.CACHE and self._is_unused(block):
+                self._unused[block] = None
+        self._num_references[holder] -= len(blocks)
 
     def counts(self) -> BlockCounts:
-        num_free = len(self._free)
-        return BlockCounts(num_free, self.num_blocks - num_free - self._num_leased, self._num_leased)
+        free, cached = len(self._free), len(self._unused)
+        owned = self.num_blocks - free - cached - self._num_leased
+        return BlockCounts(free, owned, self._num_leased, cached)
 
     def check(self) -> None:
         """Recount everything from the references; raises BlockAccountingError if the books do not agree."""
@@ -144,12 +185,39 @@ class BlockPool:
             raise BlockAccountingError(
                 f"free but referenced, or unreferenced but not free: blocks {sorted(free ^ unreferenced)}"
             )
+        unused = {block for block in range(self.num_blocks) if self._is_unused(block)}
+        if unused != set(self._unused):
+            wrong = sorted(unused ^ set(self._unused))
+            raise BlockAccountingError(f"held by the cache only, or said to be, but not both: blocks {wrong}")
         num_leased = sum(count > 0 for count in self._references[Holder.TRANSFER])
         if num_leased != self._num_leased:
             raise BlockAccountingError(f"{num_leased} blocks are leased, the books say {self._num_leased}")
+        for holder, references in self._references.items():
+            if sum(references) != self._num_references[holder]:
+                raise BlockAccountingError(
+                    f"{sum(references)} {holder.value} references, the books say "
+                    f"{self._num_references[holder]}"
+                )
+
+    def _evict(self) -> None:
+        block, _ = self._unused.popitem(last=False)
+        self._references[Holder.CACHE][block] -= 1
+        self._num_references[Holder.CACHE] -= 1
+        self._recycle(block)
+        self._forget(block)
+
+    def _recycle(self, block: int) -> None:
+        self._generations[block] = (int(self._generations[block]) + 1) % _GENERATIONS
+        self._free.append(block)
 
     def _is_held(self, block: int) -> bool:
         return any(references[block] for references in self._references.values())
+
+    def _is_unused(self, block: int) -> bool:
+        """Whether nobody but the cache holds it."""
+        references = self._references
+        used = references[Holder.SEQUENCE][block] or references[Holder.TRANSFER][block]
+        return bool(references[Holder.CACHE][block]) and not used
 
     def _check_exists(self, block: int) -> None:
         if not 0 <= block < self.num_blocks:

@@ -7,6 +7,7 @@ EngineError
 ├── KernelsUnavailableError  the compiled CPU kernels are asked for, and cannot be used here
 ├── TokenizerError           a text or a list of messages cannot be turned into tokens
 ├── InvalidStepError         a scheduled chunk that no engine could run
+├── KvMemoryError            the memory there is does not hold the KV of one sequence
 ├── OutOfBlocksError         more KV blocks wanted than are free
 └── BlockAccountingError     a block was given back or shared by somebody who does not hold it
 """
@@ -40,6 +41,10 @@ class TokenizerError(EngineError):
 
 class InvalidStepError(EngineError):
     """A chunk is empty, is not covered by its block table, or names tokens or blocks that do not exist."""
+
+
+class KvMemoryError(EngineError):
+    """A worker's part of the memory is too small for the longest sequence."""
 
 
 class OutOfBlocksError(EngineError):

@@ -14,10 +14,10 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockPool, Holder
 from engine.errors import BlockAccountingError
 
 Event = TypeVar("Event")
@@ -178,15 +178,15 @@ class EngineLoop(Generic[Event, Output]):
                 self._asyncio_loop.call_soon_threadsafe(self._deliver, outputs)
 
 
-def check_books(pool: BlockPool, owned: int, leased: int) -> None:
+def check_books(pool: BlockPool, references: Mapping[Holder, int]) -> None:
     """Raises BlockAccountingError unless the pool agrees with itself and with those who hold its blocks.
 
-    owned, leased: blocks that schedulers, and that hand-offs, hold according to their own books.
+    references: to blocks that schedulers, the cache and hand-offs hold according to their own books.
     """
     pool.check()
-    counts = pool.counts()
-    if (counts.owned, counts.leased) != (owned, leased):
-        raise BlockAccountingError(
-            f"the pool has {counts.owned} blocks owned and {counts.leased} leased, "
-            f"but sequences hold {owned} and hand-offs {leased}"
-        )
+    for holder, held in references.items():
+        if pool.num_references(holder) != held:
+            raise BlockAccountingError(
+                f"the pool has {pool.num_references(holder)} {holder.value} references, "
+                f"but who is responsible for them holds {held}"
+            )

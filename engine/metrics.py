@@ -5,7 +5,7 @@ Which worker it is, Prometheus knows from the target that it scrapes: the router
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.router_messages import Load
 
@@ -24,7 +24,17 @@ class WorkerMetrics:
         self._queue_tokens = gauge("prelay_queue_tokens", "Prompt tokens not yet computed.")
         self._running = gauge("prelay_running_requests", "Requests in the running batch.")
         blocks = Gauge("prelay_kv_blocks", "KV blocks by state.", ["state"], registry=registry)
-        self._blocks = {state: blocks.labels(state) for state in ("free", "owned", "leased")}
+        self._blocks = {state: blocks.labels(state) for state in ("free", "owned", "leased", "cached")}
+        self._hits = Counter(
+            "prelay_prefix_cache_hit_tokens_total",
+            "Tokens whose KV was in the prefix cache.",
+            registry=registry,
+        )
+        self._preemptions = Counter(
+            "prelay_preemptions_total",
+            "Times that a sequence gave its KV blocks to an older one.",
+            registry=registry,
+        )
         self._step = Histogram(
             "prelay_step_seconds",
             "Time of one engine step.",
@@ -43,9 +53,17 @@ class WorkerMetrics:
         self._queue_requests.set(load.queue_requests)
         self._queue_tokens.set(load.queue_tokens)
         self._running.set(load.running_requests)
-        self._blocks["free"].set(load.free_blocks)
+        self._blocks["free"].set(load.free_blocks - load.cached_blocks)
+        self._blocks["cached"].set(load.cached_blocks)
         self._blocks["owned"].set(load.owned_blocks)
         self._blocks["leased"].set(load.leased_blocks)
+
+    def hit(self, num_tokens: int) -> None:
+        """So many tokens need not be computed."""
+        self._hits.inc(num_tokens)
+
+    def preempted(self, count: int) -> None:
+        self._preemptions.inc(count)
 
     def stepped(self, step_s: float, num_tokens: int) -> None:
         self._step.observe(step_s)

@@ -71,7 +71,8 @@ RouterEvent: TypeAlias = Command | RouterGone
 class Load:
     """The figures of a snapshot.
 
-    queue_requests: accepted but not yet in the batch. queue_tokens: prompt tokens not yet computed.
+    queue_requests: accepted but not in the batch. queue_tokens: prompt tokens not yet computed.
+    free_blocks: what a new request can have, cached_blocks of them held by the prefix cache.
     """
 
     running_requests: int
@@ -80,6 +81,7 @@ class Load:
     free_blocks: int
     owned_blocks: int
     leased_blocks: int
+    cached_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,5 +181,6 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
                 free_blocks=load.free_blocks,
                 owned_blocks=load.owned_blocks,
                 leased_blocks=load.leased_blocks,
+                cached_blocks=load.cached_blocks,
             )
         )

@@ -2,13 +2,15 @@
 
 The life of a request here:
   1. `Prefill` arrives: promised to its decode worker (which has set blocks aside), checked, queued.
-  2. Chunk by chunk its prompt is computed, first come first served; it holds its blocks as a sequence.
+  2. Chunk by chunk its prompt is computed, first come first served; it holds its blocks as a sequence. What
+     the prefix cache has of its beginning is not computed (unless its log-probabilities are asked for).
   3. With the last chunk the first token is drawn and sent to the router at once, ahead of the KV. Only if no
      hand-off can even begin, for there is no link, the router hears of that and of no token: the client has
      seen nothing yet, so the request can be placed anew.
   4. If that token ends the answer: blocks freed, the decode worker is told that nothing will come.
      Otherwise the blocks become leased and are offered to the decode worker.
-  5. The decode worker has copied them (or does not want them): blocks freed.
+  5. The decode worker has copied them (or does not want them): blocks given up. The full ones stay in the
+     prefix cache until somebody needs their room.
 Cancel and the end of the router's stream are legal at any point: before 4 the request is dropped, at the
 border of the chunk that is being computed; after it the offer is withdrawn and the blocks wait for the
 decode worker's answer.
@@ -27,6 +29,7 @@ from prelay.v1 import transfer_pb2, worker_pb2
 from engine.block_pool import BlockPool, Holder
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
+from engine.prefix_cache import PrefixCache
 from engine.router_messages import (
     Command,
     Load,
@@ -61,6 +64,7 @@ class PrefillRole:
         self,
         runner: StepRunner,
         pool: BlockPool,
+        cache: PrefixCache,
         generations: Generations,
         max_batch_tokens: int,
         max_model_len: int,
@@ -72,13 +76,14 @@ class PrefillRole:
     ) -> None:
         self._runner = runner
         self._pool = pool
+        self._cache = cache
         self._generations = generations
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._clock = clock
         self._metrics = metrics
         self._leases = leases
-        self._scheduler = PrefillScheduler(pool, max_batch_tokens)
+        self._scheduler = PrefillScheduler(pool, cache, max_batch_tokens)
         self._offers = OfferSide(lease_s)
         # Every request of which this worker still holds something.
         self._owners: dict[RequestKey, Owner] = {}
@@ -148,7 +153,12 @@ class PrefillRole:
             self._apply(self._offers.withdraw(key))
 
     def check(self) -> None:
-        check_books(self._pool, owned=self._scheduler.num_blocks, leased=self._offers.num_blocks)
+        held = {
+            Holder.SEQUENCE: self._scheduler.num_blocks,
+            Holder.CACHE: len(self._cache),
+            Holder.TRANSFER: self._offers.num_blocks,
+        }
+        check_books(self._pool, held)
 
     def _tick(self, now: float) -> None:
         actions = self._offers.tick(now)
@@ -183,7 +193,8 @@ class PrefillRole:
             self._apply(self._offers.withdraw(key))
             return
         self._owners[key] = owner
-        self._scheduler.add(key, list(prefill.token_ids), sampling_of(prefill.sampling), arrived_s)
+        token_ids, sampling = list(prefill.token_ids), sampling_of(prefill.sampling)
+        self._scheduler.add(key, token_ids, sampling, prefill.cache_salt, arrived_s)
 
     def _why_invalid(self, prefill: worker_pb2.Prefill) -> str | None:
         num_tokens, max_tokens = len(prefill.token_ids), prefill.sampling.max_tokens
@@ -202,6 +213,7 @@ class PrefillRole:
 
     def _prefilled(self, done: Prefilled, now: float) -> None:
         owner = self._owners[done.key]
+        self._metrics.hit(done.cached_tokens)
         if done.stop_reason is None:
             self._pool.add(done.blocks, Holder.TRANSFER)
             generations = [int(self._generations[block]) for block in done.blocks]
@@ -213,7 +225,17 @@ class PrefillRole:
         self._pool.drop(done.blocks, Holder.SEQUENCE)
         if done.key in self._owners:  # not, if there is nobody to offer it to
             times = worker_pb2.StageTimes(prefill_queue_s=done.prefill_queue_s, prefill_s=done.prefill_s)
-            self._outbox.token(owner, done.key, 0, done.first_token, done.stop_reason, times)
+            self._outbox.token(
+                owner,
+                done.key,
+                0,
+                done.first_token,
+                done.stop_reason,
+                times,
+                logprobs=done.logprobs,
+                prompt_logprobs=done.prompt_logprobs,
+                cached_tokens=done.cached_tokens,
+            )
         if done.stop_reason is not None:
             del self._owners[done.key]
 
@@ -253,7 +275,8 @@ class PrefillRole:
             scheduler.num_running,
             scheduler.num_waiting,
             scheduler.queue_tokens,
-            counts.free,
+            counts.available,
             counts.owned,
             counts.leased,
+            counts.cached,
         )

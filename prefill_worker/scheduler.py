@@ -1,8 +1,9 @@
 """Which prompt tokens the next step computes: first come first served, up to a token budget. A core.
 
 The oldest prompt takes what it needs of the budget, the next what is left, so at most one prompt is ever
-half done at the end of a step. A prompt gets blocks for all its tokens when it starts; one that has to wait
-for blocks lets nobody pass, so it waits for blocks that are held by hand-offs, never for its luck.
+half done at the end of a step. A prompt gets blocks for all its tokens when it starts: those that the prefix
+cache has for its beginning, and new ones for the rest, which alone is computed. One that has to wait for
+blocks lets nobody pass, so it waits for blocks that are held by hand-offs, never for its luck.
 """
 
 from __future__ import annotations
@@ -12,12 +13,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool, Holder
-from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
+from engine.prefix_cache import PrefixCache
+from engine.sequence import (
+    ChunkResult,
+    RequestKey,
+    ScheduledChunk,
+    StopReason,
+    TokenHistory,
+    TokenLogprobs,
+    TokenSampling,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prompt whose KV is computed. The SEQUENCE reference of its blocks is the receiver's from now on."""
+    """A prompt whose KV is computed. The SEQUENCE reference of its blocks is the receiver's from now on.
+
+    first: the token drawn, and its log-probabilities. prompt_logprobs: of the prompt's second token up to
+    its last, if asked for. cached_tokens: of the prompt's tokens, those whose KV was cached.
+    """
 
     key: RequestKey
     num_tokens: int
@@ -26,6 +40,9 @@ class Prefilled:
     stop_reason: StopReason | None
     prefill_queue_s: float
     prefill_s: float
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    cached_tokens: int
 
 
 @dataclass(slots=True)
@@ -33,10 +50,14 @@ class _Prompt:
     key: RequestKey
     token_ids: Sequence[int]
     sampling: TokenSampling
+    digests: Sequence[bytes]
+    history: TokenHistory | None
     arrived_s: float
     started_s: float = 0.0
     blocks: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
     num_computed: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def num_left(self) -> int:
@@ -46,8 +67,9 @@ class _Prompt:
 class PrefillScheduler:
     """Call `schedule`, run the chunks, call `complete`, or `abandon` if they failed; cancel in between."""
 
-    def __init__(self, pool: BlockPool, max_batch_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, cache: PrefixCache, max_batch_tokens: int) -> None:
         self._pool = pool
+        self._cache = cache
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[_Prompt] = deque()
         # Started, oldest first.
@@ -65,7 +87,7 @@ class PrefillScheduler:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that carry a SEQUENCE reference of ours."""
+        """SEQUENCE references of ours."""
         return sum(len(prompt.blocks) for prompt in self._running)
 
     @property
@@ -73,9 +95,16 @@ class PrefillScheduler:
         """Prompt tokens not yet computed."""
         return sum(prompt.num_left for prompt in (*self._waiting, *self._running))
 
-    def add(self, key: RequestKey, token_ids: Sequence[int], sampling: TokenSampling, now: float) -> None:
-        """Queue a prompt that fits into the pool. A key must not be added again while it is here."""
-        self._waiting.append(_Prompt(key, token_ids, sampling, now))
+    def add(
+        self, key: RequestKey, token_ids: Sequence[int], sampling: TokenSampling, salt: str, now: float
+    ) -> None:
+        """Queue a prompt that fits into the pool. A key must not be added again while it is here.
+
+        salt: prompts share cached KV only with prompts of the same salt.
+        """
+        digests = self._cache.digests(token_ids, salt)
+        history = TokenHistory(token_ids) if sampling.needs_history else None
+        self._waiting.append(_Prompt(key, token_ids, sampling, digests, history, now))
 
     def cancel(self, key: RequestKey) -> bool:
         """Forget the prompt and free its blocks; False if it is not here."""
@@ -95,12 +124,8 @@ class PrefillScheduler:
         budget = self._max_batch_tokens
         for prompt in self._running:
             budget -= self._take(prompt, budget)
-        while budget > 0 and self._waiting:
-            num_blocks = self._pool.num_blocks_for(len(self._waiting[0].token_ids))
-            if not self._pool.can_allocate(num_blocks):
-                break
+        while budget > 0 and self._waiting and self._place(self._waiting[0]):
             prompt = self._waiting.popleft()
-            prompt.blocks = self._pool.allocate(num_blocks, Holder.SEQUENCE)
             prompt.started_s = now
             self._running.append(prompt)
             budget -= self._take(prompt, budget)
@@ -109,12 +134,13 @@ class PrefillScheduler:
     def complete(self, results: Sequence[ChunkResult], now: float) -> list[Prefilled]:
         """Take the step's results (one a chunk) into account; returns the prompts that are done."""
         done: list[Prefilled] = []
-        tokens = [result.token_id for result in results]
-        for (prompt, count), token in zip(self._batch, tokens, strict=True):
-            if (token is None) != (count < prompt.num_left):
-                raise ValueError(f"the runner drew {token} after {count} tokens of {prompt.key}")
-        for (prompt, count), token in zip(self._batch, tokens, strict=True):
+        for (prompt, count), result in zip(self._batch, results, strict=True):
+            if (result.token_id is None) != (count < prompt.num_left):
+                raise ValueError(f"the runner drew {result.token_id} after {count} tokens of {prompt.key}")
+        for (prompt, count), result in zip(self._batch, results, strict=True):
             prompt.num_computed += count
+            prompt.logprobs += result.prompt_logprobs
+            token = result.token_id
             if token is None:
                 continue
             self._running.remove(prompt)
@@ -122,11 +148,14 @@ class PrefillScheduler:
                 Prefilled(
                     prompt.key,
                     len(prompt.token_ids),
-                    tuple(prompt.blocks),
+                    tuple(self._cache.insert(prompt.digests, prompt.blocks)),
                     token,
                     prompt.sampling.stop_reason(token, 1),
                     prompt.started_s - prompt.arrived_s,
                     now - prompt.started_s,
+                    result.logprobs,
+                    tuple(prompt.logprobs),
+                    prompt.cached_tokens,
                 )
             )
         self._batch = []
@@ -140,6 +169,21 @@ class PrefillScheduler:
             self.cancel(key)
         return keys
 
+    def _place(self, prompt: _Prompt) -> bool:
+        """Give the prompt blocks for all its tokens, if there are enough."""
+        cached: list[int] = []
+        if prompt.sampling.prompt_logprobs is None:  # only computed tokens have log-probabilities
+            # The last token is always computed: what follows it is drawn from its logits.
+            cached = self._cache.match(prompt.digests[: (len(prompt.token_ids) - 1) // self._pool.block_size])
+        num_new = self._pool.num_blocks_for(len(prompt.token_ids)) - len(cached)
+        self._pool.add(cached, Holder.SEQUENCE)  # first, so that the rest is not taken from them
+        if not self._pool.can_allocate(num_new):
+            self._pool.drop(cached, Holder.SEQUENCE)
+            return False
+        prompt.blocks = cached + self._pool.allocate(num_new, Holder.SEQUENCE)
+        prompt.num_computed = prompt.cached_tokens = len(cached) * self._pool.block_size
+        return True
+
     def _take(self, prompt: _Prompt, budget: int) -> int:
         count = min(budget, prompt.num_left)
         if count:
@@ -148,11 +192,15 @@ class PrefillScheduler:
 
 
 def _chunk(prompt: _Prompt, count: int) -> ScheduledChunk:
-    start = prompt.num_computed
+    start, end = prompt.num_computed, prompt.num_computed + count
+    last = count == prompt.num_left
     return ScheduledChunk(
-        token_ids=prompt.token_ids[start : start + count],
+        token_ids=prompt.token_ids[start:end],
         start=start,
         block_table=prompt.blocks,
-        sampling=prompt.sampling if count == prompt.num_left else None,
+        sampling=prompt.sampling if last else None,
         num_output_tokens=0,
+        history=prompt.history,
+        prompt_logprobs=prompt.sampling.prompt_logprobs,
+        next_token=None if last else prompt.token_ids[end],
     )

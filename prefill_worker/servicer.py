@@ -14,6 +14,7 @@ from engine.block_pool import BlockPool
 from engine.layout import KvLayout
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
+from engine.prefix_cache import PrefixCache
 from engine.router_messages import Command, Load, RouterBatch, RouterEvent
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
@@ -63,6 +64,7 @@ class PrefillService:
         role = PrefillRole(
             runner,
             pool,
+            PrefixCache(pool, info.model_fingerprint),
             segment.generations,
             settings.max_batch_tokens,
             info.max_model_len,

@@ -24,6 +24,7 @@ def reserve(key: RequestKey, request: Request, prefill: worker_pb2.PeerRef) -> w
             token_ids=request.prompt_token_ids,
             sampling=_sampling(request.sampling),
             prefill=prefill,
+            cache_salt=_cache_salt(request),
         )
     )
 
@@ -37,6 +38,7 @@ def prefill(key: RequestKey, request: Request, decode: worker_pb2.PeerRef) -> wo
             token_ids=request.prompt_token_ids,
             sampling=_sampling(request.sampling),
             decode=decode,
+            cache_salt=_cache_salt(request),
         )
     )
 
@@ -96,6 +98,12 @@ def capacity(info: worker_pb2.WorkerInfo) -> WorkerCapacity:
         max_num_seqs=info.max_num_seqs,
         max_batch_tokens=info.max_batch_tokens,
     )
+
+
+def _cache_salt(request: Request) -> str:
+    """The tenant: who measures how fast a prompt is read must not learn what other tenants have asked."""
+    # HTTP headers may hold bytes that are no text, which protobuf would refuse.
+    return request.tenant.encode("utf-8", "backslashreplace").decode()
 
 
 def _sampling(sampling: TokenSampling) -> worker_pb2.TokenSampling:

@@ -270,7 +270,9 @@ class Dispatcher:
         key = live.record.place(now, pair.prefill, pair.decode)
         live.prefill, live.decode = self._links[pair.prefill], self._links[pair.decode]
         decode_view = self._pool[pair.decode]
-        blocks = decode_view.capacity.blocks_for(request.max_total_tokens)
+        blocks = decode_view.capacity.reserved_blocks(
+            len(request.prompt_token_ids), request.sampling.max_tokens
+        )
         self._pool[pair.prefill].credit(key, tokens=len(request.prompt_token_ids), blocks=0)
         decode_view.credit(key, tokens=0, blocks=blocks)
         number = live.decode.send(commands.reserve(key, request, commands.peer(live.prefill.info)))

@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
+from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
 
 _GOES_ON = worker_pb2.STOP_REASON_UNSPECIFIED
@@ -260,11 +261,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             match kind:
                 case "reserve":
                     self.reserves.append(message.reserve)
-                    await self._begin(
-                        message.reserve, len(message.reserve.token_ids) + message.reserve.sampling.max_tokens
+                    num_tokens, max_tokens = (
+                        len(message.reserve.token_ids),
+                        message.reserve.sampling.max_tokens,
                     )
+                    num_blocks = reserved_blocks(self.info.block_size, num_tokens, max_tokens)
+                    room = has_room(num_blocks, self.free_blocks, len(self._sequences))
+                    self._begin(message.reserve, num_blocks, room)
                 case "prefill":
-                    await self._begin(message.prefill, len(message.prefill.token_ids))
+                    num_blocks = -(-len(message.prefill.token_ids) // self.info.block_size)
+                    self._begin(message.prefill, num_blocks, num_blocks <= self.free_blocks)
                 case "cancel":
                     sequence = self._sequences.get(
                         RequestKey(message.cancel.request_id, message.cancel.attempt)
@@ -274,10 +280,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.received[str(kind)] += 1
             await self._notify()
 
-    async def _begin(self, command: worker_pb2.Reserve | worker_pb2.Prefill, num_tokens: int) -> None:
+    def _begin(self, command: worker_pb2.Reserve | worker_pb2.Prefill, num_blocks: int, room: bool) -> None:
         key = RequestKey(command.request_id, command.attempt)
-        num_blocks = -(-num_tokens // self.info.block_size)
-        if num_blocks > self.free_blocks:
+        if not room:
             self._fail(key, worker_pb2.FAILURE_REASON_NO_BLOCKS)
         elif self._failures:
             self._fail(key, self._failures.pop(0))

@@ -16,8 +16,9 @@ from engine.tokenizer import Tokenizer
 from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.grpc_errors import abort
-from router.intake import Intake, SamplingWish
+from router.intake import Intake
 from router.requests import Delta, Details, FinishReason, Request
+from router.sampling import SamplingWish
 from router.slo import Slo, SloPolicy
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name

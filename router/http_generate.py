@@ -26,7 +26,7 @@ from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.http_errors import http_error
 from router.http_request import REQUEST_ID, read_json, slo_of, tenant_of
-from router.intake import Intake, SamplingWish
+from router.intake import Intake
 from router.openai_fields import FieldWatch
 from router.openai_logprobs import (
     Echo,
@@ -39,6 +39,7 @@ from router.openai_logprobs import (
 from router.openai_protocol import ChatBody, CompletionBody, Prompt, parse, parse_messages, parse_prompts
 from router.openai_responses import Part, Reply, usage_of
 from router.requests import Delta, Finish, Request
+from router.sampling import SamplingWish
 from router.slo import SloPolicy
 
 _DONE = b"data: [DONE]\n\n"

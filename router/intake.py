@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from engine.config import ModelConfig
 from engine.errors import TokenizerError
-from engine.sequence import TokenSampling
 from engine.tokenizer import Tokenizer
 from router.errors import InvalidRequestError, ModelNotFoundError, PromptTooLongError, SettingsError
 from router.requests import Request
+from router.sampling import SamplingWish, check_token_ids, checked_stop, require, resolve
 from router.slo import Slo
-
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARS = 256
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIASES = 1024
-MAX_LOGPROBS = 20
-MAX_PROMPT_LOGPROBS = 65_536
-"""Log-probabilities of one prompt in one answer: they come in one message."""
-MAX_TEMPERATURE = 100.0
-DEFAULT_TEMPERATURE = 1.0
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are 0 (greedy): logits divided by them would overflow."""
 
 _Text = TypeVar("_Text")
 
@@ -60,32 +47,6 @@ class ServedModel:
             eos_token_ids=config.eos_token_ids,
             tokenizer=Tokenizer.from_pretrained(checkpoint),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingWish:
-    """Sampling as a client may give it; None is "not given". top_k: 0 and -1 both mean all."""
-
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-    def for_choice(self, index: int) -> SamplingWish:
-        """The same wish for the `index`-th of several answers to one prompt."""
-        return self if self.seed is None else replace(self, seed=self.seed + index)
 
 
 class Intake:
@@ -135,7 +96,7 @@ class Intake:
 
     async def detokenize(self, token_ids: Sequence[int], param: str) -> str:
         """The text of tokens. Raises InvalidRequestError for ids beyond the vocabulary."""
-        self._check_token_ids(token_ids, param)
+        check_token_ids(token_ids, self.model.vocab_size, param)
         return await asyncio.get_running_loop().run_in_executor(
             self._executor, self.model.tokenizer.decode, token_ids
         )
@@ -165,87 +126,26 @@ class Intake:
         """
         if not prompt_token_ids:
             raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
-        self._check_token_ids(prompt_token_ids, "prompt")
+        check_token_ids(prompt_token_ids, self.model.vocab_size, "prompt")
         unique = uuid.uuid4().hex
         limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
         return Request(
             request_id=f"{request_id}-{unique[:12]}" if request_id else unique,
             prompt_token_ids=tuple(prompt_token_ids),
-            sampling=self._sampling(len(prompt_token_ids), wish),
-            stop=_checked_stop(wish.stop),
+            sampling=resolve(
+                wish,
+                max_tokens=self._max_tokens(len(prompt_token_ids), wish.max_tokens),
+                prompt_tokens=len(prompt_token_ids),
+                random_seed=self._random_seed(),
+                vocab_size=self.model.vocab_size,
+                eos_token_ids=self.model.eos_token_ids,
+            ),
+            stop=checked_stop(wish.stop),
             slo=slo,
             tenant=tenant,
             arrived_at=arrived_at,
             deadline=arrived_at + limit_s,
         )
-
-    def _sampling(self, prompt_tokens: int, wish: SamplingWish) -> TokenSampling:
-        max_tokens = self._max_tokens(prompt_tokens, wish.max_tokens)
-        min_tokens = 0 if wish.min_tokens is None else wish.min_tokens
-        _require(
-            0 <= min_tokens <= max_tokens,
-            "min_tokens",
-            min_tokens,
-            f"between 0 and max_tokens ({max_tokens})",
-        )
-        temperature = DEFAULT_TEMPERATURE if wish.temperature is None else wish.temperature
-        in_range = math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE
-        _require(in_range, "temperature", temperature, f"between 0 and {MAX_TEMPERATURE:g}")
-        top_p = 1.0 if wish.top_p is None else wish.top_p
-        _require(0 < top_p <= 1, "top_p", top_p, "greater than 0 and at most 1")
-        top_k = 0 if wish.top_k is None or wish.top_k == -1 else wish.top_k
-        _require(0 <= top_k < 2**32, "top_k", top_k, "-1, 0 (all) or a positive number")
-        _require(
-            len(wish.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", len(wish.stop_token_ids),
-            f"a list of at most {MAX_STOP_TOKEN_IDS}",
-        )  # fmt: skip
-        self._check_token_ids(wish.stop_token_ids, "stop_token_ids")
-        self._check_logprobs(prompt_tokens, wish)
-        return TokenSampling(
-            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=(self._random_seed() if wish.seed is None else wish.seed) % 2**64,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            stop_token_ids=frozenset(
-                (() if wish.ignore_eos else self.model.eos_token_ids) + wish.stop_token_ids
-            ),
-            min_p=_between(wish.min_p, "min_p", 0, 1, default=0.0),
-            presence_penalty=_between(wish.presence_penalty, "presence_penalty", -2, 2, default=0.0),
-            frequency_penalty=_between(wish.frequency_penalty, "frequency_penalty", -2, 2, default=0.0),
-            repetition_penalty=_between(
-                wish.repetition_penalty, "repetition_penalty", 0.01, 100, default=1.0
-            ),
-            logit_bias=self._logit_bias(wish.logit_bias),
-            logprobs=wish.logprobs,
-            prompt_logprobs=wish.prompt_logprobs,
-        )
-
-    def _logit_bias(self, bias: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-        _require(
-            len(bias) <= MAX_LOGIT_BIASES,
-            "logit_bias",
-            len(bias),
-            f"a map of at most {MAX_LOGIT_BIASES} tokens",
-        )
-        self._check_token_ids([token_id for token_id, _ in bias], "logit_bias")
-        return tuple(
-            (token_id, _between(value, "logit_bias", -100, 100, default=0.0)) for token_id, value in bias
-        )
-
-    def _check_logprobs(self, prompt_tokens: int, wish: SamplingWish) -> None:
-        for name, value in (("logprobs", wish.logprobs), ("prompt_logprobs", wish.prompt_logprobs)):
-            _require(
-                value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"between 0 and {MAX_LOGPROBS}"
-            )
-        if wish.prompt_logprobs is not None:
-            count = prompt_tokens * (1 + wish.prompt_logprobs)
-            _require(
-                count <= MAX_PROMPT_LOGPROBS, "prompt_logprobs", wish.prompt_logprobs,
-                f"small enough for this prompt (its {prompt_tokens} tokens would have {count} "
-                f"log-probabilities; at most {MAX_PROMPT_LOGPROBS} are reported)",
-            )  # fmt: skip
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         longest = self.model.max_model_len
@@ -258,7 +158,7 @@ class Intake:
         if asked is None:
             room = min(longest, self._largest_pool_tokens() or longest)
             return max(1, room - prompt_tokens)
-        _require(asked >= 1, "max_tokens", asked, "at least 1")
+        require(asked >= 1, "max_tokens", asked, "at least 1")
         if prompt_tokens + asked > longest:
             raise PromptTooLongError(
                 f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}, but the model takes "
@@ -278,31 +178,11 @@ class Intake:
                 param,
             )
 
-    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.model.vocab_size):
-            wrong = next(token for token in token_ids if not 0 <= token < self.model.vocab_size)
-            raise InvalidRequestError(
-                f"{param} holds token id {str(wrong)[:40]}; "
-                f"this model's ids are 0 to {self.model.vocab_size - 1}",
-                param,
-            )
-
     async def _in_thread(self, encode: Callable[[_Text], list[int]], value: _Text, param: str) -> list[int]:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, encode, value)
         except TokenizerError as error:
             raise InvalidRequestError(str(error), param) from error
-
-
-def _checked_stop(stop: tuple[str, ...]) -> tuple[str, ...]:
-    _require(
-        len(stop) <= MAX_STOP_STRINGS, "stop", len(stop), f"a list of at most {MAX_STOP_STRINGS} strings"
-    )
-    for text in stop:
-        _require(
-            0 < len(text) <= MAX_STOP_CHARS, "stop", text[:40], f"strings of 1 to {MAX_STOP_CHARS} characters"
-        )
-    return stop
 
 
 def _token_starts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
@@ -311,17 +191,3 @@ def _token_starts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
     for token_id in token_ids[:-1]:
         starts.append(starts[-1] + len(detokenizer.push(token_id)))
     return starts
-
-
-def _between(value: float | None, param: str, lowest: float, highest: float, *, default: float) -> float:
-    """The value, or what stands for one that is not given. Raises InvalidRequestError."""
-    if value is None:
-        return default
-    in_range = math.isfinite(value) and lowest <= value <= highest
-    _require(in_range, param, value, f"between {lowest:g} and {highest:g}")
-    return float(value)
-
-
-def _require(holds: bool, param: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise InvalidRequestError(f"{param} must be {wanted}, got {repr(value)[:80]}", param)

@@ -10,8 +10,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.errors import InvalidRequestError
-from router.intake import MAX_LOGPROBS, SamplingWish
 from router.openai_fields import FieldWatch
+from router.sampling import MAX_LOGPROBS, SamplingWish
 
 MAX_COMPLETION_LOGPROBS = 5
 

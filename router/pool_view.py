@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
 
 
@@ -41,6 +42,10 @@ class WorkerCapacity:
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that `num_tokens` positions take."""
         return -(-num_tokens // self.block_size)
+
+    def reserved_blocks(self, prompt_tokens: int, max_tokens: int) -> int:
+        """KV blocks that a decode worker sets aside for a request."""
+        return reserved_blocks(self.block_size, prompt_tokens, max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,10 @@ class WorkerView:
             return 0
         known = min(self.capacity.num_blocks, self._load.free_blocks + self._ended.blocks)
         return max(0, known - self._unseen.blocks)
+
+    def has_room_for(self, num_blocks: int) -> bool:
+        """Whether a decode worker accepts a new request that reserves so many blocks."""
+        return has_room(num_blocks, self.free_blocks, self.requests)
 
     def credit(self, key: RequestKey, tokens: int, blocks: int) -> None:
         """`key` is placed here."""

@@ -29,8 +29,8 @@ is only reserved at once), by the end of the router's stream, and by the end of 
 
 Guarantees (property-tested in tests/transfer/test_handoff_schedules.py):
   1. Offered blocks are freed only after acknowledge or drop, or after the link they were offered on is
-     closed. Freeing bumps their generation, so that a reader who is still at it finds out and throws its
-     copy away.
+     closed. Giving up what they hold bumps their generation, so that a reader who is still at it finds out
+     and throws its copy away.
   2. Reserved blocks are never freed while a copy into them runs.
   3. A sequence is delivered only if the generations of all its blocks still held after the copy.
   4. Every lease is renewed by the other side or ends; no entry stays for ever without a peer that holds its

@@ -85,7 +85,7 @@ class PullSide:
         blocks: Sequence[int],
         now: float,
     ) -> list[PullAction]:
-        """Blocks are set aside (TRANSFER reference) for prompt and answer.
+        """Blocks are set aside (TRANSFER reference) for the prompt and more.
 
         The first num_prompt_blocks of them take the KV of the prompt's num_tokens tokens.
         """

@@ -5,6 +5,9 @@
 // a row's result does not depend on the batch that it is in.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "simd.h"
 
 namespace prelay {
@@ -24,7 +27,7 @@ inline void dot_block(const typename E::T* weight, const typename E::T* rows, co
         }
     };
     size_t whole = inputs / E::lanes * E::lanes;
-    if constexpr (X < 4) {
+    if constexpr (R > 4) {
         // Reading takes the time: row after row, as memory is read fastest.
 #pragma GCC unroll 16
         for (int j = 0; j < R; j++)
@@ -49,33 +52,50 @@ inline void dot_block(const typename E::T* weight, const typename E::T* rows, co
     }
 }
 
+constexpr size_t MANY = 128;  // rows
+
 // The outputs from `first` to `last`, of all rows.
 template <class E>
 void linear(const typename E::T* rows, const typename E::T* weight, const typename E::T* bias, typename E::T* outputs,
             size_t num_rows, size_t num_outputs, size_t inputs, size_t first, size_t last) {
     auto run = [&](auto r, auto x, size_t n, size_t m) {
-        dot_block<E, r.value, x.value>(weight + n * inputs, rows + m * inputs, bias ? bias + n : nullptr,
-                                       outputs + m * num_outputs + n, inputs, num_outputs);
+        if constexpr (r.value * x.value <= 16)
+            dot_block<E, r.value, x.value>(weight + n * inputs, rows + m * inputs, bias ? bias + n : nullptr,
+                                           outputs + m * num_outputs + n, inputs, num_outputs);
     };
-    auto columns = [&](auto r, auto x, size_t n) {
-        size_t m = 0;
-        for (; m + x.value <= num_rows; m += x.value) run(r, x, n, m);
-        for (; m < num_rows; m++) run(r, std::integral_constant<int, 1>{}, n, m);
+    using Four = std::integral_constant<int, 4>;
+    // So many rows at a time stay in the second cache, however often the weight's rows pass by.
+    if (num_rows > MANY) {
+        for (size_t m = 0; m < num_rows; m += MANY)
+            linear<E>(rows + m * inputs, weight, bias, outputs + m * num_outputs, std::min(MANY, num_rows - m), num_outputs,
+                      inputs, first, last);
+        return;
+    }
+    // Rows are dealt out evenly over blocks of at most four: 6 are 3 and 3, not 4, 1 and 1.
+    size_t blocks = (num_rows + 3) / 4;
+    auto columns = [&](auto r, size_t n) {
+        for (size_t block = 0; block < blocks; block++) {
+            size_t m = block * num_rows / blocks;
+            switch ((block + 1) * num_rows / blocks - m) {
+                case 1: run(r, std::integral_constant<int, 1>{}, n, m); break;
+                case 2: run(r, std::integral_constant<int, 2>{}, n, m); break;
+                case 3: run(r, std::integral_constant<int, 3>{}, n, m); break;
+                default: run(r, Four{}, n, m);
+            }
+        }
     };
-    auto all = [&](auto r, auto x) {
+    auto all = [&](auto r) {
         size_t n = first;
-        for (; n + r.value <= last; n += r.value) columns(r, x, n);
-        for (; n < last; n++) columns(std::integral_constant<int, 1>{}, x, n);
+        for (; n + r.value <= last; n += r.value) columns(r, n);
+        for (; n < last; n++) columns(std::integral_constant<int, 1>{}, n);
     };
     // Few rows: many weight rows at once, as reading them is what takes the time.
     if (num_rows == 1)
-        all(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
+        all(std::integral_constant<int, 16>{});
     else if (num_rows == 2)
-        all(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
-    else if (num_rows == 3)
-        all(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
+        all(std::integral_constant<int, 8>{});
     else
-        all(std::integral_constant<int, 4>{}, std::integral_constant<int, 4>{});
+        all(Four{});
 }
 
 }  // namespace prelay

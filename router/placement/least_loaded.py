@@ -14,7 +14,8 @@ class LeastLoadedPlacement:
 
     Room on a prefill worker: its outstanding tokens are less than two full batches, the running one plus one
     staged, so that it never runs dry and requests wait where their placement can still change. Room on a
-    decode worker: free blocks for prompt and longest answer, and fewer requests than two full batches.
+    decode worker: free blocks for what it reserves and what the requests that it has may soon need
+    (engine/reservation.py), and fewer requests than two full batches.
     """
 
     def choose(self, request: Request, pool: PoolView, excluded: Collection[Pair], now: float) -> Pair | None:
@@ -37,5 +38,7 @@ def _prefill_has_room(worker: WorkerView, request: Request) -> bool:
 
 
 def _decode_has_room(worker: WorkerView, request: Request) -> bool:
-    needed = worker.capacity.blocks_for(request.max_total_tokens)
-    return needed <= worker.free_blocks and worker.requests < 2 * worker.capacity.max_num_seqs
+    if worker.capacity.blocks_for(request.max_total_tokens) > worker.capacity.num_blocks:
+        return False  # could never end there
+    reserved = worker.capacity.reserved_blocks(len(request.prompt_token_ids), request.sampling.max_tokens)
+    return worker.has_room_for(reserved) and worker.requests < 2 * worker.capacity.max_num_seqs

@@ -12,7 +12,8 @@ from cluster.errors import ConfigError
 from cluster.host import DecodeHost, PrefillHost
 from cluster.launch import router_settings, worker_specs
 from cluster.orders import Order
-from cluster.preflight import check_model
+from cluster.preflight import check_model, with_kv_sizes
+from engine.config import ModelConfig
 
 
 def configured(*assignments: str) -> ServeConfig:
@@ -36,7 +37,8 @@ def test_kv_blocks_cover_the_tokens_and_snapshots_beat_the_timeout() -> None:
     (_, prefill), (_, decode) = worker_specs(config)
     assert decode.num_blocks == 11
     assert prefill.max_batch_tokens == config.prefill.max_batch_tokens
-    assert decode.max_batch_tokens == decode.max_num_seqs == config.decode.max_num_seqs
+    assert decode.max_batch_tokens == config.decode.max_batch_tokens
+    assert decode.max_num_seqs == config.decode.max_num_seqs
     assert prefill.heartbeat_s == 0.5
 
 
@@ -71,3 +73,26 @@ def test_an_order_survives_its_way_to_the_child() -> None:
     order = Order(configured("slo.classes.fast={ttft_s: 1, tpot_s: 1}"), as_json=True, debug=False)
     assert Order.from_json(order.to_json()) == order
     assert b"\n" not in order.to_json()
+
+
+def test_kv_caches_of_no_given_size_share_the_memory_that_is_there() -> None:
+    path = configured().model.path
+    assert path is not None
+    model = ModelConfig.from_pretrained(path)
+    asked = load_config(
+        None, [parse_assignment("decode.replicas=3"), parse_assignment("kv.memory_share=0.5")]
+    )
+    sized = with_kv_sizes(asked, model, 1024, available=2**30)
+    # 6 KiB a token, an eighth of a GiB for each of four workers.
+    assert sized.prefill.kv_cache_tokens == sized.decode.kv_cache_tokens == 2**27 // (6 * 1024) // 16 * 16
+    given = load_config(None, [parse_assignment("decode.kv_cache_tokens=2000")])
+    sized = with_kv_sizes(given, model, 1024, available=2**30)
+    assert sized.decode.kv_cache_tokens == 2000
+    assert sized.prefill.kv_cache_tokens == int(2**30 * 0.1) // (6 * 1024) // 16 * 16
+
+
+def test_a_share_that_holds_no_sequence_says_what_to_do() -> None:
+    path = configured().model.path
+    assert path is not None
+    with pytest.raises(ConfigError, match=r"0\.1 of 0\.1 GiB .* \(1024 tokens\): raise kv\.memory_share"):
+        with_kv_sizes(ServeConfig(), ModelConfig.from_pretrained(path), 1024, available=2**26)

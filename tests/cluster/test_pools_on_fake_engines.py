@@ -54,7 +54,7 @@ async def worker(
         prefill = PrefillSettings(max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0)
         service = PrefillService(info, runner, LAYOUT, segment, registry, prefill, on_fatal=fatal.append)
     else:
-        decode = DecodeSettings(max_num_seqs=16, heartbeat_s=0.1, lease_s=5.0)
+        decode = DecodeSettings(max_num_seqs=16, max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0)
         service = DecodeService(info, runner, LAYOUT, segment, registry, decode, on_fatal=fatal.append)
     service.add_to(server)
     info.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -97,8 +97,10 @@ async def router() -> AsyncIterator[tuple[Router, str]]:
     await router.stop()
 
 
-def free_blocks(registry: CollectorRegistry) -> float | None:
-    return registry.get_sample_value("prelay_kv_blocks", {"state": "free"})
+def free_blocks(registry: CollectorRegistry) -> float:
+    """Those that only the prefix cache holds included."""
+    states = [registry.get_sample_value("prelay_kv_blocks", {"state": state}) for state in ("free", "cached")]
+    return sum(state or 0.0 for state in states)
 
 
 async def ask(

@@ -129,7 +129,7 @@ class Pair:
             self.layout,
             segment,
             registry,
-            DecodeSettings(self.max_num_seqs, 0.05, self.lease_s),
+            DecodeSettings(self.max_num_seqs, self.max_batch_tokens, 0.05, self.lease_s),
             on_fatal=fatal.append,
             backends=backends if self.backend == "memory" else None,
         )
@@ -248,6 +248,7 @@ class Answer:
     tokens: dict[int, int] = field(default_factory=dict)
     stop_reason: int = worker_pb2.STOP_REASON_UNSPECIFIED
     failed: worker_pb2.Failed | None = None
+    cached_tokens: int = 0
     times: worker_pb2.StageTimes = field(default_factory=worker_pb2.StageTimes)
     reserved: asyncio.Event = field(default_factory=asyncio.Event)
     first: asyncio.Event = field(default_factory=asyncio.Event)
@@ -272,26 +273,35 @@ class Router:
         await self.decode.attach()
         self._tasks = [asyncio.create_task(self._collect(s)) for s in (self.prefill, self.decode)]
 
-    async def reserve(self, key: RequestKey, num_tokens: int, wanted: TokenSampling) -> Answer:
-        name = {"request_id": key.request_id, "attempt": key.attempt}
-        wire = _wire(wanted)
+    async def reserve(
+        self, key: RequestKey, prompt: int | Sequence[int], wanted: TokenSampling, salt: str = ""
+    ) -> Answer:
+        """prompt: where it does not matter, only its length."""
+        name = {"request_id": key.request_id, "attempt": key.attempt, "cache_salt": salt}
+        token_ids = [1] * prompt if isinstance(prompt, int) else prompt
         await self.decode.send(
-            reserve=worker_pb2.Reserve(**name, prompt_tokens=num_tokens, sampling=wire, prefill=self._refs[0])
+            reserve=worker_pb2.Reserve(
+                **name, token_ids=token_ids, sampling=_wire(wanted), prefill=self._refs[0]
+            )
         )
         return self.answers[key]
 
-    async def start_prefill(self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling) -> None:
-        name = {"request_id": key.request_id, "attempt": key.attempt}
+    async def start_prefill(
+        self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling, salt: str = ""
+    ) -> None:
+        name = {"request_id": key.request_id, "attempt": key.attempt, "cache_salt": salt}
         await self.prefill.send(
             prefill=worker_pb2.Prefill(**name, token_ids=prompt, sampling=_wire(wanted), decode=self._refs[1])
         )
 
-    async def submit(self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling) -> Answer:
+    async def submit(
+        self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling, salt: str = ""
+    ) -> Answer:
         """Returns once both workers have the request, or it failed."""
-        answer = await self.reserve(key, len(prompt), wanted)
+        answer = await self.reserve(key, prompt, wanted, salt)
         await answer.reserved.wait()
         if answer.failed is None:
-            await self.start_prefill(key, prompt, wanted)
+            await self.start_prefill(key, prompt, wanted, salt)
         return answer
 
     async def cancel(self, key: RequestKey) -> None:
@@ -327,6 +337,7 @@ class Router:
             answer.tokens[i] = token
         if tokens.HasField("times"):
             answer.times.MergeFrom(tokens.times)
+        answer.cached_tokens += tokens.cached_tokens
         if 0 in answer.tokens:
             answer.first.set()
         if tokens.stop_reason:

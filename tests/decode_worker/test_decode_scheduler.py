@@ -1,14 +1,18 @@
-"""Places, order and blocks of the decode scheduler: by example, and in any order of events."""
+"""Places, order, blocks and preemption of the decode scheduler: by example, and in any order of events."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode_worker.scheduler import DecodeScheduler
 from engine.block_pool import BlockPool, Holder
-from engine.sequence import RequestKey, StopReason, TokenSampling
+from engine.fake import FakeRunner, fake_answer
+from engine.prefix_cache import PrefixCache
+from engine.reservation import has_room, reserved_blocks
+from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
 
 BLOCK_SIZE = 4
 
@@ -17,116 +21,233 @@ def key(name: object) -> RequestKey:
     return RequestKey(str(name), 0)
 
 
-def limited(max_tokens: int) -> TokenSampling:
-    return TokenSampling(0.0, 0, 1.0, 0, max_tokens, 0, frozenset({7}))
+def limited(max_tokens: int, presence_penalty: float = 0.0) -> TokenSampling:
+    return TokenSampling(0.0, 0, 1.0, 0, max_tokens, 0, frozenset({7}), presence_penalty=presence_penalty)
 
 
-def make(max_num_seqs: int = 2) -> tuple[BlockPool, DecodeScheduler]:
-    pool = BlockPool(64, BLOCK_SIZE, [0] * 64)
-    return pool, DecodeScheduler(pool, max_num_seqs)
+class Bench:
+    """A decode worker's core over a fake engine. Prompts come with their KV in place, as by a hand-off."""
 
+    def __init__(self, num_blocks: int = 64, max_num_seqs: int = 2, max_batch_tokens: int = 16) -> None:
+        self.generations = [0] * num_blocks
+        self.pool = BlockPool(num_blocks, BLOCK_SIZE, self.generations)
+        self.cache = PrefixCache(self.pool, "model")
+        self.scheduler = DecodeScheduler(self.pool, self.cache, max_num_seqs, max_batch_tokens)
+        self.runner = FakeRunner(np.zeros((num_blocks, BLOCK_SIZE * 8), dtype=np.uint8), BLOCK_SIZE)
+        self.max_batch_tokens = max_batch_tokens
+        self.answers: dict[RequestKey, list[int]] = {}
+        self.prompts: dict[RequestKey, tuple[list[int], TokenSampling]] = {}
+        self.queue_s: dict[RequestKey, float] = {}
 
-def add(pool: BlockPool, scheduler: DecodeScheduler, name: object, max_tokens: int, now: float = 0.0) -> None:
-    blocks = pool.allocate(pool.num_blocks_for(6 + max_tokens), Holder.SEQUENCE)
-    scheduler.add(key(name), 6, 1, limited(max_tokens), blocks, now)
+    def reserve(self, name: object, prompt: list[int], sampling: TokenSampling) -> list[int] | None:
+        """The blocks, leased; None if there is no room now."""
+        num_blocks = reserved_blocks(BLOCK_SIZE, len(prompt), sampling.max_tokens)
+        requests = self.scheduler.num_ready + self.scheduler.num_running
+        if self.scheduler.lacks_blocks or not has_room(num_blocks, self.pool.num_available, requests):
+            return None
+        self.prompts[key(name)] = (prompt, sampling)
+        return self.pool.allocate(num_blocks, Holder.TRANSFER)
+
+    def arrive(self, name: object, blocks: list[int], now: float = 0.0) -> None:
+        prompt, sampling = self.prompts[key(name)]
+        first = fake_answer(prompt, sampling)[0]
+        self.runner.step([ScheduledChunk(prompt, 0, blocks, None, 0)])
+        self.pool.add(blocks, Holder.SEQUENCE)
+        self.pool.drop(blocks, Holder.TRANSFER)
+        self.answers[key(name)] = [first]
+        self.scheduler.add(key(name), prompt, first, sampling, "", blocks, now)
+
+    def add(self, name: object, num_tokens: int, max_tokens: int, now: float = 0.0) -> None:
+        prompt = list(range(100, 100 + num_tokens))
+        blocks = self.reserve(name, prompt, limited(max_tokens))
+        assert blocks is not None
+        self.arrive(name, blocks, now)
+
+    def step(self, now: float = 0.0) -> list[RequestKey]:
+        """Who ended."""
+        chunks = self.scheduler.schedule(now)
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= self.max_batch_tokens
+        ended: list[RequestKey] = []
+        for decoded in self.scheduler.complete(self.runner.step(chunks)):
+            answer = self.answers[decoded.key]
+            assert decoded.index == len(answer)
+            answer.append(decoded.token_id)
+            if decoded.decode_queue_s is not None:
+                self.queue_s[decoded.key] = decoded.decode_queue_s
+            if decoded.stop_reason is not None:
+                assert answer == fake_answer(*self.prompts[decoded.key])
+                ended.append(decoded.key)
+        return ended
+
+    def check(self) -> None:
+        self.pool.check()
+        assert self.pool.num_references(Holder.SEQUENCE) == self.scheduler.num_blocks
+        assert self.pool.num_references(Holder.CACHE) == len(self.cache)
 
 
 def test_the_first_input_is_the_token_that_prefill_drew() -> None:
-    pool, scheduler = make()
-    add(pool, scheduler, "a", 3, now=1.0)
-    (chunk,) = scheduler.schedule(2.5)
-    assert (chunk.token_ids, chunk.start, chunk.num_output_tokens) == ([1], 6, 1)
-    (first,) = scheduler.complete([20])
-    assert (first.index, first.token_id, first.stop_reason, first.decode_queue_s) == (1, 20, None, 1.5)
-    (chunk,) = scheduler.schedule(3.0)
+    bench = Bench()
+    bench.add("a", 6, 3, now=1.0)
+    first = bench.answers[key("a")][0]
+    (chunk,) = bench.scheduler.schedule(2.5)
+    assert (chunk.token_ids, chunk.start, chunk.num_output_tokens) == ([first], 6, 1)
+    (decoded,) = bench.scheduler.complete([ChunkResult(20)])
+    assert (decoded.index, decoded.token_id, decoded.stop_reason) == (1, 20, None)
+    assert decoded.decode_queue_s == 1.5
+    (chunk,) = bench.scheduler.schedule(3.0)
     assert (chunk.token_ids, chunk.start, chunk.num_output_tokens) == ([20], 7, 2)
-    (last,) = scheduler.complete([21])
+    (last,) = bench.scheduler.complete([ChunkResult(21)])
     assert (last.index, last.stop_reason, last.decode_queue_s) == (2, StopReason.LENGTH, None)
-    assert pool.counts().free == 64
-    assert scheduler.schedule(4.0) == []
+    assert bench.pool.counts().free == 64
+    assert bench.scheduler.schedule(4.0) == []
 
 
 def test_a_stop_token_ends_the_sequence() -> None:
-    pool, scheduler = make()
-    add(pool, scheduler, "a", 10)
-    scheduler.schedule(0.0)
-    (decoded,) = scheduler.complete([7])
+    bench = Bench()
+    bench.add("a", 6, 10)
+    bench.scheduler.schedule(0.0)
+    (decoded,) = bench.scheduler.complete([ChunkResult(7)])
     assert decoded.stop_reason is StopReason.STOP
-    assert pool.counts().free == 64
+    assert bench.pool.counts().free == 64
 
 
 def test_a_place_goes_to_who_waits_longest() -> None:
-    pool, scheduler = make(max_num_seqs=1)
+    bench = Bench(max_num_seqs=1)
     for name in "abc":
-        add(pool, scheduler, name, 2)
-    assert (scheduler.num_ready, scheduler.num_running) == (3, 0)
-    served = []
-    while scheduler.schedule(0.0):
-        served += [decoded.key for decoded in scheduler.complete([5])]
-    assert served == [key("a"), key("b"), key("c")]
+        bench.add(name, 6, 2)
+    assert (bench.scheduler.num_ready, bench.scheduler.num_running) == (3, 0)
+    assert [*bench.step(), *bench.step(), *bench.step()] == [key("a"), key("b"), key("c")]
 
 
 def test_a_runner_that_draws_nothing_is_an_error() -> None:
-    pool, scheduler = make()
-    add(pool, scheduler, "a", 3)
-    scheduler.schedule(0.0)
-    with pytest.raises(ValueError, match="drew 0 tokens for 1 sequences"):
-        scheduler.complete([None])
+    bench = Bench()
+    bench.add("a", 6, 3)
+    bench.scheduler.schedule(0.0)
+    with pytest.raises(ValueError, match="drew None after 1 tokens of a#0"):
+        bench.scheduler.complete([ChunkResult(None)])
 
 
-@settings(max_examples=300)
+def test_who_arrived_last_gives_way_and_comes_back_with_the_same_answer() -> None:
+    """Three sequences of 2 blocks grow to 5 each; the pool has 8."""
+    bench = Bench(num_blocks=8, max_num_seqs=3, max_batch_tokens=3)
+    for name in "abc":
+        blocks = bench.pool.allocate(2, Holder.TRANSFER)
+        bench.prompts[key(name)] = ([ord(name)] * 5, limited(15))
+        bench.arrive(name, blocks)
+    gone: list[RequestKey] = []
+    ended: list[RequestKey] = []
+    while len(ended) < 3:
+        before = {k for k in bench.prompts if k in bench.scheduler._running}
+        ended += bench.step()
+        bench.check()
+        gone += sorted((before - bench.scheduler._running.keys()) - set(ended), key=str)
+    assert gone[:2] == [key("c"), key("b")], "last in, first out"
+    assert ended == [key("a"), key("b"), key("c")]
+    preemptions, cached_tokens = bench.scheduler.take_counts()
+    assert preemptions >= 2
+    assert cached_tokens >= 0
+    assert bench.scheduler.take_counts() == (0, 0)
+
+
+def test_blocks_that_are_leased_are_waited_for() -> None:
+    bench = Bench(num_blocks=4)
+    blocks = bench.pool.allocate(2, Holder.TRANSFER)
+    bench.prompts[key("a")] = ([1] * 6, limited(10))
+    bench.arrive("a", blocks)
+    leased = bench.pool.allocate(2, Holder.TRANSFER)
+    bench.step()
+    bench.step()
+    assert bench.scheduler.schedule(0.0) == []
+    assert bench.scheduler.lacks_blocks
+    assert bench.reserve("b", [1], limited(1)) is None
+    bench.prompts[key("c")] = ([2] * 5, limited(6))
+    bench.arrive("c", leased)
+    ended: list[RequestKey] = []
+    for _ in range(30):
+        ended += bench.step()
+    assert ended == [key("a"), key("c")]
+    assert not bench.scheduler.lacks_blocks
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    answers=st.lists(st.integers(2, 12), min_size=1, max_size=12),
+    num_blocks=st.integers(8, 24),
     max_num_seqs=st.integers(1, 5),
-    events=st.lists(st.sampled_from(["add", "step", "step", "cancel", "fail"]), max_size=60),
+    more_tokens=st.integers(0, 12),
+    events=st.lists(
+        st.sampled_from(["reserve", "reserve", "arrive", "arrive", "lose", "step", "step", "cancel", "fail"]),
+        max_size=120,
+    ),
     data=st.data(),
 )
 def test_any_order_of_events(
-    answers: list[int], max_num_seqs: int, events: list[str], data: st.DataObject
+    num_blocks: int, max_num_seqs: int, more_tokens: int, events: list[str], data: st.DataObject
 ) -> None:
-    pool, scheduler = make(max_num_seqs)
-    left = list(enumerate(answers))
-    alive: dict[RequestKey, int] = {}
-    tokens: dict[RequestKey, int] = {}
-    joined: list[RequestKey] = []
+    """Every answer is that of an undisturbed run, blocks are conserved, and at the end all get through."""
+    bench = Bench(num_blocks, max_num_seqs, max_num_seqs + more_tokens)
+    scheduler = bench.scheduler
+    alive: list[RequestKey] = []  # in order of arrival
+    leased: dict[str, list[int]] = {}
+    num_names = 0
 
-    def step(fail: bool) -> None:
-        chunks = scheduler.schedule(0.0)
-        assert len(chunks) == min(max_num_seqs, len(alive)), "a place is left empty"
-        for chunk in chunks:
-            assert chunk.start < len(chunk.block_table) * BLOCK_SIZE
-        if fail:
-            for gone in scheduler.abandon():
-                del alive[gone]
-            return
-        for decoded in scheduler.complete([9] * len(chunks)):
-            if decoded.decode_queue_s is not None:
-                joined.append(decoded.key)
-            tokens[decoded.key] = tokens.get(decoded.key, 1) + 1
-            assert decoded.index == tokens[decoded.key] - 1
-            assert (decoded.stop_reason is not None) == (tokens[decoded.key] == alive[decoded.key])
-            if decoded.stop_reason is not None:
-                del alive[decoded.key]
+    def step() -> None:
+        held = {
+            k for k in alive if any(k == s.key for s in (*scheduler._running.values(), *scheduler._ready))
+        }
+        ended = bench.step()
+        still = {s.key for s in (*scheduler._running.values(), *scheduler._ready)}
+        gone = held - still - set(ended)
+        stay = held & still
+        assert not gone or not stay or max(map(alive.index, stay)) < min(map(alive.index, gone)), (
+            "somebody gave way to a younger one"
+        )
+        for each in ended:
+            alive.remove(each)
 
-    for event in [*events, *["add"] * len(answers)]:
+    for event in events:
         match event:
-            case "add" if left:
-                name, max_tokens = left.pop(0)
-                alive[key(name)] = max_tokens
-                add(pool, scheduler, name, max_tokens)
-            case "step" | "fail":
-                step(event == "fail")
+            case "reserve":
+                longest = num_blocks * BLOCK_SIZE
+                num_tokens = data.draw(st.integers(1, min(20, longest - 1)))
+                max_tokens = data.draw(st.integers(2, 30)) if num_tokens + 2 <= longest else 2
+                max_tokens = min(max_tokens, longest - num_tokens)
+                first = data.draw(st.integers(0, 2))  # prompts that begin alike
+                wanted = limited(max_tokens, data.draw(st.sampled_from([0.0, 1.0])))
+                prompt = [first] * num_tokens
+                if len(fake_answer(prompt, wanted)) == 1:
+                    continue
+                num_names += 1
+                if (blocks := bench.reserve(num_names, prompt, wanted)) is not None:
+                    leased[str(num_names)] = blocks
+            case "arrive" if leased:
+                name = data.draw(st.sampled_from(sorted(leased)))
+                bench.arrive(name, leased.pop(name))
+                alive.append(key(name))
+            case "lose" if leased:
+                bench.pool.drop(leased.pop(data.draw(st.sampled_from(sorted(leased)))), Holder.TRANSFER)
+            case "step":
+                step()
             case "cancel" if alive:
-                gone = data.draw(st.sampled_from(sorted(alive, key=str)))
+                gone = data.draw(st.sampled_from(alive))
                 assert scheduler.cancel(gone)
                 assert not scheduler.cancel(gone)
-                del alive[gone]
-        pool.check()
-        assert pool.counts().owned == scheduler.num_blocks
+                alive.remove(gone)
+            case "fail":
+                chunks = scheduler.schedule(0.0)
+                failed = scheduler.abandon()
+                assert len(failed) == len(chunks)
+                for each in failed:
+                    alive.remove(each)
+        bench.check()
         assert scheduler.num_ready + scheduler.num_running == len(alive)
+        assert sum(map(len, leased.values())) == bench.pool.num_references(Holder.TRANSFER)
 
-    for _ in range(sum(answers)):
-        step(fail=False)
-    assert not alive
-    assert [int(k.request_id) for k in joined] == sorted(int(k.request_id) for k in joined)
-    assert pool.counts().free == 64
+    for name in sorted(leased):
+        bench.arrive(name, leased[name])
+        alive.append(key(name))
+    for _ in range(3000):
+        if not alive:
+            break
+        step()
+    assert not alive, "nobody moves, or somebody waits for ever"
+    assert bench.pool.counts().available == num_blocks

@@ -21,6 +21,11 @@ async def all_free(pair, *routers):
         assert worker.fatal == []
 
 
+async def next_snapshot(stream):
+    seen = stream.snapshot.seq
+    await stream.snapshot_when(lambda now: now.seq > seen)
+
+
 async def test_many_requests_at_once_get_the_undisturbed_answer(pair, make_router, sampling):
     pair.backend = "ipc"
     prefill = await pair.prefill()
@@ -51,7 +56,9 @@ async def test_many_requests_at_once_get_the_undisturbed_answer(pair, make_route
     moved = sum(-(-num_tokens // 4) for handed_over, num_tokens in served if handed_over)
     assert decode.metric("prelay_transfer_bytes_total", backend="ipc") == moved * 512
     assert prefill.metric("prelay_batch_tokens_sum") == sum(n for _, n in served)
-    assert prefill.metric("prelay_kv_blocks", state="free") == pair.num_blocks
+    states = {state: prefill.metric("prelay_kv_blocks", state=state) for state in ("free", "cached")}
+    assert sum(states.values()) == pair.num_blocks
+    assert states["cached"] > 0
 
 
 async def test_what_a_worker_has_is_shown_before_its_first_request(pair):
@@ -115,21 +122,28 @@ async def test_an_answer_of_one_token_is_never_handed_over(pair, make_router, sa
     assert decode.metric("prelay_transfer_bytes_total", backend="memory") == 0
 
 
-async def test_blocks_are_reserved_for_the_whole_answer_or_refused_at_once(pair, make_router, sampling):
+async def test_blocks_are_reserved_for_the_prompt_and_one_more_or_refused_at_once(
+    pair, make_router, sampling
+):
     pair.num_blocks = 10
     prefill = await pair.prefill()
     decode = await pair.decode(prefill)
     router = await make_router(prefill, decode)
     first = await router.reserve(RequestKey("first", 0), 16, sampling(12))
     await first.reserved.wait()
-    second = await router.reserve(RequestKey("second", 0), 13, sampling(4))
+    second = await router.reserve(RequestKey("second", 0), 13, sampling(12))
     await second.done.wait()
     assert second.failed.reason == worker_pb2.FAILURE_REASON_NO_BLOCKS
-    assert "5 KV blocks wanted, 3 of 10 are free" in second.failed.message
+    assert "5 KV blocks wanted, 5 of 10 are free" in second.failed.message
+    assert "one has to stay free for each of 1 requests" in second.failed.message
+    third = await router.reserve(RequestKey("third", 0), 13, sampling(3))
+    await third.reserved.wait()
+    assert third.failed is None  # four blocks hold prompt and answer: nothing more is set aside
     never = await router.reserve(RequestKey("never", 0), 20, sampling(21))
     await never.done.wait()
     assert never.failed.reason == worker_pb2.FAILURE_REASON_INVALID
     await router.cancel(RequestKey("first", 0))
+    await router.cancel(RequestKey("third", 0))
     await all_free(pair, router)
 
 
@@ -152,9 +166,9 @@ async def test_what_a_worker_can_never_serve_is_refused_with_the_reason(pair, ma
     assert "exceed 200" in await refused("long", router.prefill, prefill=long)
     strange = worker_pb2.Prefill(request_id="strange", token_ids=[1, 2048], sampling=wire)
     assert "token id 2048" in await refused("strange", router.prefill, prefill=strange)
-    long_too = worker_pb2.Reserve(request_id="long_too", prompt_tokens=191, sampling=wire)
+    long_too = worker_pb2.Reserve(request_id="long_too", token_ids=[1] * 191, sampling=wire)
     assert "exceed 200" in await refused("long_too", router.decode, reserve=long_too)
-    reserve = worker_pb2.Reserve(request_id="wrong", prompt_tokens=1, sampling=wire)
+    reserve = worker_pb2.Reserve(request_id="wrong", token_ids=[1], sampling=wire)
     assert "prefill worker" in await refused("wrong", router.prefill, reserve=reserve)
     prefill_message = worker_pb2.Prefill(request_id="wrong_too", token_ids=[1], sampling=wire)
     assert "decode worker" in await refused("wrong_too", router.decode, prefill=prefill_message)
@@ -184,3 +198,57 @@ async def test_a_snapshot_counts_commands_only_when_they_are_taken_into_account(
     await router.prefill.snapshot_when(lambda now: now.commands_seen == sent)
     await router.answers[RequestKey("a", 0)].done.wait()
     await all_free(pair, router)
+
+
+async def test_a_pool_far_too_small_for_all_preempts_and_changes_no_answer(pair, make_router, sampling):
+    pair.num_blocks, pair.max_num_seqs = 24, 8
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    rng = random.Random(5)
+
+    async def ask(number):
+        prompt = [rng.randrange(2048) for _ in range(rng.randint(1, 12))]
+        wanted = sampling(rng.randint(30, 60), seed=number)
+        for attempt in range(100_000):
+            answer = await router.submit(RequestKey(f"r{number}", attempt), prompt, wanted)
+            if answer.failed is None:
+                break
+            assert answer.failed.reason == worker_pb2.FAILURE_REASON_NO_BLOCKS
+            await next_snapshot(router.decode)
+        await answer.done.wait()
+        assert answer.token_ids == fake_answer(prompt, wanted)
+
+    await asyncio.gather(*(ask(number) for number in range(24)))
+    await all_free(pair, router)
+    assert decode.metric("prelay_preemptions_total") > 0
+
+
+async def test_what_was_read_before_is_not_computed_again_by_anybody_but_its_tenant(
+    pair, make_router, sampling
+):
+    pair.backend = "ipc"
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    rng = random.Random(6)
+    common = [rng.randrange(2048) for _ in range(22)]
+    for number, (prompt, salt, cached) in enumerate(
+        [
+            (common, "", 0),
+            (common, "", 20),  # five blocks of four
+            (common[:20], "", 16),  # the last token is always computed
+            (common[:11] + [7] * 9, "", 8),
+            (common, "tenant", 0),
+            (common, "tenant", 20),
+        ]
+    ):
+        wanted = sampling(9, seed=number)
+        answer = await router.submit(RequestKey(f"r{number}", 0), prompt, wanted, salt)
+        await answer.done.wait()
+        assert answer.token_ids == fake_answer(prompt, wanted)
+        assert answer.cached_tokens == cached
+    await all_free(pair, router)
+    assert prefill.metric("prelay_prefix_cache_hit_tokens_total") == 64
+    assert prefill.metric("prelay_batch_tokens_sum") == 4 * 22 + 2 * 20 - 64
+    assert prefill.metric("prelay_kv_blocks", state="cached") > 0

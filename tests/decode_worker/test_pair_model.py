@@ -39,6 +39,11 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+async def next_snapshot(stream):
+    seen = stream.snapshot.seq
+    await stream.snapshot_when(lambda now: now.seq > seen)
+
+
 async def test_answers_are_those_of_one_engine(pair, make_router, checkpoint):
     config = EngineConfig(num_blocks=128, block_size=8, max_batch_tokens=24, dtype="float32", threads=1)
     alone = Engine.load(checkpoint, config, None, lambda fraction: None)
@@ -64,3 +69,42 @@ async def test_answers_are_those_of_one_engine(pair, make_router, checkpoint):
         assert token_ids == generate(alone, prompt, wanted)
     for snapshot in (await router.prefill.idle(), await router.decode.idle()):
         assert snapshot.free_blocks == 128
+
+
+async def test_cached_prompts_and_preempted_answers_are_those_of_one_engine(pair, make_router, checkpoint):
+    """Prompts begin alike, and the pool holds a few sequences of many."""
+    config = EngineConfig(num_blocks=24, block_size=8, max_batch_tokens=24, dtype="float32", threads=1)
+    alone = Engine.load(checkpoint, config, None, lambda fraction: None)
+    pair.num_blocks, pair.layout, pair.max_batch_tokens, pair.backend = 24, alone.layout, 24, "ipc"
+    pair.max_num_seqs = 6
+    pair.load = lambda segment: (
+        Engine.load(checkpoint, config, segment.data_buffer, lambda fraction: None).runner
+    )
+    prefill = await pair.prefill()
+    decode = await pair.decode(prefill)
+    router = await make_router(prefill, decode)
+    rng = random.Random(4)
+    common = [rng.randrange(VOCAB_SIZE) for _ in range(40)]
+
+    async def ask(number):
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 12))]
+        prompt = common[: rng.randint(1, 40)] + own
+        wanted = TokenSampling(
+            0.0 if number % 2 else 0.9, 0, 1.0, number, rng.randint(40, 70), 0, frozenset()
+        )
+        for attempt in range(100_000):
+            answer = await router.submit(RequestKey(f"r{number}", attempt), prompt, wanted)
+            if answer.failed is None:
+                break
+            await next_snapshot(router.decode)
+        await answer.done.wait()
+        assert answer.failed is None
+        return prompt, wanted, answer
+
+    answers = await asyncio.gather(*(ask(number) for number in range(12)))
+    for snapshot in (await router.prefill.idle(), await router.decode.idle()):
+        assert snapshot.free_blocks == 24
+    for prompt, wanted, answer in answers:
+        assert answer.token_ids == generate(alone, prompt, wanted)
+    assert decode.metric("prelay_preemptions_total") > 0
+    assert sum(answer.cached_tokens for _, _, answer in answers) > 0

@@ -132,7 +132,7 @@ def write_checkpoint(path: Path, family: str = "llama", max_shard_size: str = "1
         "num_attention_heads": 4,
         "num_key_value_heads": None,
         "max_position_embeddings": 512,
-        "initializer_range": 0.3,
+        "initializer_range": 0.2,
         "eos_token_id": None,
         "bos_token_id": None,
     }

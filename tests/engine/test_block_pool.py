@@ -24,30 +24,54 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks, 16, self.generations)
         self.held: list[tuple[list[int], Holder]] = []
         self.freed = [start] * num_blocks
+        self.pool.tell(self.taken_from_the_cache)
+        self.taken: list[int] = []
+
+    def taken_from_the_cache(self, block: int) -> None:
+        """The pool drops one CACHE reference by itself."""
+        mine = [each for each in self.held if each[1] is Holder.CACHE and block in each[0]]
+        assert len(mine) == 1
+        mine[0][0].remove(block)
+        self.freed[block] = (self.freed[block] + 1) % 2**32
+        self.taken.append(block)
 
     def references(self, block: int, holder: Holder) -> int:
         return sum(blocks.count(block) for blocks, by in self.held if by is holder)
 
+    def cached(self) -> set[int]:
+        return {
+            block
+            for block in range(self.pool.num_blocks)
+            if self.references(block, Holder.CACHE)
+            and not self.references(block, Holder.SEQUENCE) + self.references(block, Holder.TRANSFER)
+        }
+
     def free(self) -> set[int]:
         return set(range(self.pool.num_blocks)) - {block for blocks, _ in self.held for block in blocks}
 
-    @rule(wanted=st.integers(0, 14), holder=holders)
+    @rule(wanted=st.integers(0, 14), holder=st.sampled_from([Holder.SEQUENCE, Holder.TRANSFER]))
     def allocate(self, wanted: int, holder: Holder) -> None:
-        free = self.free()
-        assert self.pool.can_allocate(wanted) == (wanted <= len(free))
-        if wanted > len(free):
-            with pytest.raises(OutOfBlocksError, match=f"{wanted} KV blocks wanted, {len(free)} of"):
+        free, cached = self.free(), self.cached()
+        available = len(free) + len(cached)
+        assert self.pool.can_allocate(wanted) == (wanted <= available)
+        if wanted > available:
+            with pytest.raises(OutOfBlocksError, match=f"{wanted} KV blocks wanted, {available} of"):
                 self.pool.allocate(wanted, holder)
         else:
+            self.taken = []
             blocks = self.pool.allocate(wanted, holder)
             assert len(set(blocks)) == wanted
-            assert set(blocks) <= free
+            assert set(blocks) <= free | cached
+            # What is cached is given up only for want of free blocks.
+            assert len(self.taken) == max(0, wanted - len(free))
             self.held.append((blocks, holder))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), holder=holders)
     def add(self, data: st.DataObject, holder: Holder) -> None:
         blocks, _ = data.draw(st.sampled_from(self.held))
+        if holder is Holder.CACHE:  # the cache holds a block once
+            blocks = [block for block in blocks if not self.references(block, holder)]
         self.pool.add(blocks, holder)
         self.held.append((list(blocks), holder))
 
@@ -56,7 +80,7 @@ class PoolMachine(RuleBasedStateMachine):
     def drop(self, data: st.DataObject) -> None:
         blocks, holder = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.pool.drop(blocks, holder)
-        for block in set(blocks) & self.free():
+        for block in set(blocks) & self.free():  # what the cache still holds is not given up
             self.freed[block] = (self.freed[block] + 1) % 2**32
 
     @rule(data=st.data(), holder=holders)
@@ -78,8 +102,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check()
         free = self.free()
         leased = {b for b in range(self.pool.num_blocks) if self.references(b, Holder.TRANSFER)}
-        owned = self.pool.num_blocks - len(free) - len(leased)
-        assert self.pool.counts() == BlockCounts(len(free), owned, len(leased))
+        cached = self.cached()
+        owned = self.pool.num_blocks - len(free) - len(leased) - len(cached)
+        assert self.pool.counts() == BlockCounts(len(free), owned, len(leased), len(cached))
+        assert self.pool.num_available == len(free) + len(cached)
+        for holder in Holder:
+            assert self.pool.num_references(holder) == sum(len(b) for b, by in self.held if by is holder)
         assert [self.generations[block] for block in range(self.pool.num_blocks)] == self.freed
 
 
@@ -107,7 +135,7 @@ def test_impossible_pools_are_refused() -> None:
         BlockPool(3, 16, [0] * 3).allocate(-1, Holder.SEQUENCE)
 
 
-@pytest.mark.parametrize("damage", ["free twice", "free but held", "leased"])
+@pytest.mark.parametrize("damage", ["free twice", "free but held", "leased", "cached", "references"])
 def test_check_finds_damaged_books(damage: str) -> None:
     pool = BlockPool(3, 16, [0] * 3)
     (block,) = pool.allocate(1, Holder.SEQUENCE)
@@ -116,6 +144,11 @@ def test_check_finds_damaged_books(damage: str) -> None:
             pool._free.append(pool._free[0])
         case "free but held":
             pool._free.append(block)
+        case "cached":
+            pool._references[Holder.CACHE][block] += 1
+            pool._references[Holder.SEQUENCE][block] -= 1
+        case "references":
+            pool._references[Holder.SEQUENCE][block] += 1
         case "leased":
             pool._references[Holder.TRANSFER][block] += 1
     with pytest.raises(BlockAccountingError):

@@ -171,6 +171,6 @@ def test_books_are_compared_with_those_who_hold_blocks() -> None:
     pool = BlockPool(8, 4, [0] * 8)
     pool.allocate(2, Holder.SEQUENCE)
     pool.allocate(3, Holder.TRANSFER)
-    check_books(pool, owned=2, leased=3)
-    with pytest.raises(BlockAccountingError, match="sequences hold 1 and hand-offs 3"):
-        check_books(pool, owned=1, leased=3)
+    check_books(pool, {Holder.SEQUENCE: 2, Holder.TRANSFER: 3})
+    with pytest.raises(BlockAccountingError, match="2 sequence references, but .* holds 1"):
+        check_books(pool, {Holder.SEQUENCE: 1, Holder.TRANSFER: 3})

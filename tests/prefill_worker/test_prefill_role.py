@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from engine.block_pool import BlockPool
 from engine.fake import FakeRunner
 from engine.metrics import WorkerMetrics
+from engine.prefix_cache import PrefixCache
 from engine.router_messages import Command, Owner, RouterBatch
 from engine.sequence import ScheduledChunk
 from prefill_worker.loop import PrefillOutput, PrefillRole
@@ -35,13 +36,16 @@ class Bench:
         memory = np.zeros((NUM_BLOCKS, 64), dtype=np.uint8)
         self.registry = CollectorRegistry()
 
+        pool = BlockPool(NUM_BLOCKS, 4, generations)
+
         def before_step(chunks: Sequence[ScheduledChunk]) -> None:
             self.during_step()
             self.now += step_s
 
         self.role = PrefillRole(
             FakeRunner(memory, 4, before_step),
-            BlockPool(NUM_BLOCKS, 4, generations),
+            pool,
+            PrefixCache(pool, "model"),
             generations,
             max_batch_tokens=16,
             max_model_len=50,

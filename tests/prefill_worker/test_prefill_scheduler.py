@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.block_pool import BlockPool, Holder
-from engine.sequence import RequestKey, ScheduledChunk, StopReason, TokenSampling
+from engine.prefix_cache import PrefixCache
+from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
 from prefill_worker.scheduler import PrefillScheduler
 
 SAMPLING = TokenSampling(0.0, 0, 1.0, 0, 10, 0, frozenset({7}))
@@ -19,9 +20,13 @@ def key(name: object) -> RequestKey:
     return RequestKey(str(name), 0)
 
 
+def results(*token_ids: int | None) -> list[ChunkResult]:
+    return [ChunkResult(token_id) for token_id in token_ids]
+
+
 def make(num_blocks: int = 100, budget: int = 16) -> tuple[BlockPool, PrefillScheduler]:
     pool = BlockPool(num_blocks, 4, [0] * num_blocks)
-    return pool, PrefillScheduler(pool, budget)
+    return pool, PrefillScheduler(pool, PrefixCache(pool, "model"), budget)
 
 
 def spans(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, int, bool]]:
@@ -32,35 +37,35 @@ def spans(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, int, bool]]:
 def test_prompts_share_the_budget_in_order_of_arrival() -> None:
     _, scheduler = make()
     for name, num_tokens in (("a", 10), ("b", 20), ("c", 3)):
-        scheduler.add(key(name), list(range(num_tokens)), SAMPLING, 0.0)
+        scheduler.add(key(name), list(range(num_tokens)), SAMPLING, "", 0.0)
     assert scheduler.queue_tokens == 33
     assert spans(scheduler.schedule(1.0)) == [(0, 10, True), (0, 6, False)]
-    (a,) = scheduler.complete([1, None], 2.0)
+    (a,) = scheduler.complete(results(1, None), 2.0)
     assert (a.key, a.first_token, a.num_tokens) == (key("a"), 1, 10)
     assert (a.prefill_queue_s, a.prefill_s, a.stop_reason) == (1.0, 1.0, None)
     chunks = scheduler.schedule(3.0)
     assert spans(chunks) == [(6, 14, True), (0, 2, False)]
     assert list(chunks[0].token_ids) == list(range(6, 20))
-    (b,) = scheduler.complete([2, None], 4.0)
+    (b,) = scheduler.complete(results(2, None), 4.0)
     assert (b.key, b.prefill_queue_s, b.prefill_s) == (key("b"), 1.0, 3.0)
     assert (scheduler.num_waiting, scheduler.num_running, scheduler.queue_tokens) == (0, 1, 1)
 
 
 def test_a_first_token_may_end_the_answer() -> None:
     _, scheduler = make()
-    scheduler.add(key("stop"), [1], SAMPLING, 0.0)
+    scheduler.add(key("stop"), [1], SAMPLING, "", 0.0)
     once = TokenSampling(0.0, 0, 1.0, 0, 1, 0, frozenset())
-    scheduler.add(key("length"), [1], once, 0.0)
+    scheduler.add(key("length"), [1], once, "", 0.0)
     scheduler.schedule(0.0)
-    stop, length = scheduler.complete([7, 7], 0.0)
+    stop, length = scheduler.complete(results(7, 7), 0.0)
     assert (stop.stop_reason, length.stop_reason) == (StopReason.STOP, StopReason.LENGTH)
 
 
 def test_a_head_that_lacks_blocks_lets_nobody_pass() -> None:
     pool, scheduler = make(num_blocks=5)
     held = pool.allocate(2, Holder.TRANSFER)
-    scheduler.add(key("long"), [1] * 16, SAMPLING, 0.0)
-    scheduler.add(key("short"), [1], SAMPLING, 0.0)
+    scheduler.add(key("long"), [1] * 16, SAMPLING, "", 0.0)
+    scheduler.add(key("short"), [1], SAMPLING, "", 0.0)
     assert scheduler.schedule(0.0) == []
     pool.drop(held, Holder.TRANSFER)
     assert spans(scheduler.schedule(0.0)) == [(0, 16, True)]
@@ -68,10 +73,10 @@ def test_a_head_that_lacks_blocks_lets_nobody_pass() -> None:
 
 def test_a_runner_that_draws_nothing_after_the_last_chunk_is_an_error() -> None:
     _, scheduler = make()
-    scheduler.add(key("a"), [1], SAMPLING, 0.0)
+    scheduler.add(key("a"), [1], SAMPLING, "", 0.0)
     scheduler.schedule(0.0)
     with pytest.raises(ValueError, match="drew None after 1 tokens of a#0"):
-        scheduler.complete([None], 0.0)
+        scheduler.complete(results(None), 0.0)
 
 
 @settings(max_examples=300)
@@ -110,7 +115,7 @@ def test_any_order_of_events(
                 del alive[key(chunk.token_ids[0])]
             return
         tokens = [None if chunk.sampling is None else 3 for chunk in chunks]
-        for done in scheduler.complete(tokens, 0.0):
+        for done in scheduler.complete(results(*tokens), 0.0):
             assert computed[done.key] == alive.pop(done.key) == done.num_tokens
             handed_over.append(done.blocks)
         if not chunks and alive:
@@ -121,7 +126,7 @@ def test_any_order_of_events(
             case "add" if left:
                 name, num_tokens = left.pop(0)
                 alive[key(name)] = num_tokens
-                scheduler.add(key(name), [name] * num_tokens, SAMPLING, 0.0)
+                scheduler.add(key(name), [name] * num_tokens, SAMPLING, "", 0.0)
             case "step" | "fail":
                 step(event == "fail")
             case "cancel" if alive:
@@ -133,7 +138,7 @@ def test_any_order_of_events(
                 pool.drop(handed_over.pop(0), Holder.SEQUENCE)
         pool.check()
         held = sum(map(len, handed_over))
-        assert pool.counts().owned == scheduler.num_blocks + held
+        assert pool.num_references(Holder.SEQUENCE) == scheduler.num_blocks + held
         assert scheduler.num_waiting + scheduler.num_running == len(alive)
         assert scheduler.queue_tokens == sum(n - computed.get(k, 0) for k, n in alive.items())
 
@@ -144,4 +149,4 @@ def test_any_order_of_events(
             pool.drop(handed_over.pop(), Holder.SEQUENCE)
     assert not alive
     assert started == sorted(started), "somebody was overtaken"
-    assert pool.counts().free == num_blocks
+    assert pool.counts().available == num_blocks

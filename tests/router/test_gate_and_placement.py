@@ -75,11 +75,23 @@ def test_a_prefill_worker_has_room_below_two_batches(make_request):
     assert choose(pool, make_request()) == Pair("p0", "d0")
 
 
-def test_a_decode_worker_needs_blocks_for_the_longest_answer(make_request):
+def test_a_decode_worker_needs_blocks_for_the_prompt_and_for_those_who_grow(make_request):
     pool = pool_of(decode=1, num_blocks=8)
     pool["d0"].credit(RequestKey("a", 1), tokens=0, blocks=4)
-    assert choose(pool, make_request(prompt_tokens=32, max_tokens=32)) is not None
-    assert choose(pool, make_request(prompt_tokens=32, max_tokens=33)) is None
+    # Four are free: two for the prompt, one for the answer's beginning, and one stays free for "a".
+    assert choose(pool, make_request(prompt_tokens=32, max_tokens=96)) is not None
+    assert choose(pool, make_request(prompt_tokens=33, max_tokens=95)) is None
+    # An answer that fills its last block sets no other aside.
+    assert choose(pool, make_request(prompt_tokens=33, max_tokens=15)) is not None
+    pool["d0"].release(RequestKey("a", 1))
+    assert choose(pool, make_request(prompt_tokens=33, max_tokens=95)) is not None
+
+
+def test_a_request_is_not_placed_where_its_answer_could_never_end(make_request):
+    pool = pool_of(decode=1, num_blocks=8)
+    pool.add(WorkerView("a-small-one", 1, Role.DECODE, WorkerCapacity(16, 4, 4, 100)))
+    assert choose(pool, make_request(prompt_tokens=16, max_tokens=48)).decode == "a-small-one"
+    assert choose(pool, make_request(prompt_tokens=16, max_tokens=49)).decode == "d0"
 
 
 def test_a_decode_worker_takes_two_batches_of_sequences(make_request):

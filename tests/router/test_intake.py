@@ -10,7 +10,8 @@ import pytest
 
 from engine.tokenizer import Tokenizer
 from router.errors import InvalidRequestError, PromptTooLongError
-from router.intake import MAX_PROMPT_LOGPROBS, Intake, SamplingWish, ServedModel
+from router.intake import Intake, ServedModel
+from router.sampling import MAX_PROMPT_LOGPROBS, SamplingWish
 from router.slo import Slo, SloLimits
 
 BOS = 1
