@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-TYPED := engine transfer prefill_worker decode_worker router cluster
+TYPED := engine transfer prefill_worker decode_worker router cluster bench hatch_build.py
 
 .PHONY: help demo test test-slow check protos clean
 

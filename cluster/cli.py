@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def cli() -> None:
     A first look:    prelay demo
     A server:        prelay serve --model DIR --prefill 1 --decode 1
     Its settings:    prelay config --show
+    Its speed:       prelay bench engine --shape smollm2-135m
     """
 
 
@@ -147,6 +149,23 @@ def demo(as_json: bool, debug: bool) -> int:
     return _run_guarded("demo", demo_config(), as_json, debug)
 
 
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@cli.command(context_settings=_PASS_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> NoReturn:
+    """Measure the engine beside transformers and the limits of the machine."""
+    _become_bench(arguments)
+
+
+@cli.command(context_settings=_PASS_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def profile(arguments: tuple[str, ...]) -> NoReturn:
+    """Measure the steps of an engine, and fit the latency model to them."""
+    _become_bench(("profile", *arguments))
+
+
 def main() -> None:
     """Entry point of the console script."""
     from cluster.errors import ClusterError
@@ -169,6 +188,11 @@ def main() -> None:
             raise
         _fail(f"unexpected {type(error).__name__}: {error}; --debug shows the traceback", 1)
     sys.exit(code)
+
+
+def _become_bench(arguments: tuple[str, ...]) -> NoReturn:
+    """Measurements look at this package from above: it does not import them, but gives them the process."""
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "bench", *arguments])
 
 
 def _fail(message: str, code: int) -> NoReturn:

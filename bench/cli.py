@@ -1,0 +1,287 @@
+"""The commands `prelay bench ...` and `prelay profile`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SHAPES = Path(__file__).parent / "shapes"
+
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  done
+  1  something failed while measuring
+  2  the command line is wrong
+  4  the model cannot be loaded
+"""
+
+
+def shape_names() -> list[str]:
+    """The shapes that come with prelay."""
+    return sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
+
+
+def _model_options(command: F) -> F:
+    """What is measured, and on how much of the machine."""
+    shapes = ", ".join(shape_names())
+    for decorator in reversed(
+        [
+            click.option("--shape", metavar="NAME", help=f"A public shape with random weights: {shapes}."),
+            click.option("--model", type=Path, metavar="DIR", help="A checkpoint in Hugging Face format."),
+            click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16"),
+            click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads, each on a core."),
+            click.option(
+                "--kernels",
+                type=click.Choice(["auto", "native", "torch"]),
+                default="auto",
+                help="The compiled CPU kernels, torch's, or the former where they can be used.",
+            ),
+        ]
+    ):
+        command = decorator(command)
+    return command
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, no_args_is_help=True
+)
+def bench() -> None:
+    """Measure prelay, beside what it is to be compared with, in one run.
+
+    Pin nothing and run nothing beside it: the commands choose their cores themselves.
+    """
+
+
+@bench.command(epilog=_EXIT_CODES)
+@_model_options
+@click.option("--prefill", "prefill_tokens", default="128,512,2048", metavar="N,N", help="Prompt lengths.")
+@click.option("--decode", "decode_batches", default="1,8,32", metavar="N,N", help="Decode batches.")
+@click.option("--context", type=click.IntRange(1), default=512, help="Tokens of each decoding sequence.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Times that everything is measured.")
+@click.option("--no-transformers", is_flag=True, help="Leave transformers out, and with it the ratios.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--plot", type=Path, metavar="FILE", help="Draw the result into a PNG.")
+def engine(plot: Path | None, as_json: bool, no_transformers: bool, **chosen: Any) -> int:
+    """Prefill and decode of one engine, beside transformers and the limits of the machine.
+
+    The limits (matrix products, reading of memory) are measured in the same run, round by round. A share of
+    the limit is the time that the unavoidable work takes at the limits, over the time that was taken.
+
+    \b
+    Examples:
+      prelay bench engine --shape smollm2-135m --threads 1 --json
+      prelay bench engine --model ~/models/SmolLM2-135M --plot engine.png
+    """
+    from bench.baseline import TransformersUnavailableError
+    from bench.engine import Settings, measure
+
+    name, checkpoint, load = _model(chosen)
+    prefill_tokens = _sizes("--prefill", chosen["prefill_tokens"])
+    decode_batches = _sizes("--decode", chosen["decode_batches"])
+    if not prefill_tokens and not decode_batches:
+        raise click.UsageError("--prefill and --decode are both empty: there is nothing to measure")
+    _need_matplotlib(plot)
+    if not no_transformers and importlib.util.find_spec("transformers") is None:
+        raise click.UsageError(
+            "transformers is not installed: pip install 'prelay[bench]', or give --no-transformers"
+        )
+    _pin(chosen["threads"])
+    settings = Settings(
+        checkpoint,
+        load,
+        chosen["dtype"],
+        chosen["threads"],
+        chosen["kernels"],
+        prefill_tokens,
+        decode_batches,
+        chosen["context"],
+        chosen["rounds"],
+        not no_transformers,
+    )
+    try:
+        with _progress(f"bench engine {name}") as show:
+            result = {"shape": name, **measure(settings, show)}
+    except TransformersUnavailableError as error:
+        raise click.UsageError(str(error)) from error
+    if plot is not None:
+        from bench.plots import draw_engine
+
+        draw_engine(result, plot)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        Console().print(_engine_table(result))
+    return 0
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EXIT_CODES
+)
+@_model_options
+@click.option("--json", "target", type=Path, metavar="FILE", default=Path("profile.json"), show_default=True)
+@click.option("--plot", type=Path, metavar="FILE", help="Draw measured against predicted times into a PNG.")
+@click.option("--max-batch-tokens", type=click.IntRange(8), default=2048, help="Largest step, in tokens.")
+@click.option("--max-num-seqs", type=click.IntRange(1), default=64, help="Largest decode batch.")
+@click.option("--max-context", type=click.IntRange(16), default=2048, help="Longest sequence, in tokens.")
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Times that each step is measured.")
+def profile(target: Path, plot: Path | None, **chosen: Any) -> int:
+    """Measure the steps of one engine, and fit the latency model to them.
+
+    Writes FILE, which router, planner and simulator read, and prints how far the model is off on steps that
+    it was not fitted to.
+
+    \b
+    Examples:
+      prelay profile --model ~/models/SmolLM2-135M --json profile.json --plot profile.png
+      prelay profile --shape smollm2-135m --dtype bfloat16 --threads 1
+    """
+    from bench.profile import ProfileSettings, error_rows, run_profile, to_json
+
+    name, checkpoint, load = _model(chosen)
+    _need_matplotlib(plot)
+    if not target.absolute().parent.is_dir():
+        raise click.UsageError(f"--json {target}: there is no directory {target.absolute().parent}")
+    _pin(chosen["threads"])
+    keys = ("dtype", "threads", "kernels", "max_batch_tokens", "max_num_seqs", "max_context", "repeats")
+    settings = ProfileSettings(checkpoint, name, load, **{key: chosen[key] for key in keys})
+    with _progress(f"profile {name}") as show:
+        result = run_profile(settings, show)
+    target.write_text(json.dumps(to_json(result, settings), indent=1) + "\n")
+    if plot is not None:
+        from bench.plots import draw_profile
+
+        draw_profile(result, name, plot)
+    table = Table("steps", "held out", "median error", "95th percentile")
+    for kind, count, median, p95 in error_rows(result):
+        table.add_row(kind, str(count), f"{median:.1%}", f"{p95:.1%}")
+    Console(stderr=True).print(table)
+    click.echo(f"{target} written: {len(result.fitted)} steps fitted", err=True)
+    return 0
+
+
+def main() -> None:
+    """`python -m bench profile ...` is `prelay profile`; everything else is `prelay bench`."""
+    from engine.errors import EngineError
+
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["profile"]:
+            code = profile.main(arguments[1:], prog_name="prelay profile", standalone_mode=False)
+        else:
+            code = bench.main(arguments, prog_name="prelay bench", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        hint = (
+            f"; see `{error.ctx.command_path} --help`"
+            if isinstance(error, click.UsageError) and error.ctx
+            else ""
+        )
+        _fail(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
+    except EngineError as error:
+        _fail(str(error), 4)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted, nothing was written", 130)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"prelay: error: {message}", err=True)
+    sys.exit(code)
+
+
+def _model(chosen: dict[str, Any]) -> tuple[str, Path, str]:
+    """Name, directory, and where the weights come from."""
+    shape, model = chosen["shape"], chosen["model"]
+    if (shape is None) == (model is None):
+        raise click.UsageError("give either --shape NAME or --model DIR")
+    if shape is None:
+        return model.absolute().name, model, "weights"
+    if shape not in shape_names():
+        raise click.UsageError(f"there is no shape {shape!r}; there are {', '.join(shape_names())}")
+    return shape, SHAPES / shape, "dummy"
+
+
+def _sizes(flag: str, text: str) -> list[int]:
+    """Comma-separated positive numbers; an empty text is none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise click.UsageError(f"{flag} {text!r}: numbers of at least 1 are needed, as in 1,8,32")
+    return [int(part) for part in parts]
+
+
+def _need_matplotlib(plot: Path | None) -> None:
+    if plot is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install 'prelay[bench]'")
+    if not plot.absolute().parent.is_dir():
+        raise click.UsageError(f"--plot {plot}: there is no directory {plot.absolute().parent}")
+
+
+def _pin(threads: int) -> None:
+    """Take the last cores: the first ones serve interrupts."""
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise click.UsageError(f"--threads {threads}, but there are only {len(cores)} cores")
+    os.sched_setaffinity(0, cores[-threads:])
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar on standard error; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0, what=title)
+        yield lambda done, what: bar.update(task, completed=done, what=f"{title}: {what}")
+
+
+def _engine_table(result: dict[str, Any]) -> Table:
+    limits = result["limits"]
+    table = Table(
+        "step",
+        "tok/s (min - max)",
+        "share of limit",
+        "transformers",
+        "ratio (min - max)",
+        title=f"{result['shape']}, {result['dtype']}, {result['threads']} threads; limits "
+        f"{limits['gemm_gflops']:.0f} GFLOP/s and {limits['read_gbps']:.1f} GB/s; "
+        f"ready in {result['ready_s']:.1f} s",
+    )
+    for phase in ("prefill", "decode"):
+        for row in result[phase]:
+            spread = row["tok_s_spread"]
+            what = (
+                f"prefill {row['tokens']}"
+                if phase == "prefill"
+                else f"decode {row['batch']} x {row['context']}"
+            )
+            theirs, ratio = "", ""
+            if row["ratio"] is not None:
+                theirs = f"{row['transformers_tok_s']:.0f}"
+                low, high = row["ratio_spread"]["min"], row["ratio_spread"]["max"]
+                ratio = f"{row['ratio']:.1f} ({low:.1f} - {high:.1f})"
+            table.add_row(
+                what,
+                f"{row['tok_s']:.0f} ({spread['min']:.0f} - {spread['max']:.0f})",
+                f"{row['share_of_limit']:.0%}",
+                theirs,
+                ratio,
+            )
+    return table
