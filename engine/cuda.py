@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine.attention.base import AttentionBackend
 from engine.attention.flashinfer import HEAD_DIMS, FlashInferAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig, ModelConfig
@@ -73,17 +74,18 @@ class CudaBackend:
         layout = KvLayout.of(self.model_config, self.config, self.shard)
         return KvCache(layout, num_blocks, buffer, self.device, num_spare=1)
 
-    def executor(self, model: LlamaModel, cache: KvCache) -> Executor:
-        """Records the decode steps, which takes some seconds; FlashInfer may compile kernels on the way."""
+    def attention(self, cache: KvCache) -> AttentionBackend:
         windows = [self.model_config.windows[layer] for layer in self.shard.layers(self.model_config)]
         if self.flashinfer is None:
-            return LocalExecutor(model, SdpaAttention(cache, windows), self.device)
-        longest = -(-self.model_config.max_position_embeddings // self.config.block_size)
-        max_pages = min(longest, cache.num_blocks)
+            return SdpaAttention(cache, windows)
         num_heads = len(self.shard.heads(self.model_config))
-        attention = FlashInferAttention(self.flashinfer, cache, windows, num_heads, max_pages)
+        return FlashInferAttention(self.flashinfer, cache, windows, num_heads, self._max_pages(cache))
+
+    def executor(self, model: LlamaModel, cache: KvCache) -> Executor:
+        """Records the decode steps, which takes some seconds; FlashInfer may compile kernels on the way."""
+        attention = self.attention(cache)
         eager = LocalExecutor(model, attention, self.device)
-        if self.recorder is None:
+        if self.recorder is None or not isinstance(attention, FlashInferAttention):
             return eager
         return GraphExecutor(
             eager,
@@ -92,9 +94,14 @@ class CudaBackend:
             self.recorder,
             recorded_sizes(self.config),
             spare_block=cache.num_blocks,
-            max_pages=max_pages,
+            max_pages=self._max_pages(cache),
             device=self.device,
         )
+
+    def _max_pages(self, cache: KvCache) -> int:
+        """Most blocks of one sequence."""
+        longest = -(-self.model_config.max_position_embeddings // self.config.block_size)
+        return min(longest, cache.num_blocks)
 
 
 def recorded_sizes(config: EngineConfig) -> tuple[int, ...]:

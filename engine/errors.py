@@ -8,6 +8,7 @@ EngineError
 ├── TokenizerError           a text or a list of messages cannot be turned into tokens
 ├── InvalidStepError         a scheduled chunk that no engine could run
 ├── KvMemoryError            the memory there is does not hold the KV of one sequence
+├── RankDiedError            a process of a worker that has several is gone, and the worker with it
 ├── OutOfBlocksError         more KV blocks wanted than are free
 └── BlockAccountingError     a block was given back or shared by somebody who does not hold it
 """
@@ -45,6 +46,10 @@ class InvalidStepError(EngineError):
 
 class KvMemoryError(EngineError):
     """A worker's part of the memory is too small for the longest sequence."""
+
+
+class RankDiedError(EngineError):
+    """A rank of the worker ended or failed; the other ranks have been ended, and nothing can be computed."""
 
 
 class OutOfBlocksError(EngineError):

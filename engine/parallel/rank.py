@@ -1,0 +1,102 @@
+"""What a rank does: load its shard, run the steps that the leader broadcasts, and end when the leader does.
+
+`build_stage` is the same for the leader and the others. Whoever starts a rank (here `engine.parallel.ranks`,
+with one process each on this host) gives it a RankPlace and a channel to the leader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine.config import EngineConfig, ModelConfig
+from engine.parallel.channel import Channel, ChannelClosedError
+from engine.shard import Shard
+
+# Frames of a rank to the leader: a letter, then text.
+PROGRESS, READY, FAILED = b"P", b"R", b"F"
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """All that a rank needs to know before it starts.
+
+    store_host, store_port: where ranks find each other. host: the address at which this one is reached.
+    cores: that it may run on, one for each of config.threads.
+    """
+
+    checkpoint: Path
+    config: EngineConfig
+    shard: Shard
+    store_host: str
+    store_port: int
+    host: str
+    cores: tuple[int, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"checkpoint": str(self.checkpoint)})
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlace:
+        raw = json.loads(text)
+        return cls(
+            checkpoint=Path(raw.pop("checkpoint")),
+            config=EngineConfig(**raw.pop("config")),
+            shard=Shard(**raw.pop("shard")),
+            cores=tuple(raw.pop("cores")),
+            **raw,
+        )
+
+
+def serve_rank(place: RankPlace, channel: Channel) -> None:
+    """Load, say so, and run steps until STOP. Raises what loading or a step raises."""
+    from engine.parallel.build import build_stage
+    from engine.parallel.codec import decode
+
+    def progress(fraction: float) -> None:
+        channel.send(PROGRESS + str(fraction).encode())
+
+    built = build_stage(place, ModelConfig.from_pretrained(place.checkpoint), None, progress)
+    channel.send(READY)
+    while batches := decode(channel.receive()):
+        built.stage.run(batches)
+
+
+def end_with(sock: socket.socket, end: Callable[[], None]) -> None:
+    """Call `end` as soon as the other end of `sock` is gone, whatever this process waits for."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+
+    def watch() -> None:
+        poll.poll()
+        end()
+
+    threading.Thread(target=watch, name="prelay-leader-watch", daemon=True).start()
+
+
+def main(text: str, descriptor: str) -> None:
+    """A rank's process: its RankPlace, and the file descriptor of its socket."""
+    place = RankPlace.from_json(text)
+    os.sched_setaffinity(0, place.cores)
+    sock = socket.socket(fileno=int(descriptor))
+    channel = Channel(sock)
+    # Hard: an operation that waits for a dead leader would keep a clean exit waiting, too.
+    end_with(sock, lambda: os._exit(1))
+    try:
+        serve_rank(place, channel)
+    except ChannelClosedError:
+        os._exit(1)
+    except Exception as error:
+        channel.send(FAILED + f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,98 @@
+"""What one rank computes of a step: its layers, for one micro-batch after the other.
+
+    stage 0   | embed, layers, send | embed, layers, send |
+    stage 1                         | receive, layers, logits | receive, layers, logits |
+
+Sending does not wait, so a stage computes its next micro-batch while the following stage computes the last
+one. A step with m micro-batches on p stages keeps a stage busy for m of its m + p - 1 slots; the rest is the
+bubble at its ends. The leader draws tokens from all logits of a step, so the next step begins when this one
+is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.batch import FlatBatch
+from engine.model import LlamaModel
+from engine.parallel.groups import DistributedGroup
+from engine.shard import Shard
+from engine.staging import to_device
+
+LEADER = 0
+
+
+class Stage:
+    """One rank's part of the model, and its places to send to and receive from."""
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        attention: AttentionBackend,
+        shard: Shard,
+        world: DistributedGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._shard = shard
+        self._world = world
+        self._dtype = dtype
+        self._device = device
+        self._rank = shard.pp_rank * shard.tp_size + shard.tp_rank
+
+    @torch.inference_mode()
+    def run(self, batches: Sequence[FlatBatch]) -> torch.Tensor | None:
+        """Compute a step. On the leader: float32 [num_wanted of all batches, vocab_size]; elsewhere None."""
+        sending: list[tuple[Any, torch.Tensor]] = []
+        logits: list[torch.Tensor] = []
+        for tag, batch in enumerate(batches):
+            hidden, result = self._compute(batch, tag)
+            if not self._shard.is_last_stage:
+                self._send(sending, hidden, self._rank + self._shard.tp_size, tag)
+            elif result is not None and self._shard.tp_rank == 0:
+                if self._rank == LEADER:
+                    logits.append(result)
+                else:
+                    self._send(sending, result, LEADER, tag)
+        if self._rank == LEADER and not self._shard.is_last_stage:
+            logits = [self._receive_logits(batch, tag) for tag, batch in enumerate(batches)]
+        for work, _ in sending:
+            work.wait()
+        return torch.cat(logits) if self._rank == LEADER else None
+
+    def _compute(self, batch: FlatBatch, tag: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states after this stage; on the last one logits as well, if any are wanted."""
+        step = self._attention.plan(batch)
+        token_ids, positions, wanted = to_device(self._device, batch.token_ids, batch.positions, batch.wanted)
+        if self._shard.is_first_stage:
+            hidden = self._model.embed(token_ids)
+        else:
+            shape = (batch.num_tokens, self._model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._world.receive(hidden, self._rank - self._shard.tp_size, tag)
+        hidden = self._model.forward(hidden, positions, step)
+        if not self._shard.is_last_stage or not len(batch.wanted):
+            return hidden, self._no_logits() if self._rank == LEADER else None
+        return hidden, self._model.logits(hidden[wanted])
+
+    def _send(
+        self, sending: list[tuple[Any, torch.Tensor]], tensor: torch.Tensor, to_rank: int, tag: int
+    ) -> None:
+        tensor = tensor.contiguous()
+        sending.append((self._world.send(tensor, to_rank, tag), tensor))
+
+    def _receive_logits(self, batch: FlatBatch, tag: int) -> torch.Tensor:
+        if not len(batch.wanted):
+            return self._no_logits()
+        shape = (len(batch.wanted), self._model.config.vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32, device=self._device)
+        return self._world.receive(logits, (self._shard.pp_size - 1) * self._shard.tp_size, tag)
+
+    def _no_logits(self) -> torch.Tensor:
+        return torch.empty((0, self._model.config.vocab_size), dtype=torch.float32, device=self._device)
