@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -177,8 +178,11 @@ def differences(answers: Sequence[Answer]) -> list[str]:
 
 
 async def kv_blocks(ready: Ready) -> dict[tuple[str, str], float]:
-    """prelay_kv_blocks by (worker, state), of every worker that the router lists."""
-    blocks = {}
+    """prelay_kv_blocks by (worker, state), of every worker that the router lists.
+
+    Blocks that only the prefix cache holds count as free: what is left in it depends on what was cancelled.
+    """
+    blocks: defaultdict[tuple[str, str], float] = defaultdict(float)
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://{ready['metrics']}/targets") as response:
             groups = await response.json(content_type=None)
@@ -187,7 +191,8 @@ async def kv_blocks(ready: Ready) -> dict[tuple[str, str], float]:
                 for family in text_string_to_metric_families(await response.text()):
                     for sample in family.samples:
                         if sample.name == "prelay_kv_blocks":
-                            blocks[group["labels"]["worker"], sample.labels["state"]] = sample.value
+                            state = sample.labels["state"].replace("cached", "free")
+                            blocks[group["labels"]["worker"], state] += sample.value
     return blocks
 
 

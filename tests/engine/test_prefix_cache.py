@@ -113,3 +113,15 @@ def test_the_longest_unused_is_taken_first_and_its_generation_changes_only_then(
     assert pool.allocate(2, Holder.SEQUENCE) == [second[0], first[1]]
     assert cache.match(cache.digests([1, 2, 3, 4], "")) == first[:1]
     assert [generations[block] for block in (*first, *second)] == [0, 1, 1, 1]
+
+
+def test_who_computes_what_another_made_known_goes_on_with_the_others_block() -> None:
+    pool = BlockPool(8, SIZE, [0] * 8)
+    cache = PrefixCache(pool, "model")
+    token_ids = [1, 2, 3, 4, 5]
+    digests = cache.digests(token_ids, "")
+    first, second = pool.allocate(3, Holder.SEQUENCE), pool.allocate(3, Holder.SEQUENCE)
+    assert cache.insert(digests, first) == first
+    assert cache.insert(digests, second) == [*first[:2], second[2]]
+    assert len(cache) == 2
+    assert pool.counts().free == 4
