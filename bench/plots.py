@@ -79,7 +79,9 @@ def draw_profile(profile: Profile, name: str, target: Path) -> None:
     axis.plot(ends, ends, color="#808080", linewidth=1)
     axis.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted, ms")
     _, _, median, p95 = error_rows(profile)[-1]
-    axis.set_title(f"{name}: held-out error {median:.1%} median, {p95:.1%} at the 95th percentile")
+    axis.set_title(
+        f"{name}\nheld-out error: median {median:.1%}, 95th percentile {p95:.1%}", fontsize="medium"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize="small")
     figure.savefig(target, dpi=120)

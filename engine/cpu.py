@@ -9,6 +9,7 @@ from engine.attention.native import NativeAttention
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import KernelsUnavailableError
+from engine.host_memory import keep_freed_memory
 from engine.kernels.base import Kernels
 from engine.kernels.native import NativeKernels
 from engine.kernels.torch_ops import TorchKernels
@@ -30,6 +31,7 @@ class CpuBackend:
         self._windows = model.windows[layers.start : layers.stop]
         self._config = config
         self._is_native = _is_native(config.kernels)
+        keep_freed_memory()
 
     def kernels(self) -> Kernels:
         if self._is_native:
