@@ -102,12 +102,14 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     """path: checkpoint directory, None is the demo model; name: what clients call it, None is the
-    directory's name; max_model_len: longest prompt and answer together, None is the model's own limit.
+    directory's name; load: the checkpoint's weights, or random ones for its config.json; max_model_len:
+    longest prompt and answer together, None is the model's own limit.
     """
 
     path: Annotated[Path | None, Field(strict=False)] = None
     name: Name | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    load: Literal["weights", "dummy"] = "weights"
     max_model_len: Annotated[int, Field(ge=2)] | None = None
 
 

@@ -49,6 +49,7 @@ class HostSpec:
     model_name: str
     max_model_len: int
     dtype: str
+    load: str
     block_size: int
     num_blocks: int
     threads: int
@@ -175,6 +176,7 @@ class WorkerHost(ABC):
             block_size=spec.block_size,
             max_batch_tokens=spec.max_batch_tokens,
             dtype=spec.dtype,
+            load=spec.load,
             threads=spec.threads,
         )
         layout = KvLayout.of(ModelConfig.from_pretrained(spec.checkpoint), config)

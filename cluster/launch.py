@@ -187,6 +187,7 @@ def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]
                 model_name=model.name,
                 max_model_len=model.max_model_len,
                 dtype=model.dtype,
+                load=model.load,
                 block_size=block_size,
                 num_blocks=-(-pool.kv_cache_tokens // block_size),
                 threads=pool.threads,

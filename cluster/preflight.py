@@ -30,7 +30,7 @@ def check_model(config: ServeConfig) -> ServeConfig:
             f"the model cannot be served: its tokenizer has {tokenizer.vocab_size} tokens, "
             f"its config.json a vocab_size of only {model.vocab_size}"
         )
-    if not any(path.glob("*.safetensors")):
+    if config.model.load == "weights" and not any(path.glob("*.safetensors")):
         raise ModelError(f"the model cannot be served: {path} holds no .safetensors file with weights")
     if limit is not None and limit > model.max_position_embeddings:
         raise ConfigError(

@@ -145,17 +145,21 @@ class WorkerLife:
         if self._lost_since is None:
             self._lost_since = self._clock()
             self._reporter.event(f"worker {self.worker_id} (epoch {live.info.epoch}) is lost to the router")
+        lost_since = self._lost_since
+        error: WorkerError | None = None
         try:
             await self._router.register(live.info)
-        except WorkerError as error:
-            lost_s = self._clock() - self._lost_since
-            if self.live is live and lost_s >= self._policy.unresponsive_s:
-                self._lost_since = None
-                self._reporter.event(f"ending worker {self.worker_id}, lost for {lost_s:.0f} s: {error}")
-                await self._cluster.end(self._actor, live.info.pid)
-        else:
+        except WorkerError as refused:
+            error = refused
+        if self.live is not live:
+            return  # the process has died meanwhile; its next life is another's business
+        if error is None:
             self._lost_since = None
             self._reporter.event(f"worker {self.worker_id} (epoch {live.info.epoch}) is attached again")
+        elif (lost_s := self._clock() - lost_since) >= self._policy.unresponsive_s:
+            self._lost_since = None
+            self._reporter.event(f"ending worker {self.worker_id}, lost for {lost_s:.0f} s: {error}")
+            await self._cluster.end(self._actor, live.info.pid)
 
     async def stop(self) -> None:
         """Let the worker end its streams, then end its process, even if it does not answer."""

@@ -95,8 +95,8 @@ class EngineConfig:
     max_batch_tokens: most tokens of one step. threads: CPU threads of a step.
     dtype: "float32" or "bfloat16", for weights, computation and KV cache alike.
     device: "cpu" or "cuda".
-    kernels: on a CPU, "native" takes the compiled ones, "torch" those of torch, "auto" the compiled ones where
-    they can be used.
+    kernels: on a CPU, "native" takes the compiled ones, "torch" those of torch, "auto" the compiled ones
+    where they can be used.
     load: "weights" reads the checkpoint's, "dummy" makes random ones from its config.json alone.
     """
 

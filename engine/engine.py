@@ -50,9 +50,8 @@ class Engine:
 
         checkpoint: with `config.load` "dummy" it needs to hold no more than a config.json.
         buffer: the KV cache's memory, config.num_blocks * KvLayout.of(...).block_nbytes writable bytes, or
-        None for memory of its own (on CUDA always None). on_progress: told the fraction of the weights that is
-        loaded. Raises CheckpointError, UnsupportedModelError, DeviceError or
-        KernelsUnavailableError.
+        None for memory of its own (on CUDA always None). on_progress: told the fraction of the weights that
+        is loaded. Raises CheckpointError, UnsupportedModelError, DeviceError or KernelsUnavailableError.
         """
         device = open_device(config.device)
         torch.set_num_threads(config.threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ TEMPLATE = HostSpec(
     model_name="model",
     max_model_len=64,
     dtype="float32",
+    load="weights",
     block_size=16,
     num_blocks=4,
     threads=1,
@@ -77,6 +78,7 @@ class FakeWorld:
     """RayCluster, RouterProcess and Reporter at once; what they are told is kept in order."""
 
     def __init__(self) -> None:
+        self.on_register: Callable[[], Awaitable[None]] | None = None
         self.log: list[str] = []
         self.lives: asyncio.Queue[FakeActor] = asyncio.Queue()
         self.start_errors: list[Exception] = []
@@ -102,6 +104,8 @@ class FakeWorld:
         return None
 
     async def register(self, info: worker_pb2.WorkerInfo) -> None:
+        if self.on_register is not None:
+            await self.on_register()
         if self.unreachable:
             raise WorkerError("the worker does not answer")
         self.log.append(f"register {info.epoch}")
@@ -192,6 +196,33 @@ async def test_a_worker_that_was_found_again_has_its_full_time_when_it_is_lost_a
     for world.unreachable, now[0] in ((True, 0.0), (False, 5.0), (True, 11.0)):
         await life.attach_again()
     assert "end 7" not in world.log
+
+
+@pytest.mark.parametrize("unreachable", [True, False])
+async def test_a_lost_worker_that_dies_while_it_is_attached_again_is_left_to_its_next_life(
+    unreachable: bool,
+) -> None:
+    world, now = FakeWorld(), [0.0]
+    life = world.life(now_ms=7, clock=lambda: now[0])
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    first = await world.lives.get()
+
+    async def die_and_live_again() -> None:
+        world.on_register = None
+        first.died.set()
+        await world.lives.get()
+        while life.live is None or life.live.info.epoch == 7:  # noqa: ASYNC110 (it ends with no event)
+            await asyncio.sleep(0)
+        world.unreachable, now[0] = unreachable, POLICY.unresponsive_s
+
+    world.on_register = die_and_live_again
+    await life.attach_again()
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    assert not [line for line in world.log if line.startswith("end")]
+    assert life.live is not None
+    assert life.live.info.epoch == 8
 
 
 async def test_a_worker_that_keeps_dying_is_given_up() -> None:

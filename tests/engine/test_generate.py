@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint import fingerprint
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import OutOfBlocksError
 from engine.generate import generate
 from engine.layout import KvLayout
 from engine.sequence import TokenSampling
-from engine.checkpoint import fingerprint
 
 LoadEngine = Callable[..., Engine]
 GREEDY = TokenSampling(

@@ -172,5 +172,5 @@ def test_books_are_compared_with_those_who_hold_blocks() -> None:
     pool.allocate(2, Holder.SEQUENCE)
     pool.allocate(3, Holder.TRANSFER)
     check_books(pool, {Holder.SEQUENCE: 2, Holder.TRANSFER: 3})
-    with pytest.raises(BlockAccountingError, match="2 sequence references, but .* holds 1"):
+    with pytest.raises(BlockAccountingError, match=r"2 sequence references, but .* holds 1"):
         check_books(pool, {Holder.SEQUENCE: 1, Holder.TRANSFER: 3})
