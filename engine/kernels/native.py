@@ -34,7 +34,7 @@ class NativeKernels:
         self._threads = threads
 
     def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        num_rows, num_outputs = len(rows), len(weight)
+        num_rows, num_outputs = rows.shape[0], weight.shape[0]
         if num_rows > self._max_rows:
             return linear(rows, weight, bias)
         rows = rows.contiguous()
@@ -54,7 +54,7 @@ class NativeKernels:
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = rows.contiguous()
         normed = torch.empty_like(rows)
-        width = len(weight)
+        width = weight.shape[0]
         num_rows = rows.numel() // width
         self._rms_norm(
             rows.data_ptr(), weight.data_ptr(), normed.data_ptr(), num_rows, width, eps, self._threads
@@ -91,7 +91,7 @@ class NativeKernels:
         return heads
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        num_rows, width = len(gate_up), gate_up.shape[1] // 2
+        num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         gated = gate_up.new_empty((num_rows, width))
         self._gated_silu(gate_up.data_ptr(), gated.data_ptr(), num_rows, width, self._threads)
         return gated

@@ -15,7 +15,7 @@ namespace prelay {
 // outputs[x * stride + r] for R weight rows and X input rows, R * X <= 16.
 template <class E, int R, int X>
 inline void dot_block(const typename E::T* weight, const typename E::T* rows, const typename E::T* bias,
-                      typename E::T* outputs, size_t inputs, size_t stride) {
+                      typename E::T* outputs, size_t inputs, size_t stride, size_t ahead) {
     __m512 sums[16];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     auto add = [&](int j, size_t k, size_t count) {
@@ -38,7 +38,7 @@ inline void dot_block(const typename E::T* weight, const typename E::T* rows, co
 #pragma GCC unroll 16
             for (int j = 0; j < R; j++) {
                 add(j, k, E::lanes);
-                _mm_prefetch((const char*)(weight + (R + j) * inputs + k), _MM_HINT_T0);
+                _mm_prefetch((const char*)(weight + (ahead + j) * inputs + k), _MM_HINT_T0);
             }
     }
     if (whole < inputs)
@@ -58,10 +58,12 @@ constexpr size_t MANY = 128;  // rows
 template <class E>
 void linear(const typename E::T* rows, const typename E::T* weight, const typename E::T* bias, typename E::T* outputs,
             size_t num_rows, size_t num_outputs, size_t inputs, size_t first, size_t last) {
+    // How many weight rows ahead to fetch: more while reading and computing take about equally long.
+    size_t ahead = num_rows > 4 && num_rows <= 16 ? 8 : 4;
     auto run = [&](auto r, auto x, size_t n, size_t m) {
         if constexpr (r.value * x.value <= 16)
             dot_block<E, r.value, x.value>(weight + n * inputs, rows + m * inputs, bias ? bias + n : nullptr,
-                                           outputs + m * num_outputs + n, inputs, num_outputs);
+                                           outputs + m * num_outputs + n, inputs, num_outputs, ahead);
     };
     using Four = std::integral_constant<int, 4>;
     // So many rows at a time stay in the second cache, however often the weight's rows pass by.
