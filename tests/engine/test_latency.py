@@ -1,0 +1,152 @@
+"""The latency model: what a fit recovers, what it promises, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.latency import (
+    LatencyModel,
+    OnlineLatency,
+    ProfileError,
+    Sample,
+    StepShape,
+    fit,
+    relative_errors,
+)
+
+SHAPES = st.builds(
+    lambda prefill, batch, context: StepShape(tuple(prefill), batch, batch * context),
+    st.lists(st.tuples(st.integers(1, 1024), st.integers(0, 2048)), max_size=3),
+    st.integers(0, 64),
+    st.integers(1, 2048),
+)
+
+
+def truth(shape: StepShape) -> float:
+    """An engine whose products cost less a row from 32 rows on."""
+    rows = shape.num_tokens
+    attention = sum(new * (cached + new / 2) for new, cached in shape.prefill)
+    return (
+        0.008
+        + 0.0008 * min(rows, 32)
+        + 0.0005 * max(0, rows - 32)
+        + 2e-8 * attention
+        + 5e-7 * shape.decode_context
+    )
+
+
+def samples(count: int, seed: int, noise: float) -> list[Sample]:
+    dice = random.Random(seed)
+
+    def shape() -> StepShape:
+        prefill = tuple(
+            (dice.randint(1, 1024), dice.choice([0, 512])) for _ in range(dice.choice([0, 1, 1, 2]))
+        )
+        batch = dice.choice([0, dice.randint(1, 64)]) if prefill else dice.randint(1, 64)
+        return StepShape(prefill, batch, batch * dice.randint(1, 1024))
+
+    shapes = [shape() for _ in range(count)]
+    return [Sample(s, truth(s) * math.exp(dice.gauss(0, noise))) for s in shapes]
+
+
+def test_exact_samples_are_recovered() -> None:
+    model = fit(samples(120, seed=1, noise=0))
+    assert relative_errors(model, samples(200, seed=2, noise=0)).max() < 1e-6
+
+
+def test_noisy_samples_are_predicted_within_the_noise() -> None:
+    model = fit(samples(120, seed=1, noise=0.03))
+    assert np.median(relative_errors(model, samples(200, seed=2, noise=0))) < 0.02
+
+
+@given(SHAPES, st.integers(1, 500), st.integers(0, 3))
+def test_more_work_never_takes_less_time(shape: StepShape, more: int, what: int) -> None:
+    model = fit(samples(60, seed=3, noise=0.1))
+    prefill, batch, context = shape.prefill, shape.decode_batch, shape.decode_context
+    larger = [
+        StepShape((*prefill, (more, 0)), batch, context),
+        StepShape(tuple((new, cached + more) for new, cached in prefill), batch, context),
+        StepShape(prefill, batch + more, context + more),
+        StepShape(prefill, batch, context + more) if batch else shape,
+    ][what]
+    assert model.step_s(larger) >= model.step_s(shape) >= 0
+    assert all(value >= 0 for value in model.coefficients.values())
+
+
+def test_an_empty_step_takes_no_time_and_a_mixed_one_less_than_its_parts() -> None:
+    model = fit(samples(120, seed=1, noise=0.02))
+    assert model.step_s(StepShape()) == 0
+    parts = model.decode_s(16, 16 * 512), model.prefill_s(256, 128)
+    assert max(parts) < model.mixed_s(16, 16 * 512, 256, 128) < sum(parts)
+
+
+def test_json_and_back() -> None:
+    model = fit(samples(60, seed=1, noise=0.02))
+    assert LatencyModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda raw: [], "of version 1 is needed"),
+        (lambda raw: raw | {"version": 2}, "not 2"),
+        (lambda raw: raw | {"coefficients": 5}, "must be an object"),
+        (lambda raw: raw | {"coefficients": {"speed": 1.0}}, "'speed' is not one"),
+        (lambda raw: raw | {"coefficients": {"rows": -1.0}}, "rows is -1.0"),
+        (lambda raw: raw | {"coefficients": {"rows": math.nan}}, "rows is nan"),
+        (lambda raw: raw | {"coefficients": {"rows": True}}, "rows is True"),
+    ],
+)
+def test_what_is_no_latency_model_is_refused(change: Callable[[object], object], complaint: str) -> None:
+    raw = fit(samples(60, seed=1, noise=0.02)).to_json()
+    with pytest.raises(ProfileError, match=complaint):
+        LatencyModel.from_json(change(raw))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        [Sample(StepShape(((4, 0),)), 0.0)],
+        [Sample(StepShape(), 1.0)],
+        [Sample(StepShape(((4, 0),)), math.nan)],
+    ],
+)
+def test_samples_that_cannot_be_fitted_are_refused(bad: list[Sample]) -> None:
+    with pytest.raises(ProfileError):
+        fit(bad)
+
+
+@pytest.mark.parametrize(("scale", "offset_s"), [(1.7, 0.0), (0.6, 0.0), (1.0, 0.02)])
+def test_a_drift_is_followed_and_promises_hold_nine_times_of_ten(scale: float, offset_s: float) -> None:
+    online = OnlineLatency(fit(samples(120, seed=1, noise=0)))
+    dice = random.Random(4)
+
+    def observed(shape: StepShape) -> float:
+        return (truth(shape) * scale + offset_s) * math.exp(dice.gauss(0, 0.1))
+
+    shapes = [sample.shape for sample in samples(400, seed=5, noise=0)]
+    for shape in dice.choices(shapes, k=4000):
+        online.observe(shape, observed(shape))
+    errors = [online.expect_s(shape) / (truth(shape) * scale + offset_s) - 1 for shape in shapes]
+    assert abs(np.median(errors)) < 0.06
+    kept = np.mean([observed(shape) <= online.promise_s(shape) for shape in shapes for _ in range(10)])
+    assert 0.84 < kept < 0.96
+
+
+@given(SHAPES, st.lists(st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e-9, 1e9]), max_size=30))
+def test_nonsense_does_not_break_expectations(shape: StepShape, times: list[float]) -> None:
+    model = fit(samples(60, seed=3, noise=0.02))
+    online = OnlineLatency(model)
+    for seconds in times:
+        online.observe(StepShape(((8, 0),)), seconds)
+    expected = model.step_s(shape)
+    assert expected / 5 <= online.expect_s(shape) <= expected * 5
