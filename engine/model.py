@@ -82,13 +82,14 @@ class LlamaModel:
         index: int,
     ) -> torch.Tensor:
         kernels, eps = self._kernels, self.config.rms_norm_eps
-        split = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
-        heads = kernels.linear(normed, layer.qkv, layer.qkv_bias).view(-1, sum(split), self.config.head_dim)
-        queries, keys, values = heads.split_with_sizes(split, dim=1)
+        split = (self._num_heads, self._num_kv_heads)
+        heads = kernels.linear(normed, layer.qkv, layer.qkv_bias)
+        heads = heads.view(-1, self._num_heads + 2 * self._num_kv_heads, self.config.head_dim)
+        turning, values = heads.split_with_sizes((sum(split), self._num_kv_heads), dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = turning.split_with_sizes(split, dim=1)
             queries = kernels.rms_norm(queries, layer.query_norm, eps)
-            keys = kernels.rms_norm(keys, layer.key_norm, eps)
-        attended = attention.attend(
-            kernels.rotate(queries, *rotary), kernels.rotate(keys, *rotary), values, index
-        )
+            turning = torch.cat((queries, kernels.rms_norm(keys, layer.key_norm, eps)), dim=1)
+        queries, keys = kernels.rotate(turning, *rotary).split_with_sizes(split, dim=1)
+        attended = attention.attend(queries, keys, values, index)
         return kernels.linear(attended.flatten(1), layer.attention_out, layer.attention_out_bias)

@@ -31,7 +31,10 @@ inline void dot_block(const typename E::T* weight, const typename E::T* rows, co
         // Reading takes the time: row after row, as memory is read fastest.
 #pragma GCC unroll 16
         for (int j = 0; j < R; j++)
-            for (size_t k = 0; k < whole; k += E::lanes) add(j, k, E::lanes);
+            for (size_t k = 0; k < whole; k += E::lanes) {
+                add(j, k, E::lanes);
+                _mm_prefetch((const char*)(weight + j * inputs + k) + 8192, _MM_HINT_T0);
+            }
     } else {
         // Computing does: R rows side by side, so that each input is loaded once for all of them.
         for (size_t k = 0; k < whole; k += E::lanes)
