@@ -26,7 +26,7 @@ import torch
 from engine.batch import FlatBatch
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.errors import EngineError, RankDiedError
+from engine.errors import RankDiedError
 from engine.layout import KvLayout
 from engine.loading import fingerprint_of
 from engine.parallel.build import BuiltStage, build_stage
@@ -60,6 +60,7 @@ class _Follower:
             )
         self.place = place
         self.channel = Channel(ours)
+        self.listener: threading.Thread | None = None
         self.loaded = 0.0
         self.is_ready = False
 
@@ -86,7 +87,8 @@ class ParallelExecutor:
         Shard(0, tp_size, 0, pp_size).check(model_config)
         if len(cores) != tp_size * pp_size * config.threads:
             raise ValueError(
-                f"{tp_size} x {pp_size} ranks of {config.threads} threads need as many cores, not {len(cores)}"
+                f"{tp_size} x {pp_size} ranks of {config.threads} threads need as many cores, "
+                f"not {len(cores)}"
             )
         self._pp_size = pp_size
         self._on_death = on_death
@@ -94,6 +96,7 @@ class ParallelExecutor:
         self._changed = threading.Condition()
         self._death: RankDiedError | None = None
         self._is_closing = False
+        self._is_loaded = False
         self._own_progress = 0.0
         store = open_store(_LOOPBACK, 0, is_leader=True)
         places = [
@@ -113,17 +116,23 @@ class ParallelExecutor:
         self._followers = [_Follower(place) for place in places[1:]]
         for rank, follower in enumerate(self._followers, start=1):
             name = f"prelay-rank-{rank}"
-            threading.Thread(target=self._listen, args=(rank, follower), name=name, daemon=True).start()
+            follower.listener = threading.Thread(
+                target=self._listen, args=(rank, follower), name=name, daemon=True
+            )
+            follower.listener.start()
         try:
             self.built: BuiltStage = build_stage(places[0], model_config, store, self._own)
             with self._changed:
                 self._changed.wait_for(lambda: self._death or all(f.is_ready for f in self._followers))
             self._raise_if_dead()
-        except EngineError:
-            self._end_all()
-            raise
+            self._is_loaded = True
         except RuntimeError as error:  # an operation that a rank's end has broken
-            raise self._death_of_a_rank(error) from error
+            death = self._death_of_a_rank(error)
+            self.close()
+            raise death from error
+        except BaseException:
+            self.close()
+            raise
 
     def logits(self, batch: FlatBatch) -> torch.Tensor:
         """Raises RankDiedError; nothing can be computed any more then."""
@@ -148,7 +157,7 @@ class ParallelExecutor:
         """End the other ranks; waits for them."""
         with self._changed:
             self._is_closing = True
-        for follower in self._followers:
+        for follower in self._followers if self._is_loaded else ():
             if follower.process.poll() is not None:
                 continue
             try:
@@ -157,12 +166,17 @@ class ParallelExecutor:
             except (ChannelClosedError, subprocess.TimeoutExpired):
                 _log.warning("event=rank_not_stopped pid=%d: it is killed", follower.process.pid)
         self._end_all()
+        for follower in self._followers:
+            if follower.listener is not None:
+                follower.listener.join()
 
     def _own(self, fraction: float) -> None:
-        self._own_progress = fraction
-        self._report()
+        with self._changed:
+            self._own_progress = fraction
+            self._report()
 
     def _report(self) -> None:
+        """With `_changed` held: ranks load side by side, and their progress is told one at a time."""
         shares = [self._own_progress, *(follower.loaded for follower in self._followers)]
         self._on_progress(sum(shares) / len(shares))
 
@@ -176,6 +190,7 @@ class ParallelExecutor:
                 with self._changed:
                     if kind == PROGRESS:
                         follower.loaded = float(text)
+                        self._report()
                     elif kind == READY:
                         follower.is_ready = True
                     elif kind == FAILED:
@@ -183,6 +198,8 @@ class ParallelExecutor:
                     self._changed.notify_all()
         except ChannelClosedError:
             self._bury(rank, follower, why)
+        finally:
+            follower.channel.close()
 
     def _bury(self, rank: int, follower: _Follower, why: str) -> None:
         with self._changed:

@@ -1,0 +1,197 @@
+"""Workers of several ranks, in real processes: the tokens of one, and an end at once when a rank dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import RankDiedError, UnsupportedModelError
+from engine.generate import generate
+from engine.parallel.ranks import ParallelExecutor, load_parallel
+from engine.sequence import ScheduledChunk, TokenSampling
+
+GREEDY = TokenSampling(
+    temperature=0, top_k=0, top_p=1.0, seed=0, max_tokens=24, min_tokens=0, stop_token_ids=frozenset()
+)
+WARM = replace(GREEDY, temperature=0.9, top_p=0.95, seed=5)
+CONFIG = EngineConfig(num_blocks=64, block_size=8, max_batch_tokens=16)
+NewCheckpoint = Callable[..., Path]
+Start = Callable[..., tuple[Engine, ParallelExecutor]]
+
+MODELS = {
+    "mqa": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "biases_tied": {"family": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qk_norm": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 161},
+    "windows": {"family": "mistral", "num_key_value_heads": 2, "sliding_window": 9, "num_hidden_layers": 4},
+}
+
+
+def cores(count: int) -> list[int]:
+    allowed = sorted(os.sched_getaffinity(0))
+    return [allowed[index % len(allowed)] for index in range(count)]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """load_parallel; what it has started is closed in the end."""
+    started: list[ParallelExecutor] = []
+
+    def load(
+        path: Path,
+        tp_size: int,
+        pp_size: int,
+        on_death: Callable[[RankDiedError], None] = lambda error: None,
+        config: EngineConfig = CONFIG,
+    ) -> tuple[Engine, ParallelExecutor]:
+        progress: list[float] = []
+        count = tp_size * pp_size
+        engine, executor = load_parallel(
+            path, config, tp_size, pp_size, cores(count), progress.append, on_death
+        )
+        started.append(executor)
+        assert progress[-1] == 1.0
+        return engine, executor
+
+    yield load
+    for executor in started:
+        executor.close()
+        assert not any(is_alive(pid) for pid in executor.pids)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def answers(engine: Engine) -> list[list[int]]:
+    """Long and short prompts alone, then a mixture of chunks and decoding sequences in the same steps."""
+    dice = random.Random(3)
+    prompts = [[dice.randrange(160) for _ in range(length)] for length in (1, 5, 37)]
+    found = [generate(engine, prompt, sampling) for prompt in prompts for sampling in (GREEDY, WARM)]
+    tokens = [list(prompt) for prompt in prompts]
+    computed = [0] * len(tokens)
+    for step in range(30):
+        chunks = []
+        for index, sequence in enumerate(tokens):
+            new = sequence[computed[index] : computed[index] + 1 + (step + index) % 7]
+            is_last = computed[index] + len(new) == len(sequence)
+            table = range(index * 16, index * 16 + 16)
+            drawn = len(sequence) - len(prompts[index])
+            chunks.append(ScheduledChunk(new, computed[index], table, GREEDY if is_last else None, drawn))
+            computed[index] += len(new)
+        for sequence, result in zip(tokens, engine.runner.step(chunks), strict=True):
+            if result.token_id is not None:
+                sequence.append(result.token_id)
+    return [*found, *tokens]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "model"),
+    [
+        (2, 1, "mqa"),
+        (2, 1, "qk_norm"),
+        (1, 2, "windows"),
+        (2, 2, "biases_tied"),
+        *(
+            pytest.param(tp, pp, model, marks=pytest.mark.slow)
+            for tp, pp, model in [(2, 2, "mqa"), (2, 2, "qk_norm"), (2, 2, "windows"), (1, 2, "biases_tied")]
+        ),
+    ],
+)
+def test_ranks_give_the_tokens_of_one_process(
+    new_checkpoint: NewCheckpoint, start: Start, tp_size: int, pp_size: int, model: str
+) -> None:
+    path = new_checkpoint(**MODELS[model])
+    engine, _ = start(path, tp_size, pp_size)
+    assert answers(engine) == answers(Engine.load(path, CONFIG, None, lambda fraction: None))
+
+
+def test_an_idle_rank_that_dies_takes_the_others_and_every_later_step_with_it(
+    new_checkpoint: NewCheckpoint, start: Start
+) -> None:
+    died = threading.Event()
+    engine, executor = start(new_checkpoint(**MODELS["mqa"]), 2, 2, lambda error: died.set())
+    os.kill(executor.pids[1], signal.SIGKILL)
+    assert died.wait(60)
+    with pytest.raises(RankDiedError, match=r"rank 2 \(tensor 0 of 2, stage 1 of 2\) is gone"):
+        generate(engine, [1, 2, 3], GREEDY)
+    assert not any(is_alive(pid) for pid in executor.pids)
+
+
+def test_a_rank_that_dies_in_the_middle_of_a_step_ends_the_step(
+    new_checkpoint: NewCheckpoint, start: Start
+) -> None:
+    engine, executor = start(new_checkpoint(**MODELS["mqa"]), 2, 1)
+    generate(engine, [1, 2, 3], GREEDY)
+    os.kill(executor.pids[0], signal.SIGSTOP)
+    raised: list[BaseException] = []
+
+    def step() -> None:
+        try:
+            generate(engine, [1, 2, 3], GREEDY)
+        except RankDiedError as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=step)
+    waiting.start()
+    # Nobody answers: the step is under way for as long as the rank is stopped.
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    os.kill(executor.pids[0], signal.SIGKILL)
+    waiting.join(60)
+    assert [type(error) for error in raised] == [RankDiedError]
+
+
+def test_ranks_end_with_their_leader(new_checkpoint: NewCheckpoint) -> None:
+    path = new_checkpoint(**MODELS["mqa"])
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from engine.config import EngineConfig; from engine.parallel.ranks import load_parallel\n"
+        f"config = EngineConfig(num_blocks=64, block_size=8)\n"
+        f"arguments = (2, 1, {cores(2)}, lambda fraction: None, lambda error: None)\n"
+        f"engine, executor = load_parallel(Path({str(path)!r}), config, *arguments)\n"
+        "print(executor.pids[0], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as leader:
+        assert leader.stdout is not None
+        pid = int(leader.stdout.readline())
+        watch = os.pidfd_open(pid)
+        leader.kill()
+        # Readable as soon as the process has ended.
+        poll = select.poll()
+        poll.register(watch, select.POLLIN)
+        assert poll.poll(60_000), "the rank has outlived its leader"
+        os.close(watch)
+
+
+def test_a_rank_that_cannot_load_says_why(new_checkpoint: NewCheckpoint) -> None:
+    path = new_checkpoint(**MODELS["mqa"])
+    (path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(Exception, match=r"truncated or not a safetensors file"):
+        load_parallel(path, CONFIG, 2, 1, cores(2), lambda fraction: None, lambda error: None)
+
+
+def test_what_cannot_be_split_is_refused_before_anything_starts(new_checkpoint: NewCheckpoint) -> None:
+    path = new_checkpoint(**MODELS["mqa"])
+    with pytest.raises(UnsupportedModelError, match="num_attention_heads"):
+        load_parallel(path, CONFIG, 3, 1, cores(3), lambda fraction: None, lambda error: None)
+    with pytest.raises(ValueError, match="need as many cores, not 1"):
+        load_parallel(path, CONFIG, 2, 1, cores(1), lambda fraction: None, lambda error: None)
