@@ -52,7 +52,7 @@ def draw_engine(result: dict[str, Any], target: Path) -> None:
         axis.set_ylabel("tokens / s")
         axis.set_title(phase)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="upper left")
     figure.suptitle(f"{result['shape']}, {result['dtype']}, {result['threads']} core(s)")
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
