@@ -128,7 +128,5 @@ class Local:
     @torch.inference_mode()
     def logits(self, batch: FlatBatch) -> torch.Tensor:
         hidden = self._model.embed(torch.from_numpy(batch.token_ids))
-        hidden = self._model.forward(
-            hidden, torch.from_numpy(batch.positions), self._attention.plan(batch)
-        )
+        hidden = self._model.forward(hidden, torch.from_numpy(batch.positions), self._attention.plan(batch))
         return self._model.logits(hidden[torch.from_numpy(batch.wanted)])
