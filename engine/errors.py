@@ -9,6 +9,7 @@ EngineError
 ├── InvalidStepError         a scheduled chunk that no engine could run
 ├── KvMemoryError            the memory there is does not hold the KV of one sequence
 ├── RankDiedError            a process of a worker that has several is gone, and the worker with it
+├── GroupBrokenError         an operation between ranks has failed, as one of them is gone
 ├── OutOfBlocksError         more KV blocks wanted than are free
 └── BlockAccountingError     a block was given back or shared by somebody who does not hold it
 """
@@ -50,6 +51,10 @@ class KvMemoryError(EngineError):
 
 class RankDiedError(EngineError):
     """A rank of the worker ended or failed; the other ranks have been ended, and nothing can be computed."""
+
+
+class GroupBrokenError(EngineError):
+    """What one rank sees of another one's end; who is gone it does not say."""
 
 
 class OutOfBlocksError(EngineError):

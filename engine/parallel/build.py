@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch._C._distributed_c10d import Store
 
 from engine.attention.base import AttentionBackend
 from engine.config import ModelConfig
@@ -18,7 +17,7 @@ from engine.kv_cache import KvCache
 from engine.layout import KvLayout
 from engine.loading import weights_of
 from engine.model import LlamaModel
-from engine.parallel.groups import RankGroups, open_store
+from engine.parallel.groups import RankGroups
 from engine.parallel.rank import RankPlace
 from engine.parallel.stage import Stage
 
@@ -34,10 +33,10 @@ class BuiltStage:
 def build_stage(
     place: RankPlace,
     model_config: ModelConfig,
-    store: Store | None,
+    meet: Callable[[torch.device], RankGroups],
     on_progress: Callable[[float], None],
 ) -> BuiltStage:
-    """Load this rank's shard, and meet the other ranks. store: the leader's own; None connects to it."""
+    """Load this rank's shard, and `meet` the other ranks."""
     config, shard = place.config, place.shard
     if config.device == "cuda":
         # One GPU a rank; whoever starts ranks on several hosts shows each rank its own.
@@ -55,9 +54,7 @@ def build_stage(
         cpu = CpuBackend(model_config, config, shard)
         cache = KvCache(KvLayout.of(model_config, config, shard), config.num_blocks)
         kernels, attention = cpu.kernels(), cpu.attention(cache)
-    if store is None:
-        store = open_store(place.store_host, place.store_port, is_leader=False)
-    groups = RankGroups.open(store, shard, device, place.host)
+    groups = meet(device)
     groups.world.barrier()
     model = LlamaModel(model_config, shard, weights, kernels, groups.tensor)
     dtype = getattr(torch, config.dtype)

@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
+from engine.errors import GroupBrokenError
 from engine.parallel.channel import Channel, ChannelClosedError
 from engine.shard import Shard
 
-# Frames of a rank to the leader: a letter, then text.
-PROGRESS, READY, FAILED = b"P", b"R", b"F"
+# Frames of a rank to the leader: a letter, then text. BROKEN: another rank has failed, not this one.
+PROGRESS, READY, FAILED, BROKEN = b"P", b"R", b"F", b"B"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,19 @@ def serve_rank(place: RankPlace, channel: Channel) -> None:
     """Load, say so, and run steps until STOP. Raises what loading or a step raises."""
     from engine.parallel.build import build_stage
     from engine.parallel.codec import decode
+    from engine.parallel.groups import RankGroups, open_store
 
     def progress(fraction: float) -> None:
         channel.send(PROGRESS + str(fraction).encode())
 
-    built = build_stage(place, ModelConfig.from_pretrained(place.checkpoint), None, progress)
+    built = build_stage(
+        place,
+        ModelConfig.from_pretrained(place.checkpoint),
+        lambda device: RankGroups.open(
+            open_store(place.store_host, place.store_port, is_leader=False), place.shard, device, place.host
+        ),
+        progress,
+    )
     channel.send(READY)
     while batches := decode(channel.receive()):
         built.stage.run(batches)
@@ -93,6 +102,10 @@ def main(text: str, descriptor: str) -> None:
         serve_rank(place, channel)
     except ChannelClosedError:
         os._exit(1)
+    except GroupBrokenError as error:
+        channel.send(BROKEN + str(error).encode())
+        # The leader ends all ranks. If this one went first, a third would be cut off by it, and so on.
+        threading.Event().wait()
     except Exception as error:
         channel.send(FAILED + f"{type(error).__name__}: {error}".encode())
         os._exit(1)

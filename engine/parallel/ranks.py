@@ -6,17 +6,21 @@ The life of the ranks:
   3. For every step the leader sends its micro-batches to all, computes its own part, and gets the logits.
   4. `close` sends STOP, and the ranks end by themselves.
 A rank that dies closes its socket, at any point: the leader learns of it at once, ends all others, which
-breaks whatever operation it waits in itself, and says so (`on_death`, RankDiedError). A leader that dies
-closes all sockets, and every rank ends itself.
+breaks whatever operation it waits in itself, and says so (`on_death`, RankDiedError). A rank that only finds
+its connection to another one broken says that, and stays, so that it is not taken for the one that died. A
+leader whose own part of a step fails ends the others, too, as they are in the middle of that step; one that
+dies closes all sockets, and every rank ends itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,20 +30,21 @@ import torch
 from engine.batch import FlatBatch
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.errors import RankDiedError
+from engine.errors import GroupBrokenError, RankDiedError
 from engine.layout import KvLayout
 from engine.loading import fingerprint_of
 from engine.parallel.build import BuiltStage, build_stage
 from engine.parallel.channel import Channel, ChannelClosedError
 from engine.parallel.codec import STOP, encode
-from engine.parallel.groups import open_store
+from engine.parallel.groups import RankGroups, open_store
 from engine.parallel.micro_batches import split
-from engine.parallel.rank import FAILED, PROGRESS, READY, RankPlace
+from engine.parallel.rank import BROKEN, FAILED, PROGRESS, READY, RankPlace
 from engine.runner import ModelRunner
 from engine.shard import Shard
 
 _LOOPBACK = "127.0.0.1"
 _STOP_TIMEOUT_S = 10.0
+_BLAME_TIMEOUT_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +73,8 @@ class _Follower:
 class ParallelExecutor:
     """engine.executor.Executor over ranks in processes of this host, this process being rank 0.
 
-    cores: [tp_size * pp_size * config.threads], the ranks' in order. on_death: called once, from another
-    thread, when a rank has died.
+    cores: [tp_size * pp_size * config.threads], the ranks' in order. on_death: called once when a rank has
+    died, from the thread that finds out: one of this object's own, or the one that runs the step.
     """
 
     def __init__(
@@ -98,14 +103,14 @@ class ParallelExecutor:
         self._is_closing = False
         self._is_loaded = False
         self._own_progress = 0.0
-        store = open_store(_LOOPBACK, 0, is_leader=True)
+        self._store = open_store(_LOOPBACK, 0, is_leader=True)
         places = [
             RankPlace(
                 checkpoint.absolute(),
                 config,
                 Shard(tp_rank, tp_size, pp_rank, pp_size),
                 _LOOPBACK,
-                store.port,
+                self._store.port,
                 _LOOPBACK,
                 tuple(cores[rank * config.threads : (rank + 1) * config.threads]),
             )
@@ -113,6 +118,7 @@ class ParallelExecutor:
                 (pp_rank, tp_rank) for pp_rank in range(pp_size) for tp_rank in range(tp_size)
             )
         ]
+        self._place = places[0]
         self._followers = [_Follower(place) for place in places[1:]]
         for rank, follower in enumerate(self._followers, start=1):
             name = f"prelay-rank-{rank}"
@@ -121,12 +127,12 @@ class ParallelExecutor:
             )
             follower.listener.start()
         try:
-            self.built: BuiltStage = build_stage(places[0], model_config, store, self._own)
+            self.built: BuiltStage = build_stage(self._place, model_config, self._meet, self._own)
             with self._changed:
-                self._changed.wait_for(lambda: self._death or all(f.is_ready for f in self._followers))
-            self._raise_if_dead()
+                self._changed.wait_for(lambda: self._is_over or all(f.is_ready for f in self._followers))
+            self._raise_if_over()
             self._is_loaded = True
-        except RuntimeError as error:  # an operation that a rank's end has broken
+        except GroupBrokenError as error:
             death = self._death_of_a_rank(error)
             self.close()
             raise death from error
@@ -136,15 +142,21 @@ class ParallelExecutor:
 
     def logits(self, batch: FlatBatch) -> torch.Tensor:
         """Raises RankDiedError; nothing can be computed any more then."""
-        self._raise_if_dead()
+        self._raise_if_over()
         batches = split(batch, self._pp_size)
         message = encode(batches)
         try:
             for follower in self._followers:
                 follower.channel.send(message)
             logits = self.built.stage.run(batches)
-        except (ChannelClosedError, RuntimeError) as error:
+        except (ChannelClosedError, GroupBrokenError) as error:
             raise self._death_of_a_rank(error) from error
+        except Exception as error:
+            self._bury(0, self._place, f"{type(error).__name__}: {error}")
+            raise self._death_of_a_rank(error) from error
+        except BaseException:
+            self._end_all()
+            raise
         assert logits is not None
         return logits
 
@@ -154,23 +166,56 @@ class ParallelExecutor:
         return [follower.process.pid for follower in self._followers]
 
     def close(self) -> None:
-        """End the other ranks; waits for them."""
+        """End the other ranks; waits for them. May be called again, and from `on_death`."""
         with self._changed:
+            is_over = self._is_over
             self._is_closing = True
-        for follower in self._followers if self._is_loaded else ():
-            if follower.process.poll() is not None:
-                continue
-            try:
-                follower.channel.send(STOP)
-                follower.process.wait(_STOP_TIMEOUT_S)
-            except (ChannelClosedError, subprocess.TimeoutExpired):
-                _log.warning("event=rank_not_stopped pid=%d: it is killed", follower.process.pid)
+            self._changed.notify_all()
+        if self._is_loaded and not is_over:
+            self._stop_all()
         self._end_all()
         for follower in self._followers:
-            if follower.listener is not None:
+            if follower.listener is not None and follower.listener is not threading.current_thread():
                 follower.listener.join()
 
+    def _stop_all(self) -> None:
+        """Let the ranks end by themselves, as long as they take no longer than they may."""
+        for follower in self._followers:
+            # Who is gone already need not be told.
+            with contextlib.suppress(ChannelClosedError):
+                follower.channel.send(STOP)
+        give_up = time.monotonic() + _STOP_TIMEOUT_S
+        for follower in self._followers:
+            try:
+                follower.process.wait(max(0.0, give_up - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _log.warning("event=rank_not_stopped pid=%d: it is killed", follower.process.pid)
+
+    def _meet(self, device: torch.device) -> RankGroups:
+        """In a thread of its own: nothing ends the wait for a rank that dies before it comes."""
+        met: list[RankGroups | GroupBrokenError] = []
+
+        def meet() -> None:
+            found: RankGroups | GroupBrokenError
+            try:
+                found = RankGroups.open(self._store, self._place.shard, device, self._place.host)
+            except GroupBrokenError as error:
+                found = error
+            with self._changed:
+                met.append(found)
+                self._changed.notify_all()
+
+        threading.Thread(target=meet, name="prelay-meet", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or met)
+        self._raise_if_over()
+        (found,) = met
+        if isinstance(found, GroupBrokenError):
+            raise found
+        return found
+
     def _own(self, fraction: float) -> None:
+        self._raise_if_over()
         with self._changed:
             self._own_progress = fraction
             self._report()
@@ -195,17 +240,24 @@ class ParallelExecutor:
                         follower.is_ready = True
                     elif kind == FAILED:
                         why = text
+                    elif kind == BROKEN:
+                        # Whose end has broken it is about to be heard of; if not, it counts as this one's.
+                        self._changed.wait_for(lambda: self._is_over, _BLAME_TIMEOUT_S)
+                        why = text
+                        break
                     self._changed.notify_all()
         except ChannelClosedError:
-            self._bury(rank, follower, why)
-        finally:
-            follower.channel.close()
+            pass
+        except Exception as error:
+            why = f"what it says cannot be taken in: {type(error).__name__}: {error}"
+        self._bury(rank, follower.place, why)
+        follower.channel.close()
 
-    def _bury(self, rank: int, follower: _Follower, why: str) -> None:
+    def _bury(self, rank: int, place: RankPlace, why: str) -> None:
         with self._changed:
-            if self._is_closing or self._death is not None:
+            if self._is_over:
                 return
-            shard = follower.place.shard
+            shard = place.shard
             self._death = RankDiedError(
                 f"rank {rank} (tensor {shard.tp_rank} of {shard.tp_size}, stage {shard.pp_rank} of "
                 f"{shard.pp_size}) is gone: {why}"
@@ -218,22 +270,28 @@ class ParallelExecutor:
     def _end_all(self) -> None:
         with self._changed:
             self._is_closing = True
+            self._changed.notify_all()
         for follower in self._followers:
             follower.process.kill()
+        for follower in self._followers:
             follower.process.wait()
 
-    def _raise_if_dead(self) -> None:
+    @property
+    def _is_over(self) -> bool:
+        """With `_changed` held."""
+        return self._is_closing or self._death is not None
+
+    def _raise_if_over(self) -> None:
         with self._changed:
-            if self._death is not None:
-                raise self._death
+            if self._is_over:
+                raise self._death or RankDiedError("the ranks have been ended")
 
     def _death_of_a_rank(self, error: Exception) -> RankDiedError:
         """An operation broke: which rank has died is known as soon as its socket is read."""
         with self._changed:
-            self._changed.wait_for(lambda: self._death is not None, _STOP_TIMEOUT_S)
-            death = self._death
-        self._end_all()
-        return death or RankDiedError(f"an operation between ranks failed: {error}")
+            self._changed.wait_for(lambda: self._is_over, _BLAME_TIMEOUT_S)
+        self._bury(0, self._place, str(error))
+        return self._death or RankDiedError(f"the ranks have been ended: {error}")
 
 
 def load_parallel(

@@ -63,7 +63,7 @@ class Stage:
         if self._rank == LEADER and not self._shard.is_last_stage:
             logits = [self._receive_logits(batch, tag) for tag, batch in enumerate(batches)]
         for work, _ in sending:
-            work.wait()
+            self._world.sent(work)
         return torch.cat(logits) if self._rank == LEADER else None
 
     def _compute(self, batch: FlatBatch, tag: int) -> tuple[torch.Tensor, torch.Tensor | None]:

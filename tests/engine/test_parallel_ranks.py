@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import RankDiedError, UnsupportedModelError
+from engine.errors import InvalidStepError, RankDiedError, UnsupportedModelError
 from engine.generate import generate
+from engine.parallel import ranks
+from engine.parallel.channel import Channel, ChannelClosedError
+from engine.parallel.rank import BROKEN, RankPlace
 from engine.parallel.ranks import ParallelExecutor, load_parallel
 from engine.sequence import ScheduledChunk, TokenSampling
 
@@ -155,6 +159,117 @@ def test_a_rank_that_dies_in_the_middle_of_a_step_ends_the_step(
     os.kill(executor.pids[0], signal.SIGKILL)
     waiting.join(60)
     assert [type(error) for error in raised] == [RankDiedError]
+
+
+def test_the_rank_that_died_is_blamed_and_not_one_that_it_has_cut_off(
+    new_checkpoint: NewCheckpoint, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader hears of the death only after the dead rank's peer has complained, or has been blamed."""
+    complained = threading.Event()
+    closed: list[Channel] = []
+
+    class Late(Channel):
+        def receive(self) -> bytes:
+            try:
+                frame = super().receive()
+            except ChannelClosedError:
+                closed.append(self)
+                if closed[0] is self:
+                    assert complained.wait(60)
+                raise
+            if frame[:1] == BROKEN:
+                complained.set()
+            return frame
+
+    monkeypatch.setattr(ranks, "Channel", Late)
+    engine, executor = start(new_checkpoint(**MODELS["mqa"]), 2, 2, lambda error: complained.set())
+    generate(engine, [1, 2, 3], GREEDY)
+    os.kill(executor.pids[1], signal.SIGSTOP)
+    # Rank 3, of the same stage, waits for rank 2 when that dies.
+    with ThreadPoolExecutor() as threads:
+        step = threads.submit(generate, engine, [1, 2, 3], GREEDY)
+        with pytest.raises(TimeoutError):
+            step.result(0.2)
+        os.kill(executor.pids[1], signal.SIGKILL)
+        with pytest.raises(RankDiedError, match=r"^rank 2 .* is gone: its process has ended"):
+            step.result(60)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("wrong"), RuntimeError("torch's own")])
+def test_a_leader_that_fails_in_its_part_of_a_step_ends_the_ranks_that_wait_for_it(
+    new_checkpoint: NewCheckpoint, start: Start, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(batches: object) -> None:
+        raise error
+
+    told: list[RankDiedError] = []
+    engine, executor = start(new_checkpoint(**MODELS["mqa"]), 2, 1, told.append)
+    monkeypatch.setattr(executor.built.stage, "run", fail)
+    for _ in range(2):
+        with pytest.raises(RankDiedError, match=rf"rank 0 .* is gone: {type(error).__name__}: {error}"):
+            generate(engine, [1, 2, 3], GREEDY)
+    assert len(told) == 1
+    assert not any(is_alive(pid) for pid in executor.pids)
+
+
+def test_a_step_that_cannot_be_sent_leaves_the_ranks_as_they_are(
+    new_checkpoint: NewCheckpoint, start: Start
+) -> None:
+    engine, _ = start(new_checkpoint(**MODELS["mqa"]), 2, 1)
+    answer = generate(engine, [1, 2, 3], GREEDY)
+    with pytest.raises(InvalidStepError):
+        generate(engine, [1, 2, 99999], GREEDY)
+    assert generate(engine, [1, 2, 3], GREEDY) == answer
+
+
+def test_a_rank_that_dies_while_it_loads_ends_the_start(
+    new_checkpoint: NewCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dead(ranks._Follower):
+        def __init__(self, place: RankPlace) -> None:
+            super().__init__(place)
+            self.process.kill()
+
+    monkeypatch.setattr(ranks, "_Follower", Dead)
+    arguments = (new_checkpoint(**MODELS["mqa"]), CONFIG, 2, 1, cores(2), lambda fraction: None)
+    raised: list[RankDiedError] = []
+
+    def load() -> None:
+        try:
+            load_parallel(*arguments, lambda error: None)
+        except RankDiedError as error:
+            raised.append(error)
+
+    # A daemon: a start that waits for the dead rank would keep the tests from ending.
+    loading = threading.Thread(target=load, daemon=True)
+    loading.start()
+    loading.join(60)
+    assert [str(error).split(" is gone")[0] for error in raised] == ["rank 1 (tensor 1 of 2, stage 0 of 1)"]
+
+
+def test_ranks_are_closed_twice_and_from_on_death(new_checkpoint: NewCheckpoint) -> None:
+    path = new_checkpoint(**MODELS["mqa"])
+    closed: list[str] = []
+    done = threading.Event()
+
+    def on_death(error: RankDiedError) -> None:
+        executor.close()
+        closed.append(str(error))
+        done.set()
+
+    _, executor = load_parallel(path, CONFIG, 2, 1, cores(2), lambda fraction: None, on_death)
+    os.kill(executor.pids[0], signal.SIGKILL)
+    assert done.wait(60)
+    executor.close()
+    executor.close()
+    assert len(closed) == 1
+
+    engine, executor = load_parallel(path, CONFIG, 2, 1, cores(2), lambda fraction: None, on_death)
+    executor.close()
+    executor.close()
+    with pytest.raises(RankDiedError, match="have been ended"):
+        generate(engine, [1, 2, 3], GREEDY)
+    assert len(closed) == 1
 
 
 def test_ranks_end_with_their_leader(new_checkpoint: NewCheckpoint) -> None:
