@@ -186,8 +186,9 @@ class _Cut:
         by_top_p = 1 + (cumulated[:, :-1] < top_p * mass).sum(dim=-1, keepdim=True)
         by_min_p = (probabilities >= min_p * probabilities[:, :1]).sum(dim=-1, keepdim=True)
         kept = torch.minimum(torch.minimum(by_top_p, by_min_p), top_k).clamp(1, width)
-        # Of a top-k beyond the candidates not even the mass is known here.
-        kept = torch.where((width < top_k) & (top_k < vocab_size), width, kept)
+        # Of a top-k beyond the candidates not even the mass is known here, unless no more can be drawn.
+        beyond = (width < top_k) & (top_k < vocab_size) & (probabilities[:, -1:] > 0)
+        kept = torch.where(beyond, width, kept)
         least = ordered.gather(1, kept - 1)
         return cls(least.squeeze(1), (kept - (ordered > least).sum(dim=-1, keepdim=True)).squeeze(1))
 

@@ -193,6 +193,16 @@ def test_of_equals_the_lower_ids_stay_also_beyond_the_candidates(top_k: int) -> 
     assert set(np.flatnonzero(drawn)) == {*range(top_k - 2), vocab_size - 2, vocab_size - 1}
 
 
+@pytest.mark.parametrize("filters", [{"top_p": 0.5}, {"min_p": 1.0}, {"top_p": 1e-9}, {"min_p": 0.5}])
+def test_filters_hold_where_no_token_beyond_the_likeliest_few_can_be_drawn(filters: dict[str, float]) -> None:
+    """top-k is beyond the candidates, and their last one has a probability of 0 in float32."""
+    logits = [-60.0] * (2 * CANDIDATES)
+    logits[5], logits[70], logits[200] = 1.0, 0.9, -1.0
+    sampling = replace(PLAIN, temperature=0.5, top_k=CANDIDATES + 1, **filters)
+    counts = draw_many(logits, sampling, 200)
+    assert set(np.flatnonzero(counts)) == set(np.flatnonzero(reference_probabilities(logits, sampling)))
+
+
 def test_penalties_are_those_of_the_answer_and_repetition_that_of_the_prompt_too() -> None:
     logits = torch.tensor([[2.0, 1.0, -1.0, 0.5]])
     history = TokenHistory([0], [1, 1, 2])
