@@ -114,8 +114,10 @@ class EngineLoop(Generic[Event, Output]):
                 busy = self._turn(events)
         except Exception as error:
             _log.critical("event=engine_broken error=%r", error)
-            self._flush()
-            self._on_fatal(error)
+            try:
+                self._flush()
+            finally:  # also if it was this that broke
+                self._on_fatal(error)
 
     def _take(self, wait: bool) -> list[Event] | None:
         """All events that have come; with `wait`, sleeps until one comes or a deadline. None: stop."""

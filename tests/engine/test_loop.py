@@ -27,6 +27,7 @@ class ScriptedRole:
         self.wake_at: float | None = None
         self.fail_steps = 0
         self.books_wrong = False
+        self.mute = False
 
     def handle(self, event: int | str) -> None:
         if isinstance(event, str):
@@ -52,6 +53,9 @@ class ScriptedRole:
         return self.wake_at
 
     def take_outputs(self) -> list[str]:
+        if self.mute:
+            self.checked.set()
+            raise ValueError("mute")
         said, self.said = self.said, []
         return said
 
@@ -165,6 +169,15 @@ async def test_books_that_do_not_agree_are_fatal(running: Running) -> None:
     await running.checked()
     await running.loop.stop(5.0)
     assert [str(error) for error in running.fatal] == ["a block is missing"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_role_that_cannot_say_what_came_out_is_fatal(running: Running) -> None:
+    running.role.mute = True
+    running.loop.post(1)
+    await running.checked()
+    await running.loop.stop(5.0)
+    assert [str(error) for error in running.fatal] == ["mute"]
 
 
 def test_books_are_compared_with_those_who_hold_blocks() -> None:
