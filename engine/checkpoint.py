@@ -39,13 +39,12 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is {weight_map!r}; it must map tensors to files")
-    names = set(weight_map.values())
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or (path / name).is_dir():
             raise CheckpointError(f"{index}: {name!r} is not the name of a file in the same directory")
         if not (path / name).exists():
             raise CheckpointError(f"{path / name} is missing, but {_INDEX_FILE} names it")
-    return [path / name for name in sorted(names)]
+    return [path / name for name in sorted(set(weight_map.values()))]
 
 
 @contextmanager

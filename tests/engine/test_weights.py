@@ -177,6 +177,9 @@ def test_missing_weights_are_named(new_checkpoint: NewCheckpoint) -> None:
         ("{}", "weight_map is None"),
         ('{"weight_map": {"a": "../secret.safetensors"}}', "not the name of a file in the same directory"),
         ('{"weight_map": {"a": 1}}', "1 is not the name of a file"),
+        ('{"weight_map": {"a": ["b.safetensors"]}}', "is not the name of a file"),
+        ('{"weight_map": {"a": ".."}}', r"'\.\.' is not the name of a file"),
+        ('{"weight_map": {"a": ""}}', "'' is not the name of a file"),
         ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors is missing, but .* names it"),
     ],
 )
