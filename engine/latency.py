@@ -26,6 +26,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _VERSION = 1
+_MAX_CORRECTION = 5.0
 
 
 class ProfileError(ValueError):
@@ -165,7 +166,8 @@ class OnlineLatency:
             return predicted
         offset, scale = self._parameters
         # Corrections are learned where the load has been; far from there they must not turn absurd.
-        return float(np.clip(offset * self._unit_s + scale * predicted, predicted / 5, predicted * 5))
+        corrected = offset * self._unit_s + scale * predicted
+        return float(np.clip(corrected, predicted / _MAX_CORRECTION, predicted * _MAX_CORRECTION))
 
     def promise_s(self, shape: StepShape) -> float:
         """How long the step will take at most, in `quantile` of the cases."""
@@ -178,9 +180,10 @@ class OnlineLatency:
             return
         if self._unit_s is None:
             self._unit_s = predicted
-        is_above = math.log(seconds / self.expect_s(shape)) > self._q
+        is_above = seconds > self.promise_s(shape)
         self._q += self._rate * (self._quantile if is_above else self._quantile - 1)
-        row = np.array([self._unit_s, predicted]) / seconds
+        # Errors are relative to what is observed, so one time that is far too short would outweigh thousands.
+        row = np.array([self._unit_s, predicted]) / max(seconds, predicted / _MAX_CORRECTION)
         gain = self._covariance @ row / (self._forgetting + row @ self._covariance @ row)
         self._parameters = self._parameters + gain * (1 - row @ self._parameters)
         covariance = (self._covariance - np.outer(gain, row @ self._covariance)) / self._forgetting

@@ -142,6 +142,16 @@ def test_a_drift_is_followed_and_promises_hold_nine_times_of_ten(scale: float, o
     assert 0.84 < kept < 0.96
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 5e-324, 1e9])
+def test_a_single_absurd_time_is_soon_forgotten(seconds: float) -> None:
+    model = fit(samples(120, seed=1, noise=0))
+    online = OnlineLatency(model)
+    shapes = [sample.shape for sample in samples(400, seed=5, noise=0)]
+    for index, shape in enumerate(shapes):
+        online.observe(shape, seconds if index == 50 else truth(shape))
+    assert np.median([abs(online.expect_s(shape) / truth(shape) - 1) for shape in shapes]) < 0.04
+
+
 @given(SHAPES, st.lists(st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e-9, 1e9]), max_size=30))
 def test_nonsense_does_not_break_expectations(shape: StepShape, times: list[float]) -> None:
     model = fit(samples(60, seed=3, noise=0.02))
