@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -92,6 +93,8 @@ def end_with(sock: socket.socket, end: Callable[[], None]) -> None:
 
 def main(text: str, descriptor: str) -> None:
     """A rank's process: its RankPlace, and the file descriptor of its socket."""
+    # Ctrl-C reaches all processes of a terminal; it is the leader that ends the ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     place = RankPlace.from_json(text)
     os.sched_setaffinity(0, place.cores)
     sock = socket.socket(fileno=int(descriptor))

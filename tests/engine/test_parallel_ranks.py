@@ -222,6 +222,12 @@ def test_a_step_that_cannot_be_sent_leaves_the_ranks_as_they_are(
     assert generate(engine, [1, 2, 3], GREEDY) == answer
 
 
+def test_ctrl_c_is_for_the_leader_alone(new_checkpoint: NewCheckpoint, start: Start) -> None:
+    engine, executor = start(new_checkpoint(**MODELS["mqa"]), 2, 1)
+    os.kill(executor.pids[0], signal.SIGINT)
+    assert len(generate(engine, [1, 2, 3], GREEDY)) == GREEDY.max_tokens
+
+
 def test_a_rank_that_dies_while_it_loads_ends_the_start(
     new_checkpoint: NewCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
