@@ -2,16 +2,22 @@
 
 The life of a request here:
   1. `Reserve` arrives: blocks for the prompt and a little more are set aside (leased), or it is refused at
-     once; it is the router that queues. When the link to the prefill worker is up the router gets `Reserved`.
-  2. The prefill worker offers the prompt's KV: it is copied in the transfer thread while steps go on.
-  3. The copy is verified and acknowledged. The blocks now belong to the sequence, which joins the batch at
+     once; it is the router that queues. What the prefix cache has of the prompt is part of them, and is not
+     sent. When the link to the prefill worker is up the router gets `Reserved`.
+  2. The prefill worker offers the prompt's KV as it is computed: the thread of the link copies it while steps
+     go on (handoff.py).
+  3. All is copied, verified and acknowledged. The blocks now belong to the sequence, which joins the batch at
      the next step, or waits for a place in it. Its first input is the token that the prefill worker drew.
   4. Each step gives every running sequence one token; all tokens of a step go to a router in one message.
      A sequence takes another block when it needs one. If there is none, the one that arrived last gives up
      its blocks, waits, and is computed again from its tokens (scheduler.py); its answer goes on unchanged.
-  5. A stop token or max_tokens ends the sequence: blocks freed.
+     A router whose client reads slowly can hold a sequence, and let it go on.
+  5. A stop token or max_tokens ends the sequence: its full blocks stay in the prefix cache until somebody
+     needs their room.
 Cancel and the end of the router's stream are legal at any point: blocks are freed at the border of the
 step, or of the copy, that is under way.
+
+Pairs: routers say which prefill workers requests will come from, and are told whether there is a link.
 """
 
 from __future__ import annotations
@@ -44,13 +50,15 @@ from transfer.handoff import (
     ConfirmReserved,
     Connect,
     Deliver,
+    Disconnect,
     Fail,
-    Fetch,
     Free,
     HandoffFailure,
-    Offered,
+    Lend,
+    PairChanged,
     Peer,
     PullAction,
+    Recall,
     SendAcknowledge,
     SendDrop,
 )
@@ -61,22 +69,30 @@ from transfer.link import (
     LinkLost,
     LinkUp,
     PullLinkEvent,
+    Recalled,
     failure_reason,
+    part_of,
     request_key,
 )
 from transfer.metrics import LeaseMetrics, PullMetrics
 from transfer.pull_side import PullSide
 
 DecodeEvent: TypeAlias = RouterEvent | PullLinkEvent
-DecodeOutput: TypeAlias = RouterBatch | Connect | Fetch | SendAcknowledge | SendDrop
+DecodeOutput: TypeAlias = RouterBatch | Connect | Disconnect | Lend | Recall | SendAcknowledge | SendDrop
 
 
 @dataclass(slots=True)
 class _Request:
+    """token_ids: the prompt, and num_output_tokens of the answer. digests: of their full blocks."""
+
     owner: Owner
-    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    num_output_tokens: int
     sampling: TokenSampling
     salt: str
+    digests: Sequence[bytes]
+    cached_tokens: int
+    is_held: bool = False
     transfer_s: float = 0.0
     kv_bytes: int = 0
 
@@ -84,7 +100,7 @@ class _Request:
 class DecodeRole:
     """engine.loop.Role of a decode worker; everything in it belongs to the engine thread.
 
-    max_model_len: most tokens of prompt and answer together.
+    num_layers: of the model. max_model_len: most tokens of prompt and answer together.
     """
 
     def __init__(
@@ -92,6 +108,7 @@ class DecodeRole:
         runner: StepRunner,
         pool: BlockPool,
         cache: PrefixCache,
+        num_layers: int,
         max_num_seqs: int,
         max_batch_tokens: int,
         max_model_len: int,
@@ -110,9 +127,11 @@ class DecodeRole:
         self._lease_metrics = leases
         self._pull_metrics = pulls
         self._scheduler = DecodeScheduler(pool, cache, max_num_seqs, max_batch_tokens)
-        self._pulls = PullSide(lease_s)
+        self._pulls = PullSide(num_layers, lease_s)
         # Every request of which this worker still holds something.
         self._requests: dict[RequestKey, _Request] = {}
+        # Who wants to know of a pair.
+        self._pair_owners: dict[Peer, set[Owner]] = {}
         self._outbox = Outbox()
         self._outputs: list[DecodeOutput] = []
         self._changed = False
@@ -128,18 +147,22 @@ class DecodeRole:
             case RouterGone(owner):
                 for key in [key for key, request in self._requests.items() if request.owner == owner]:
                     self._cancel(key)
-            case LinkUp(link, peer):
-                self._apply(self._pulls.link_up(link, peer, now))
+                for peer in list(self._pair_owners):
+                    self._unpair(owner, peer)
+            case LinkUp(link, peer, backend):
+                self._apply(self._pulls.link_up(link, peer, backend, now))
             case LinkFailed(peer, reason, message):
-                self._apply(self._pulls.link_failed(peer, reason, message))
+                self._apply(self._pulls.link_failed(peer, reason, message, now))
             case LinkLost(link):
-                self._apply(self._pulls.link_lost(link))
+                self._apply(self._pulls.link_lost(link, now))
             case FromOfferer(link, offerer_message, arrived_s):
                 self._from_offerer(link, offerer_message, arrived_s)
             case FetchDone():
                 self._fetch_done(event)
+            case Recalled(key):
+                self._apply(self._pulls.recalled(key))
 
-    def step(self) -> bool:
+    def step(self, flush: Callable[[], None]) -> bool:
         now = self._clock()
         self._apply(self._pulls.tick(now))
         chunks = self._scheduler.schedule(now)
@@ -166,7 +189,7 @@ class DecodeRole:
             self._changed = False
             load = self._load()
             self._show(load)
-            outputs.append(self._outbox.take(load))
+            outputs.insert(0, self._outbox.take(load))  # tokens first
         return outputs
 
     def recover(self, error: Exception, event: DecodeEvent | None) -> None:
@@ -200,6 +223,16 @@ class DecodeRole:
                 self._reserve(owner, message.reserve, now)
             case "cancel":
                 self._cancel(owner.key(message.cancel.request_id, message.cancel.attempt))
+            case "pair":
+                peer = Peer(message.pair.prefill.worker_id, message.pair.prefill.epoch)
+                self._pair_owners.setdefault(peer, set()).add(owner)
+                self._apply(self._pulls.pair(peer, message.pair.prefill.address, now))
+            case "unpair":
+                self._unpair(owner, Peer(message.unpair.prefill.worker_id, message.unpair.prefill.epoch))
+            case "pause":
+                self._hold(owner.key(message.pause.request_id, message.pause.attempt), is_held=True)
+            case "resume":
+                self._hold(owner.key(message.resume.request_id, message.resume.attempt), is_held=False)
             case "prefill":
                 key = owner.key(message.prefill.request_id, message.prefill.attempt)
                 invalid = worker_pb2.FAILURE_REASON_INVALID
@@ -210,24 +243,36 @@ class DecodeRole:
         if why := self._why_invalid(key, reserve):
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_INVALID, why)
             return
-        prompt_ids, sampling = list(reserve.token_ids), sampling_of(reserve.sampling)
-        num_blocks = reserved_blocks(self._pool.block_size, len(prompt_ids), sampling.max_tokens)
-        if why := self._why_no_room(num_blocks):
+        token_ids, sampling = list(reserve.token_ids), sampling_of(reserve.sampling)
+        size, more = self._pool.block_size, sampling.max_tokens - reserve.num_output_tokens
+        digests = self._cache.digests(token_ids, reserve.cache_salt)
+        cached = self._cache.match(digests)
+        num_new = reserved_blocks(size, len(token_ids), more) - len(cached)
+        self._pool.add(cached, Holder.TRANSFER)  # first, so that the rest is not taken from them
+        if why := self._why_no_room(num_new):
+            self._pool.drop(cached, Holder.TRANSFER)
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_NO_BLOCKS, why)
             return
-        blocks = self._pool.allocate(num_blocks, Holder.TRANSFER)
-        self._requests[key] = _Request(owner, prompt_ids, sampling, reserve.cache_salt)
-        self._apply(
-            self._pulls.reserve(
-                key,
-                Peer(reserve.prefill.worker_id, reserve.prefill.epoch),
-                reserve.prefill.address,
-                len(prompt_ids),
-                self._pool.num_blocks_for(len(prompt_ids)),
-                blocks,
-                now,
-            )
+        blocks = cached + self._pool.allocate(num_new, Holder.TRANSFER)
+        cached_tokens = len(cached) * size
+        self._metrics.hit(cached_tokens)
+        self._requests[key] = _Request(
+            owner, token_ids, reserve.num_output_tokens, sampling, reserve.cache_salt, digests, cached_tokens
         )
+        peer = Peer(reserve.prefill.worker_id, reserve.prefill.epoch)
+        address = reserve.prefill.address
+        self._apply(self._pulls.reserve(key, peer, address, len(token_ids), cached_tokens, blocks, now))
+
+    def _unpair(self, owner: Owner, peer: Peer) -> None:
+        owners = self._pair_owners.get(peer, set())
+        owners.discard(owner)
+        if not owners and self._pair_owners.pop(peer, None) is not None:
+            self._apply(self._pulls.unpair(peer))
+
+    def _hold(self, key: RequestKey, *, is_held: bool) -> None:
+        if (request := self._requests.get(key)) is not None:
+            request.is_held = is_held
+            self._scheduler.hold(key, is_held=is_held)
 
     def _why_no_room(self, num_blocks: int) -> str | None:
         if self._scheduler.lacks_blocks:
@@ -241,20 +286,22 @@ class DecodeRole:
         return None
 
     def _why_invalid(self, key: RequestKey, reserve: worker_pb2.Reserve) -> str | None:
-        num_tokens, max_tokens = len(reserve.token_ids), reserve.sampling.max_tokens
+        num_outputs = reserve.num_output_tokens
+        num_tokens, more = len(reserve.token_ids), reserve.sampling.max_tokens - num_outputs
         # The whole answer: whatever else is here, one sequence must be able to end.
-        num_blocks = self._pool.num_blocks_for(num_tokens + max_tokens)
+        num_blocks = self._pool.num_blocks_for(num_tokens + max(0, more))
         if key in self._requests:
             return "this attempt of the request is here already"
-        if not num_tokens or not max_tokens:
-            return f"{num_tokens} prompt tokens and max_tokens {max_tokens}: both must be at least 1"
-        if num_tokens + max_tokens > self._max_model_len:
+        if num_tokens <= num_outputs or more < 1:
             return (
-                f"{num_tokens} prompt tokens and max_tokens {max_tokens} exceed {self._max_model_len} tokens"
+                f"{num_tokens - num_outputs} prompt tokens, {num_outputs} tokens of the answer and "
+                f"max_tokens {reserve.sampling.max_tokens}: there must be a prompt, and a token to be drawn"
             )
+        if num_tokens + more > self._max_model_len:
+            return f"{num_tokens} tokens and {more} more to be drawn exceed {self._max_model_len} tokens"
         if num_blocks > self._pool.num_blocks:
             return (
-                f"{num_tokens} prompt tokens and max_tokens {max_tokens} need {num_blocks} KV blocks, "
+                f"{num_tokens} tokens and {more} more to be drawn need {num_blocks} KV blocks, "
                 f"{self._pool.num_blocks} is all there are"
             )
         return None
@@ -267,27 +314,26 @@ class DecodeRole:
     def _from_offerer(self, link: int, message: transfer_pb2.OffererMessage, arrived_s: float) -> None:
         match message.WhichOneof("message"):
             case "offer":
-                offer = message.offer
-                offered = Offered(
-                    request_key(offer.key),
-                    offer.num_tokens,
-                    offer.first_token,
-                    tuple(offer.blocks),
-                    tuple(offer.generations),
-                )
-                self._apply(self._pulls.offered(link, offered, arrived_s))
+                key, part = request_key(message.offer.key), part_of(message.offer)
+                self._apply(self._pulls.offered(link, key, part, arrived_s))
+            case "complete":
+                done = message.complete
+                key, first_token = request_key(done.key), done.first_token
+                self._apply(self._pulls.completed(link, key, done.num_tokens, first_token, arrived_s))
             case "withdraw":
                 self._apply(self._pulls.withdrawn(link, request_key(message.withdraw)))
             case "renew":
                 self._pulls.renewed(link, map(request_key, message.renew.keys), arrived_s)
 
     def _fetch_done(self, done: FetchDone) -> None:
+        if done.is_digest_good is not None:
+            self._pull_metrics.checked(is_good=done.is_digest_good)
         if done.error is not None:
             self._apply(self._pulls.fetch_failed(done.key, done.error))
             return
         self._pull_metrics.copied(done.backend, done.num_bytes, done.copy_s)
         if (request := self._requests.get(done.key)) is not None:
-            request.kv_bytes = done.num_bytes
+            request.kv_bytes += done.num_bytes
         self._apply(self._pulls.fetched(done.key, done.ended_s))
 
     def _emit(self, decoded: Decoded) -> None:
@@ -324,10 +370,13 @@ class DecodeRole:
                         self._lease_metrics.expired()
                     self._outbox.failed(self._requests[key].owner, key, failure_reason(reason), message)
                 case ConfirmReserved(key):
-                    self._outbox.reserved(self._requests[key].owner, key)
+                    request = self._requests[key]
+                    self._outbox.reserved(request.owner, key, request.cached_tokens)
+                case PairChanged():
+                    self._pair_changed(action)
                 case Deliver():
                     self._deliver(action)
-                case Connect() | Fetch() | SendAcknowledge() | SendDrop():
+                case Connect() | Disconnect() | Lend() | Recall() | SendAcknowledge() | SendDrop():
                     self._outputs.append(action)
 
     def _deliver(self, action: Deliver) -> None:
@@ -336,15 +385,29 @@ class DecodeRole:
         self._pull_metrics.delivered(action.transfer_s)
         self._pool.add(action.blocks, Holder.SEQUENCE)
         self._pool.drop(action.blocks, Holder.TRANSFER)
+        prompt_tokens = len(request.token_ids) - request.num_output_tokens
         self._scheduler.add(
             action.key,
-            request.prompt_ids,
-            action.first_token,
+            request.token_ids[:prompt_tokens],
+            [*request.token_ids[prompt_tokens:], action.first_token],
             request.sampling,
             request.salt,
             action.blocks,
+            request.digests,
+            request.is_held,
             action.ready_s,
         )
+
+    def _pair_changed(self, change: PairChanged) -> None:
+        state = worker_pb2.PairState(
+            worker_id=change.peer.worker_id, epoch=change.peer.epoch, linked=change.reason is None
+        )
+        if change.reason is None:
+            state.backend = change.message
+        else:
+            state.reason, state.message = failure_reason(change.reason), change.message
+        for owner in self._pair_owners.get(change.peer, ()):
+            self._outbox.pair(owner, state)
 
     def _show(self, load: Load) -> None:
         self._metrics.show(load)

@@ -14,6 +14,9 @@ Nobody waits for ever:
   - While anybody is preempted or paused no new reservations are accepted (`lacks_blocks`), so those who
     can overtake a preempted sequence are the few that are on their way; then it has the pool to itself.
 The oldest preempted sequence comes back first, and takes nothing from those who run.
+
+A sequence whose reader is slow can be held: it computes nothing and keeps its blocks, but is the first to
+give them up, whatever its age, and is not waited for.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ class Decoded:
 @dataclass(slots=True)
 class _Sequence:
     """token_ids: prompt and answer. num_computed: how many of them have their KV in `blocks`. digests: of
-    all tokens but the last, which is always computed; set while it is preempted."""
+    all tokens but the last, which is always computed; set while it is preempted. num_given: tokens of the
+    answer that it came with. is_held: it is to wait, whatever there is to compute."""
 
     key: RequestKey
     arrival: int
@@ -62,6 +66,8 @@ class _Sequence:
     history: TokenHistory | None
     blocks: list[int]
     num_computed: int
+    num_given: int
+    is_held: bool
     ready_s: float
     joined_s: float | None = None
     digests: Sequence[bytes] = ()
@@ -122,35 +128,54 @@ class DecodeScheduler:
     @property
     def lacks_blocks(self) -> bool:
         """Somebody waits for blocks: they must not go to new requests."""
-        return bool(self._preempted) or self._num_paused > 0
+        return any(not sequence.is_held for sequence in self._preempted) or self._num_paused > 0
 
     def add(
         self,
         key: RequestKey,
         prompt_ids: Sequence[int],
-        first_token: int,
+        output_ids: Sequence[int],
         sampling: TokenSampling,
         salt: str,
         blocks: Sequence[int],
+        digests: Sequence[bytes],
+        is_held: bool,
         now: float,
     ) -> None:
-        """A sequence whose prompt's KV lies in `blocks`, and which fits into the pool. It joins the batch as
-        soon as there is a place. A key must not be added again while it is here."""
+        """A sequence that fits into the pool; the KV of all its tokens but the last lies in `blocks`.
+
+        It joins the batch as soon as there is a place, unless it is held. output_ids: the answer so far, at
+        least one token. digests: of the full ones of `blocks`, so that others find what they hold. A key must
+        not be added again while it is here.
+        """
         self._num_arrived += 1
         self._ready.append(
             _Sequence(
                 key,
                 self._num_arrived,
-                [*prompt_ids, first_token],
+                [*prompt_ids, *output_ids],
                 len(prompt_ids),
                 sampling,
                 salt,
-                TokenHistory(prompt_ids, [first_token]) if sampling.needs_history else None,
-                list(blocks),
-                len(prompt_ids),
+                TokenHistory(prompt_ids, output_ids) if sampling.needs_history else None,
+                self._cache.insert(digests, blocks),
+                len(prompt_ids) + len(output_ids) - 1,
+                len(output_ids),
+                is_held,
                 now,
             )
         )
+
+    def hold(self, key: RequestKey, *, is_held: bool) -> None:
+        """Whether the sequence is to wait where it is; one that is not here is ignored. It keeps its blocks
+        until somebody else needs them."""
+        if (sequence := self._running.get(key)) is not None and is_held:
+            del self._running[key]
+            self._ready.append(sequence)
+            self._ready = deque(sorted(self._ready, key=_arrival))
+        for sequence in (*self._ready, *self._preempted):
+            if sequence.key == key:
+                sequence.is_held = is_held
 
     def cancel(self, key: RequestKey) -> bool:
         """Forget the sequence and free its blocks; False if it is not here."""
@@ -208,11 +233,11 @@ class DecodeScheduler:
             if sequence.history is not None:
                 sequence.history.append(token)
             stop_reason = sequence.sampling.stop_reason(token, index + 1)
-            joined_s = sequence.joined_s if index == 1 else None
+            joined_s = sequence.joined_s if index == sequence.num_given else None
             queue_s = None if joined_s is None else joined_s - sequence.ready_s
             decoded.append(Decoded(sequence.key, index, token, stop_reason, queue_s, result.logprobs))
             if stop_reason is not None:
-                self.cancel(sequence.key)
+                self._retire(sequence)
         self._batch = []
         return decoded
 
@@ -231,14 +256,17 @@ class DecodeScheduler:
         return counts
 
     def _fill_places(self, now: float) -> None:
-        while (
-            self._preempted and len(self._running) < self._max_num_seqs and self._resume(self._preempted[0])
-        ):
-            sequence = self._preempted.pop(0)
+        for sequence in [each for each in self._preempted if not each.is_held]:
+            if len(self._running) >= self._max_num_seqs or not self._resume(sequence):
+                break
+            self._preempted.remove(sequence)
             self._join(sequence, now)
         # Those who hold blocks already are in nobody's way: the sooner they run, the sooner they end.
-        while self._ready and len(self._running) < self._max_num_seqs:
-            self._join(self._ready.popleft(), now)
+        for sequence in [each for each in self._ready if not each.is_held]:
+            if len(self._running) >= self._max_num_seqs:
+                break
+            self._ready.remove(sequence)
+            self._join(sequence, now)
 
     def _join(self, sequence: _Sequence, now: float) -> None:
         if sequence.joined_s is None:
@@ -269,20 +297,32 @@ class DecodeScheduler:
         if missing <= 0:
             return True
         while not self._pool.can_allocate(missing):
-            youngest = max((*self._running.values(), *self._ready), key=_arrival)
-            if youngest is sequence:
+            # Those who are held first: they do not end by themselves, and the others shall.
+            least = max((*self._running.values(), *self._ready), key=lambda one: (one.is_held, one.arrival))
+            if least is sequence:
                 return False
-            self._preempt(youngest)
+            self._preempt(least)
         sequence.blocks += self._pool.allocate(missing, Holder.SEQUENCE)
         return True
+
+    def _retire(self, sequence: _Sequence) -> None:
+        """Its answer is complete. What it holds serves the next turn of the same conversation."""
+        sequence.digests = self._cache.digests(sequence.token_ids[:-1], sequence.salt)
+        self._remember(sequence)
+        self.cancel(sequence.key)
+
+    def _remember(self, sequence: _Sequence) -> None:
+        """Let others find the full blocks of a sequence whose digests are set."""
+        known = sequence.digests[: sequence.num_computed // self._pool.block_size]
+        sequence.blocks = self._cache.insert(known, sequence.blocks)
 
     def _preempt(self, sequence: _Sequence) -> None:
         if self._running.pop(sequence.key, None) is None:
             self._ready.remove(sequence)
         # What nobody needs until then is still there when it comes back.
         sequence.digests = self._cache.digests(sequence.token_ids[:-1], sequence.salt)
-        known = sequence.digests[: sequence.num_computed // self._pool.block_size]
-        self._pool.drop(self._cache.insert(known, sequence.blocks), Holder.SEQUENCE)
+        self._remember(sequence)
+        self._pool.drop(sequence.blocks, Holder.SEQUENCE)
         sequence.blocks, sequence.num_computed = [], 0
         self._preempted.append(sequence)
         self._preempted.sort(key=_arrival)

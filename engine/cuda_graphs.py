@@ -169,10 +169,10 @@ class GraphExecutor:
         self._recorded = {size: self._record(attention, recorder, size) for size in reversed(sizes)}
 
     @torch.inference_mode()
-    def logits(self, batch: FlatBatch) -> torch.Tensor:
+    def logits(self, batch: FlatBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         size = choose_size(self._sizes, batch, self._max_pages)
         if size is None:
-            return self._eager.logits(batch)
+            return self._eager.logits(batch, on_layer)
         step, recording = self._recorded[size]
         padded = pad(batch, size, self._spare_block)
         token_ids, positions, wanted = to_device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,8 +18,11 @@ _CPU = torch.device("cpu")
 class Executor(Protocol):
     """Runs the model of one worker, whatever it is spread over."""
 
-    def logits(self, batch: FlatBatch) -> torch.Tensor:
-        """Store the KV of the batch's tokens; float32 [num_wanted, vocab_size] after its wanted rows."""
+    def logits(self, batch: FlatBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Store the KV of the batch's tokens; float32 [num_wanted, vocab_size] after its wanted rows.
+
+        on_layer: told, where that can be known while the step runs, of how many layers the KV is stored.
+        """
         ...
 
 
@@ -31,8 +35,10 @@ class LocalExecutor:
         self._device = device
 
     @torch.inference_mode()
-    def logits(self, batch: FlatBatch) -> torch.Tensor:
+    def logits(self, batch: FlatBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        if self._device.type != "cpu":
+            on_layer = None  # the host is ahead of the device
         step_attention = self._attention.plan(batch)
         token_ids, positions, wanted = to_device(self._device, batch.token_ids, batch.positions, batch.wanted)
-        hidden = self._model.forward(self._model.embed(token_ids), positions, step_attention)
+        hidden = self._model.forward(self._model.embed(token_ids), positions, step_attention, on_layer)
         return self._model.logits(hidden[wanted])

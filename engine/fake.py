@@ -28,7 +28,8 @@ class FakeRunner:
     blocks: uint8 [num_blocks, block_nbytes], shared with whoever moves blocks; a slot, block_nbytes /
     block_size bytes, must be a multiple of 4.
     before_step: called with the chunks before anything is written: there a test or a simulation moves its
-    clock, waits for an event, or raises.
+    clock, waits for an event, or raises. num_layers: for `on_layer`, which is told of them one by one when
+    all is written.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FakeRunner:
         blocks: npt.NDArray[np.uint8],
         block_size: int,
         before_step: Callable[[Sequence[ScheduledChunk]], None] | None = None,
+        num_layers: int = 0,
     ) -> None:
         num_blocks, block_nbytes = blocks.shape
         if block_nbytes % (4 * block_size):
@@ -43,8 +45,11 @@ class FakeRunner:
         # A token's id fills its slot to the last byte, so that no byte of a block is without meaning.
         self._slots = blocks.view(np.uint32).reshape(num_blocks, block_size, -1)
         self._before_step = before_step
+        self._num_layers = num_layers
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
+    def step(
+        self, chunks: Sequence[ScheduledChunk], on_layer: Callable[[int], None] | None = None
+    ) -> list[ChunkResult]:
         """Store the chunks' tokens; draw one for each chunk that asks for it. Raises InvalidStepError."""
         if self._before_step is not None:
             self._before_step(chunks)
@@ -53,6 +58,9 @@ class FakeRunner:
         for chunk, (blocks, offsets) in zip(chunks, places, strict=True):
             new = np.asarray(chunk.token_ids, dtype=np.uint32)
             self._slots[blocks[chunk.start :], offsets[chunk.start :]] = new[:, None]
+        if on_layer is not None:
+            for num_layers in range(1, self._num_layers + 1):
+                on_layer(num_layers)
         return [_result(self._slots[place], chunk) for chunk, place in zip(chunks, places, strict=True)]
 
 

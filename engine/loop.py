@@ -37,8 +37,11 @@ class Role(Protocol[EventIn, Output]):
         """Take one event into account."""
         ...
 
-    def step(self) -> bool:
-        """Do what time and state ask for, and run an engine step; False if there was none to run."""
+    def step(self, flush: Callable[[], None]) -> bool:
+        """Do what time and state ask for, and run an engine step; False if there was none to run.
+
+        flush: hands out what has come out so far; for what must not wait for the end of the step.
+        """
         ...
 
     def deadline(self) -> float | None:
@@ -151,7 +154,7 @@ class EngineLoop(Generic[Event, Output]):
                 self._recover(error, event)
         self._flush()
         try:
-            busy = self._role.step()
+            busy = self._role.step(self._flush)
         except Exception as error:
             failed = busy = True
             self._recover(error, None)

@@ -7,6 +7,8 @@ attention windows, rotary scaling. A rank of a worker has its shard of the weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import embedding
 
@@ -47,9 +49,16 @@ class LlamaModel:
         return self._group.sum(rows.masked_fill(foreign[:, None], 0))
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, attention: StepAttention
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        attention: StepAttention,
+        on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] after this rank's layers; positions: [num_tokens]."""
+        """Hidden states [num_tokens, hidden_size] after this rank's layers; positions: [num_tokens].
+
+        on_layer: told, after each layer's attention, of how many layers keys and values are stored.
+        """
         kernels, eps = self._kernels, self.config.rms_norm_eps
         rotary = rotary_angles(positions, self._frequencies, self._rotary_magnitude)
         delta: torch.Tensor | None = None
@@ -59,6 +68,8 @@ class LlamaModel:
             else:
                 hidden, normed = kernels.add_rms_norm(hidden, delta, layer.attention_norm, eps)
             delta = self._group.sum(self._attend(normed, layer, rotary, attention, index))
+            if on_layer is not None:
+                on_layer(index + 1)
             hidden, normed = kernels.add_rms_norm(hidden, delta, layer.mlp_norm, eps)
             inner = kernels.gated_silu(kernels.linear(normed, layer.gate_up, layer.gate_up_bias))
             delta = self._group.sum(kernels.linear(inner, layer.down, layer.down_bias))

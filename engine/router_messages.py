@@ -110,9 +110,14 @@ class Outbox:
     def seen(self, command: Command) -> None:
         self._seen[command.owner.stream] = command.message.seq
 
-    def reserved(self, owner: Owner, key: RequestKey) -> None:
-        message = worker_pb2.Reserved(request_id=owner.request_id(key), attempt=key.attempt)
+    def reserved(self, owner: Owner, key: RequestKey, cached_tokens: int) -> None:
+        message = worker_pb2.Reserved(
+            request_id=owner.request_id(key), attempt=key.attempt, cached_tokens=cached_tokens
+        )
         self._add(owner, worker_pb2.WorkerMessage(reserved=message))
+
+    def pair(self, owner: Owner, state: worker_pb2.PairState) -> None:
+        self._add(owner, worker_pb2.WorkerMessage(pair=state))
 
     def failed(self, owner: Owner, key: RequestKey, reason: worker_pb2.FailureReason, message: str) -> None:
         request_id = owner.request_id(key)
@@ -140,7 +145,7 @@ class Outbox:
         prompt_logprobs: Sequence[TokenLogprobs] = (),
         cached_tokens: int = 0,
     ) -> None:
-        """The token with this index in the answer. prompt_logprobs, cached_tokens: with index 0."""
+        """The token with this index in the answer. prompt_logprobs, cached_tokens: of the prefill worker."""
         step = self._tokens.setdefault(owner.stream, worker_pb2.StepTokens())
         step.sequences.append(
             worker_pb2.SequenceTokens(

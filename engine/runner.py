@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,11 +18,14 @@ from engine.sequence import ChunkResult, ScheduledChunk
 class StepRunner(Protocol):
     """Runs steps, and is all that a scheduler knows of an engine: a ModelRunner, or fake.FakeRunner."""
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
+    def step(
+        self, chunks: Sequence[ScheduledChunk], on_layer: Callable[[int], None] | None = None
+    ) -> list[ChunkResult]:
         """Compute and store the chunks' KV; draw the token that follows where `chunk.sampling` is set.
 
-        Returns one result a chunk, in order. Raises InvalidStepError for chunks that cannot be run; nothing
-        was stored then.
+        on_layer: may be told, during the step and in order, of how many layers the KV is stored; it need not
+        be. Returns one result a chunk, in order. Raises InvalidStepError for chunks that cannot be run;
+        nothing was stored then.
         """
         ...
 
@@ -36,11 +39,13 @@ class ModelRunner:
         self._num_blocks = num_blocks
         self._vocab_size = vocab_size
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
+    def step(
+        self, chunks: Sequence[ScheduledChunk], on_layer: Callable[[int], None] | None = None
+    ) -> list[ChunkResult]:
         if not chunks:
             return []
         batch = FlatBatch.of(chunks, self._block_size, self._num_blocks, self._vocab_size)
-        logits = self._executor.logits(batch)
+        logits = self._executor.logits(batch, on_layer)
         return _results(chunks, batch, logits, _drawn(chunks, batch, logits))
 
 

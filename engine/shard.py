@@ -8,9 +8,20 @@ columns of their inputs. Pipeline parallelism gives each of `pp_size` stages a r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.config import ModelConfig
 from engine.errors import UnsupportedModelError
+
+
+class KvDimensions(Protocol):
+    """What the split of KV over ranks depends on: a ModelConfig has it, and the layout of a worker's KV."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,7 @@ class Shard:
                 f"{model.num_layers}"
             )
 
-    def layers(self, model: ModelConfig) -> range:
+    def layers(self, model: KvDimensions) -> range:
         """The layers of this stage; where they do not divide, the earlier stages have one more."""
         return _part(model.num_layers, self.pp_rank, self.pp_size)
 
@@ -67,7 +78,7 @@ class Shard:
         """The query heads of this rank."""
         return _part(model.num_heads, self.tp_rank, self.tp_size)
 
-    def kv_heads(self, model: ModelConfig) -> range:
+    def kv_heads(self, model: KvDimensions) -> range:
         """The KV heads that this rank's query heads use; replicated if there are more ranks than KV heads."""
         if self.tp_size <= model.num_kv_heads:
             return _part(model.num_kv_heads, self.tp_rank, self.tp_size)

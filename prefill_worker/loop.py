@@ -4,16 +4,16 @@ The life of a request here:
   1. `Prefill` arrives: promised to its decode worker (which has set blocks aside), checked, queued.
   2. Chunk by chunk its prompt is computed, first come first served; it holds its blocks as a sequence. What
      the prefix cache has of its beginning is not computed (unless its log-probabilities are asked for).
-  3. With the last chunk the first token is drawn and sent to the router at once, ahead of the KV. Only if no
-     hand-off can even begin, for there is no link, the router hears of that and of no token: the client has
-     seen nothing yet, so the request can be placed anew.
-  4. If that token ends the answer: blocks freed, the decode worker is told that nothing will come.
-     Otherwise the blocks become leased and are offered to the decode worker.
-  5. The decode worker has copied them (or does not want them): blocks given up. The full ones stay in the
+  3. Whatever is computed is offered to the decode worker at once, and leased: what the cache had before the
+     first step, blocks as their chunks are done, and of a large chunk the first layers while later ones are
+     computed. So when the prompt ends, little is left to copy.
+  4. With the last chunk the token that follows is drawn and sent to the router at once, ahead of the last of
+     the KV. Only if no hand-off is possible, for there is no link, the router hears of that and of no token.
+  5. If that token ends the answer: the offers are withdrawn. Otherwise they are complete.
+  6. The decode worker has copied them (or does not want them): blocks given up. The full ones stay in the
      prefix cache until somebody needs their room.
-Cancel and the end of the router's stream are legal at any point: before 4 the request is dropped, at the
-border of the chunk that is being computed; after it the offer is withdrawn and the blocks wait for the
-decode worker's answer.
+Cancel and the end of the router's stream are legal at any point: the prompt is dropped at the border of the
+chunk that is being computed, and what is offered is withdrawn and waits for the decode worker's answer.
 
 A failed hand-off is told to the router by the decode worker, which is the one that waits for it; from here
 the router hears only what fails before there is an offer.
@@ -42,22 +42,40 @@ from engine.router_messages import (
 )
 from engine.runner import StepRunner
 from engine.sequence import RequestKey
-from prefill_worker.scheduler import Prefilled, PrefillScheduler
+from prefill_worker.scheduler import ComputedPart, Prefilled, PrefillScheduler
 from transfer.base import Generations
-from transfer.handoff import Fail, Fence, Free, OfferAction, Peer, SendOffer, SendWithdraw
+from transfer.handoff import (
+    Abandon,
+    Fail,
+    Fence,
+    Free,
+    Lease,
+    OfferAction,
+    Peer,
+    SendComplete,
+    SendOffer,
+    SendWithdraw,
+)
+from transfer.layout import Part
 from transfer.link import FromPuller, LinkLost, LinkUp, OfferLinkEvent, failure_reason, request_key
 from transfer.metrics import LeaseMetrics
 from transfer.offer_side import OfferSide
 
 PrefillEvent: TypeAlias = RouterEvent | OfferLinkEvent
-PrefillOutput: TypeAlias = RouterBatch | SendOffer | SendWithdraw | Fence
+PrefillOutput: TypeAlias = RouterBatch | SendOffer | SendComplete | SendWithdraw | Fence
+
+LAYER_GROUPS = 4
+"""Of a large chunk this many parts are offered, one after the other as its layers are computed."""
+
+MIN_GROUPED_TOKENS = 128
+"""A smaller step is over before a part of it could be copied."""
 
 
 class PrefillRole:
     """engine.loop.Role of a prefill worker; everything in it belongs to the engine thread.
 
-    generations: the pool's own. max_model_len: most tokens of prompt and answer together. vocab_size: 0 if
-    unknown; prompts are not checked against it then.
+    generations: the pool's own. num_layers: of the model. max_model_len: most tokens of prompt and answer
+    together. vocab_size: 0 if unknown; prompts are not checked against it then.
     """
 
     def __init__(
@@ -66,6 +84,7 @@ class PrefillRole:
         pool: BlockPool,
         cache: PrefixCache,
         generations: Generations,
+        num_layers: int,
         max_batch_tokens: int,
         max_model_len: int,
         vocab_size: int,
@@ -78,6 +97,7 @@ class PrefillRole:
         self._pool = pool
         self._cache = cache
         self._generations = generations
+        self._num_layers = num_layers
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._clock = clock
@@ -87,6 +107,8 @@ class PrefillRole:
         self._offers = OfferSide(lease_s)
         # Every request of which this worker still holds something.
         self._owners: dict[RequestKey, Owner] = {}
+        # Prompts of the step under way that nobody wants any more.
+        self._unwanted: set[RequestKey] = set()
         self._outbox = Outbox()
         self._outputs: list[PrefillOutput] = []
         self._changed = False
@@ -108,18 +130,25 @@ class PrefillRole:
             case FromPuller(link, message, arrived_s):
                 self._from_puller(link, message, arrived_s)
 
-    def step(self) -> bool:
+    def step(self, flush: Callable[[], None]) -> bool:
         now = self._clock()
         self._tick(now)
+        self._drop_unwanted()
         chunks = self._scheduler.schedule(now)
+        for part in self._scheduler.take_found():
+            self._offer(part, 0, self._num_layers)
         if not chunks:
             return False
         self._changed = True
-        results = self._runner.step(chunks)
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        offering = _LayerGroups(self._num_layers, num_tokens, self._offer_layers, flush)
+        results = self._runner.step(chunks, offering.on_layer)
+        offering.finish()
         done_s = self._clock()
-        self._metrics.stepped(done_s - now, sum(len(chunk.token_ids) for chunk in chunks))
+        self._metrics.stepped(done_s - now, num_tokens)
         for prefilled in self._scheduler.complete(results, done_s):
-            self._prefilled(prefilled, done_s)
+            self._prefilled(prefilled)
+        self._drop_unwanted()
         return True
 
     def deadline(self) -> float | None:
@@ -131,7 +160,7 @@ class PrefillRole:
             self._changed = False
             load = self._load()
             self._show(load)
-            outputs.append(self._outbox.take(load))
+            outputs.insert(0, self._outbox.take(load))  # tokens first
         return outputs
 
     def recover(self, error: Exception, event: PrefillEvent | None) -> None:
@@ -139,7 +168,9 @@ class PrefillRole:
         hit: list[tuple[RequestKey, Owner]] = []
         match event:
             case None:
-                hit = [(key, self._owners[key]) for key in self._scheduler.abandon()]
+                keys = self._scheduler.abandon()
+                hit = [(key, self._owners[key]) for key in keys if key in self._owners]
+                self._drop_unwanted()
             case Command(owner, message, _) if message.HasField("prefill"):
                 hit = [(owner.key(message.prefill.request_id, message.prefill.attempt), owner)]
             case _:
@@ -193,17 +224,27 @@ class PrefillRole:
             self._apply(self._offers.withdraw(key))
             return
         self._owners[key] = owner
-        token_ids, sampling = list(prefill.token_ids), sampling_of(prefill.sampling)
-        self._scheduler.add(key, token_ids, sampling, prefill.cache_salt, arrived_s)
+        self._scheduler.add(
+            key,
+            list(prefill.token_ids),
+            prefill.num_output_tokens,
+            sampling_of(prefill.sampling),
+            prefill.cache_salt,
+            arrived_s,
+        )
 
     def _why_invalid(self, prefill: worker_pb2.Prefill) -> str | None:
-        num_tokens, max_tokens = len(prefill.token_ids), prefill.sampling.max_tokens
+        num_outputs = prefill.num_output_tokens
+        num_tokens, max_tokens = len(prefill.token_ids), prefill.sampling.max_tokens - num_outputs
         num_blocks = self._pool.num_blocks_for(num_tokens)
-        if not num_tokens or not max_tokens:
-            return f"{num_tokens} prompt tokens and max_tokens {max_tokens}: both must be at least 1"
+        if num_tokens <= num_outputs or max_tokens < 1:
+            return (
+                f"{num_tokens - num_outputs} prompt tokens, {num_outputs} tokens of the answer and "
+                f"max_tokens {prefill.sampling.max_tokens}: there must be a prompt, and a token to be drawn"
+            )
         if num_tokens + max_tokens > self._max_model_len:
             return (
-                f"{num_tokens} prompt tokens and max_tokens {max_tokens} exceed {self._max_model_len} tokens"
+                f"{num_tokens} tokens and {max_tokens} more to be drawn exceed {self._max_model_len} tokens"
             )
         if num_blocks > self._pool.num_blocks:
             return f"{num_tokens} prompt tokens need {num_blocks} KV blocks of {self._pool.num_blocks}"
@@ -211,15 +252,26 @@ class PrefillRole:
             return f"token id {largest} in the prompt: the model's ids are below {self._vocab_size}"
         return None
 
-    def _prefilled(self, done: Prefilled, now: float) -> None:
-        owner = self._owners[done.key]
+    def _offer(self, part: ComputedPart, start_layer: int, end_layer: int) -> None:
+        if part.key not in self._owners or start_layer == end_layer:
+            return
+        generations = tuple(int(self._generations[block]) for block in part.blocks)
+        offered = Part(part.start_token, part.end_token, start_layer, end_layer, part.blocks, generations)
+        self._apply(self._offers.offer(part.key, offered, self._clock()))
+
+    def _offer_layers(self, start_layer: int, end_layer: int) -> None:
+        """Of all prompts of the step under way."""
+        for part in self._scheduler.parts():
+            self._offer(part, start_layer, end_layer)
+
+    def _prefilled(self, done: Prefilled) -> None:
+        owner = self._owners.get(done.key)
+        if owner is None:
+            self._pool.drop(done.blocks, Holder.SEQUENCE)
+            return
         self._metrics.hit(done.cached_tokens)
         if done.stop_reason is None:
-            self._pool.add(done.blocks, Holder.TRANSFER)
-            generations = [int(self._generations[block]) for block in done.blocks]
-            self._apply(
-                self._offers.offer(done.key, done.blocks, generations, done.num_tokens, done.first_token, now)
-            )
+            self._apply(self._offers.complete(done.key, done.num_tokens, done.first_token))
         else:
             self._apply(self._offers.withdraw(done.key))
         self._pool.drop(done.blocks, Holder.SEQUENCE)
@@ -228,7 +280,7 @@ class PrefillRole:
             self._outbox.token(
                 owner,
                 done.key,
-                0,
+                done.index,
                 done.first_token,
                 done.stop_reason,
                 times,
@@ -238,6 +290,12 @@ class PrefillRole:
             )
         if done.stop_reason is not None:
             del self._owners[done.key]
+
+    def _drop_unwanted(self) -> None:
+        """Between steps."""
+        for key in self._unwanted:
+            self._scheduler.cancel(key)
+        self._unwanted.clear()
 
     def _cancel(self, key: RequestKey) -> None:
         if self._scheduler.cancel(key):
@@ -256,13 +314,18 @@ class PrefillRole:
     def _apply(self, actions: Sequence[OfferAction]) -> None:
         for action in actions:
             match action:
+                case Lease(_, blocks):
+                    self._pool.add(blocks, Holder.TRANSFER)
                 case Free(key, blocks):
                     self._pool.drop(blocks, Holder.TRANSFER)
                     self._owners.pop(key, None)
                     self._changed = True
                 case Fail(key, reason, message):
                     self._outbox.failed(self._owners[key], key, failure_reason(reason), message)
-                case SendOffer() | SendWithdraw() | Fence():
+                    self._unwanted.add(key)
+                case Abandon(key):
+                    self._unwanted.add(key)
+                case SendOffer() | SendComplete() | SendWithdraw() | Fence():
                     self._outputs.append(action)
 
     def _show(self, load: Load) -> None:
@@ -280,3 +343,30 @@ class PrefillRole:
             counts.leased,
             counts.cached,
         )
+
+
+class _LayerGroups:
+    """Offers what a step computes while it computes the layers behind it.
+
+    offer: told of layers [start, end) of which the KV of all the step's tokens is stored.
+    """
+
+    def __init__(
+        self, num_layers: int, num_tokens: int, offer: Callable[[int, int], None], flush: Callable[[], None]
+    ) -> None:
+        groups = min(LAYER_GROUPS, num_layers) if num_tokens >= MIN_GROUPED_TOKENS else 1
+        self._ends = [num_layers * (group + 1) // groups for group in range(groups)]
+        self._num_layers = num_layers
+        self._num_offered = 0
+        self._offer = offer
+        self._flush = flush
+
+    def on_layer(self, num_stored: int) -> None:
+        if num_stored in self._ends:
+            self._offer(self._num_offered, num_stored)
+            self._num_offered = num_stored
+            self._flush()
+
+    def finish(self) -> None:
+        """The step is over: all layers are stored, whatever was told of them."""
+        self._offer(self._num_offered, self._num_layers)

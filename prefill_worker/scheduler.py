@@ -29,14 +29,15 @@ from engine.sequence import (
 class Prefilled:
     """A prompt whose KV is computed. The SEQUENCE reference of its blocks is the receiver's from now on.
 
-    first: the token drawn, and its log-probabilities. prompt_logprobs: of the prompt's second token up to
-    its last, if asked for. cached_tokens: of the prompt's tokens, those whose KV was cached.
+    first_token: the one drawn, which has this index in the answer. prompt_logprobs: of the prompt's second
+    token up to its last, if asked for. cached_tokens: of the prompt's tokens, those whose KV was cached.
     """
 
     key: RequestKey
     num_tokens: int
     blocks: tuple[int, ...]
     first_token: int
+    index: int
     stop_reason: StopReason | None
     prefill_queue_s: float
     prefill_s: float
@@ -45,10 +46,24 @@ class Prefilled:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class ComputedPart:
+    """Tokens [start_token, end_token) of a prompt, which lie in `blocks`: whole blocks, but for the last."""
+
+    key: RequestKey
+    start_token: int
+    end_token: int
+    blocks: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class _Prompt:
+    """num_output_tokens: of token_ids, those at the end that are of an answer. num_shown: tokens that were
+    part of a ComputedPart."""
+
     key: RequestKey
     token_ids: Sequence[int]
+    num_output_tokens: int
     sampling: TokenSampling
     digests: Sequence[bytes]
     history: TokenHistory | None
@@ -57,11 +72,17 @@ class _Prompt:
     blocks: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     num_computed: int = 0
+    num_shown: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def num_left(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer may be longer than the token drawn here: only then somebody wants the KV."""
+        return self.sampling.max_tokens > self.num_output_tokens + 1
 
 
 class PrefillScheduler:
@@ -76,6 +97,8 @@ class PrefillScheduler:
         self._running: list[_Prompt] = []
         # Of the step under way: the prompt and the number of tokens of each chunk.
         self._batch: list[tuple[_Prompt, int]] = []
+        # Prompts that have started, with the part that the cache had of them.
+        self._found: list[ComputedPart] = []
 
     @property
     def num_waiting(self) -> int:
@@ -96,15 +119,25 @@ class PrefillScheduler:
         return sum(prompt.num_left for prompt in (*self._waiting, *self._running))
 
     def add(
-        self, key: RequestKey, token_ids: Sequence[int], sampling: TokenSampling, salt: str, now: float
+        self,
+        key: RequestKey,
+        token_ids: Sequence[int],
+        num_output_tokens: int,
+        sampling: TokenSampling,
+        salt: str,
+        now: float,
     ) -> None:
         """Queue a prompt that fits into the pool. A key must not be added again while it is here.
 
-        salt: prompts share cached KV only with prompts of the same salt.
+        num_output_tokens: so many of token_ids, the last ones, were drawn before, as a request's first
+        answer tokens. salt: prompts share cached KV only with prompts of the same salt.
         """
         digests = self._cache.digests(token_ids, salt)
-        history = TokenHistory(token_ids) if sampling.needs_history else None
-        self._waiting.append(_Prompt(key, token_ids, sampling, digests, history, now))
+        history = None
+        if sampling.needs_history:
+            prompt_tokens = len(token_ids) - num_output_tokens
+            history = TokenHistory(token_ids[:prompt_tokens], token_ids[prompt_tokens:])
+        self._waiting.append(_Prompt(key, token_ids, num_output_tokens, sampling, digests, history, now))
 
     def cancel(self, key: RequestKey) -> bool:
         """Forget the prompt and free its blocks; False if it is not here."""
@@ -131,14 +164,34 @@ class PrefillScheduler:
             budget -= self._take(prompt, budget)
         return [_chunk(prompt, count) for prompt, count in self._batch]
 
+    def take_found(self) -> list[ComputedPart]:
+        """Parts of prompts that have started since the last call, whose KV the cache had."""
+        found, self._found = self._found, []
+        return found
+
+    def parts(self) -> list[ComputedPart]:
+        """What will be computed when the step under way is over, and was not shown before."""
+        size = self._pool.block_size
+        parts: list[ComputedPart] = []
+        for prompt, count in self._batch:
+            end = prompt.num_computed + count
+            if count < prompt.num_left:
+                end -= end % size
+            if prompt.goes_on and end > prompt.num_shown:
+                blocks = prompt.blocks[prompt.num_shown // size : -(-end // size)]
+                parts.append(ComputedPart(prompt.key, prompt.num_shown, end, tuple(blocks)))
+        return parts
+
     def complete(self, results: Sequence[ChunkResult], now: float) -> list[Prefilled]:
         """Take the step's results (one a chunk) into account; returns the prompts that are done."""
         done: list[Prefilled] = []
         for (prompt, count), result in zip(self._batch, results, strict=True):
             if (result.token_id is None) != (count < prompt.num_left):
                 raise ValueError(f"the runner drew {result.token_id} after {count} tokens of {prompt.key}")
+        shown = {part.key: part.end_token for part in self.parts()}
         for (prompt, count), result in zip(self._batch, results, strict=True):
             prompt.num_computed += count
+            prompt.num_shown = shown.get(prompt.key, prompt.num_shown)
             prompt.logprobs += result.prompt_logprobs
             token = result.token_id
             if token is None:
@@ -150,7 +203,8 @@ class PrefillScheduler:
                     len(prompt.token_ids),
                     tuple(self._cache.insert(prompt.digests, prompt.blocks)),
                     token,
-                    prompt.sampling.stop_reason(token, 1),
+                    prompt.num_output_tokens,
+                    prompt.sampling.stop_reason(token, prompt.num_output_tokens + 1),
                     prompt.started_s - prompt.arrived_s,
                     now - prompt.started_s,
                     result.logprobs,
@@ -182,6 +236,9 @@ class PrefillScheduler:
             return False
         prompt.blocks = cached + self._pool.allocate(num_new, Holder.SEQUENCE)
         prompt.num_computed = prompt.cached_tokens = len(cached) * self._pool.block_size
+        if cached and prompt.goes_on:
+            prompt.num_shown = prompt.cached_tokens
+            self._found.append(ComputedPart(prompt.key, 0, prompt.cached_tokens, tuple(cached)))
         return True
 
     def _take(self, prompt: _Prompt, budget: int) -> int:
@@ -199,7 +256,7 @@ def _chunk(prompt: _Prompt, count: int) -> ScheduledChunk:
         start=start,
         block_table=prompt.blocks,
         sampling=prompt.sampling if last else None,
-        num_output_tokens=0,
+        num_output_tokens=prompt.num_output_tokens,
         history=prompt.history,
         prompt_logprobs=prompt.sampling.prompt_logprobs,
         next_token=None if last else prompt.token_ids[end],

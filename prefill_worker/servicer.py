@@ -11,7 +11,6 @@ from prelay.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from engine.block_pool import BlockPool
-from engine.layout import KvLayout
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
@@ -19,9 +18,9 @@ from engine.router_messages import Command, Load, RouterBatch, RouterEvent
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
 from prefill_worker.loop import PrefillEvent, PrefillOutput, PrefillRole
-from transfer.handoff import Fence, Peer, SendOffer, SendWithdraw
+from transfer.base import Backend, KvMemory
+from transfer.handoff import Fence, Peer, SendComplete, SendOffer, SendWithdraw
 from transfer.handshake import our_handshake
-from transfer.ipc import IpcBackend, SharedSegment
 from transfer.metrics import LeaseMetrics
 from transfer.offer_links import OfferLinks
 
@@ -31,41 +30,45 @@ STOP_TIMEOUT_S = 1.5
 @dataclass(frozen=True, slots=True)
 class PrefillSettings:
     """max_batch_tokens: most prompt tokens in one step. heartbeat_s: between snapshots. lease_s: how long
-    an offer stands, and how long a link may be silent."""
+    an offer stands, and how long a link may be silent. digest_share: of the requests, 0 to 1, whose KV is
+    checked by digests."""
 
     max_batch_tokens: int
     heartbeat_s: float
     lease_s: float
+    digest_share: float
 
 
 class PrefillService:
     """One prefill worker.
 
-    segment: the KV pool; `runner` computes on its bytes. on_fatal: called in the engine thread when the
-    engine cannot go on; the worker should end then. backends: ways to read the segment that decode workers
-    may choose from.
+    memory: the KV pool; `runner` computes on its bytes. backends: ways to read it that decode workers may
+    choose from; closed with the service. on_fatal: called in the engine thread when the engine cannot go on;
+    the worker should end then.
     """
 
     def __init__(
         self,
         info: worker_pb2.WorkerInfo,
         runner: StepRunner,
-        layout: KvLayout,
-        segment: SharedSegment,
+        memory: KvMemory,
+        backends: Sequence[Backend],
         registry: CollectorRegistry,
         settings: PrefillSettings,
         clock: Callable[[], float] = time.monotonic,
         *,
         on_fatal: Callable[[BaseException], None],
-        backends: Sequence[str] = (IpcBackend.name,),
     ) -> None:
-        self._segment = segment
-        pool = BlockPool(segment.num_blocks, layout.block_size, segment.generations)
+        self._backends = backends
+        layout = memory.layout
+        num_blocks = len(memory.generations)
+        pool = BlockPool(num_blocks, layout.block_size, memory.generations)
         role = PrefillRole(
             runner,
             pool,
             PrefixCache(pool, info.model_fingerprint),
-            segment.generations,
+            memory.generations,
+            layout.num_layers,
             settings.max_batch_tokens,
             info.max_model_len,
             info.vocab_size,
@@ -77,10 +80,17 @@ class PrefillService:
         self._engine: EngineLoop[PrefillEvent, PrefillOutput] = EngineLoop(
             role, self._deliver, on_fatal, clock
         )
-        idle = Load(0, 0, 0, segment.num_blocks, 0, 0)
+        idle = Load(0, 0, 0, num_blocks, 0, 0)
         self._routers = RouterStreams(info, settings.heartbeat_s, self._from_router, idle, clock)
-        handshake = our_handshake(info, layout, backends, segment.ref)
-        self._links = OfferLinks(handshake, settings.lease_s, self._engine.post, clock)
+        names = [backend.name for backend in backends]
+        self._links = OfferLinks(
+            our_handshake(info, layout, names, settings.digest_share),
+            memory,
+            backends,
+            settings.lease_s,
+            self._engine.post,
+            clock,
+        )
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Before the server starts."""
@@ -96,7 +106,8 @@ class PrefillService:
         self._routers.stop()
         self._links.stop()
         await self._engine.stop(STOP_TIMEOUT_S)
-        self._segment.close()
+        for backend in self._backends:
+            backend.close()
 
     def _from_router(self, event: RouterEvent) -> None:
         if isinstance(event, Command) and event.message.HasField("prefill"):
@@ -111,8 +122,10 @@ class PrefillService:
             match output:
                 case RouterBatch():
                     self._routers.deliver(output)
-                case SendOffer(link, offered):
-                    self._links.send_offer(link, offered)
+                case SendOffer(link, key, part):
+                    self._links.send_offer(link, key, part)
+                case SendComplete(link, key, num_tokens, first_token):
+                    self._links.send_complete(link, key, num_tokens, first_token)
                 case SendWithdraw(link, key):
                     self._links.send_withdraw(link, key)
                 case Fence(link, message):

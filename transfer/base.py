@@ -1,55 +1,113 @@
-"""How KV blocks get from a peer's memory into ours: the backends' interface, and the copy they share.
+"""How KV gets from a peer's memory into ours: what every backend does, and what those share that see both.
 
-Known backends: `ipc` (shared memory between processes on one host) and `memory` (one process, for tests).
+Known backends, one file each: `ipc` (memory of processes on one host), `torchdist` (torch.distributed),
+`nixl` (UCX: RDMA, TCP) and `memory` (one process, for tests). A worker has one endpoint for all its ranks,
+in the process of its leader, which sees their memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from prelay.v1 import transfer_pb2
 
+from engine.config import DTYPE_NBYTES
 from transfer.errors import StaleBlocksError, TransferError
-
-Blocks: TypeAlias = npt.NDArray[np.uint8]
-"""uint8 [num_blocks, block_nbytes]"""
+from transfer.handoff import LinkId
+from transfer.layout import Box, Corner, Part, Route, WorkerLayout
 
 Generations: TypeAlias = npt.NDArray[np.uint32]
 """uint32 [num_blocks]"""
 
 
-class PullBackend(Protocol):
-    """Reads blocks of one life of one peer; opened once per link. Called from the transfer thread only."""
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """The KV of one worker.
+
+    ranks: uint8 [num_blocks, block_nbytes of that rank], one for each rank, in order.
+    """
+
+    layout: WorkerLayout
+    ranks: tuple[torch.Tensor, ...]
+    generations: Generations
+
+    def corner(self, corner: Corner, first: int, count: int) -> torch.Tensor:
+        """A view [count, layers, 2, tokens, heads, head nbytes] of `count` blocks from block `first` on."""
+        whole = self.ranks[corner.rank]
+        if not 0 <= first <= first + count <= len(whole):
+            raise TransferError(f"block {first + count - 1} is offered; the worker has {len(whole)} blocks")
+        layout = self.layout.rank(corner.rank)
+        *shape, head_dim = layout.block_shape
+        blocks = whole[first : first + count].view(count, *shape, head_dim * DTYPE_NBYTES[layout.dtype])
+        return blocks[:, corner.layers, :, corner.tokens, corner.heads]
+
+    def num_bytes(self, corner: Corner) -> int:
+        """Of all its blocks."""
+        layout = self.layout.rank(corner.rank)
+        places = [part.stop - part.start for part in (corner.layers, corner.tokens, corner.heads)]
+        each: int = math.prod(places) * 2 * layout.head_dim * DTYPE_NBYTES[layout.dtype]
+        return len(corner.blocks) * each
+
+
+class Pull(Protocol):
+    """The decode side's end of one link: reads the blocks of one life of one peer. Called from one thread."""
+
+    def pull(self, part: Part, boxes: Sequence[Box]) -> None:
+        """Copy what `boxes` say from the peer into our memory; they are of `part`, or of some of its tokens.
+
+        Raises StaleBlocksError if a generation differs from that in `part` after the copy,
+        PeerUnreachableError if no further pull can succeed (the link is then dialled anew), and any other
+        TransferError if this copy cannot be made; then the targets hold anything.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the peer. No pull runs or follows."""
+        ...
+
+
+class Backend(Protocol):
+    """One way to move KV, at one worker; made with its KvMemory. It may be used in both directions."""
 
     @property
     def name(self) -> str:
         """As it is agreed on in the handshake and counted in the metrics."""
         ...
 
-    def pull(self, remote: Sequence[int], generations: Sequence[int], local: Sequence[int]) -> None:
-        """Copy the peer's blocks `remote` into our blocks `local`, of which there are as many.
+    def reaches(self, theirs: transfer_pb2.Handshake) -> bool:
+        """Whether the puller that sent this handshake could use this backend with us, as far as we know."""
+        ...
 
-        generations: those of the remote blocks when they were offered.
-        Raises StaleBlocksError if one of them differs after the copy, TransferError if the copy cannot be
-        made; then the local blocks hold anything.
+    def offer(self, link: LinkId, theirs: transfer_pb2.Handshake, answer: transfer_pb2.Handshake) -> None:
+        """Prefill side: let the puller of this link read our memory. Writes into `answer` how it does that.
+
+        Returns at once, in the asyncio thread. Raises TransferError.
+        """
+        ...
+
+    def end_offer(self, link: LinkId) -> None:
+        """Prefill side: the link is over. Its puller reads nothing any more, or finds out by generations."""
+        ...
+
+    def connect(self, theirs: transfer_pb2.Handshake, route: Route) -> Pull:
+        """Decode side: open the peer's memory as its answer describes it. May take seconds; any thread.
+
+        Raises TransferError.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the peer's memory. No pull runs or follows."""
+        """End all offers. Pulls are closed by whoever opened them."""
         ...
 
 
-def copy_blocks(
-    source: Blocks,
-    source_generations: Generations,
-    remote: Sequence[int],
-    generations: Sequence[int],
-    target: Blocks,
-    local: Sequence[int],
-) -> None:
+def copy_boxes(source: KvMemory, part: Part, boxes: Sequence[Box], target: KvMemory) -> None:
     """The pull of a backend that sees the source as memory: copy first, then compare the generations.
 
     This is the reader's half of a seqlock. The owner bumps a generation before it gives the block to
@@ -57,21 +115,24 @@ def copy_blocks(
     relies on stores and loads keeping their order, which x86-64 promises and which elsewhere the
     interpreter's lock, taken between the copy and the comparison, sees to.
     """
-    for at, to, count in _runs(remote, local):
-        if at + count > len(source):
-            raise TransferError(f"block {at + count - 1} is offered; the peer has {len(source)} blocks")
-        target[to : to + count] = source[at : at + count]
-    found = source_generations[list(remote)]
-    stale = np.flatnonzero(found != np.asarray(generations, dtype=np.uint32))
+    for box in boxes:
+        for at, to, count in runs(box.source.blocks, box.target.blocks):
+            target.corner(box.target, to, count).copy_(source.corner(box.source, at, count))
+    check_generations(part, source.generations[list(part.blocks)])
+
+
+def check_generations(part: Part, found: npt.NDArray[np.uint32]) -> None:
+    """found: [len(part.blocks)], as they are after the copy. Raises StaleBlocksError."""
+    stale = np.flatnonzero(found != np.asarray(part.generations, dtype=np.uint32))
     if stale.size:
         i = int(stale[0])
         raise StaleBlocksError(
-            f"{stale.size} of {len(remote)} blocks were recycled: "
-            f"block {remote[i]} has generation {int(found[i])}, {generations[i]} was offered"
+            f"{stale.size} of {len(part.blocks)} blocks were recycled: block {part.blocks[i]} has "
+            f"generation {int(found[i])}, {part.generations[i]} was offered"
         )
 
 
-def _runs(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def runs(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(remote, local, count) of stretches that are contiguous on both sides: few large copies."""
     start = 0
     for i in range(1, len(remote) + 1):

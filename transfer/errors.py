@@ -3,7 +3,9 @@
 TransferError
 +-- HandoffError         this worker's own code broke the protocol (a defect, never a peer's fault)
 +-- StaleBlocksError     the blocks were recycled while, or before, they were copied: the copy is worthless
++-- DigestError          the copied bytes are not those that were offered
 +-- SegmentError         a peer's shared memory cannot be opened, or is not the one that was announced
++-- BackendMissingError  a backend that the configuration names cannot be used here
 +-- PeerMismatchError    the two workers do not fit together; the message names the field
 +-- PeerUnreachableError no link to the peer, or another life of it answers
 """
@@ -23,8 +25,16 @@ class StaleBlocksError(TransferError):
     """The source blocks' generations differ from those offered: the copy must be thrown away."""
 
 
+class DigestError(TransferError):
+    """What was copied differs from what was offered, though nobody recycled it."""
+
+
 class SegmentError(TransferError):
     """A shared memory segment that cannot be opened or is not what its announcement says."""
+
+
+class BackendMissingError(TransferError):
+    """A backend needs a package, a device or memory that is not here."""
 
 
 class PeerMismatchError(TransferError):

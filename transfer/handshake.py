@@ -1,57 +1,70 @@
-"""The first message each way on a link: who we are, what our KV looks like, how it can be reached."""
+"""The first message each way on a link: who we are, what our KV looks like, how it can be reached.
+
+Two workers fit if they speak the same version of the protocol (minor versions may differ) and cache the same
+model in the same dtype. How each spreads that over ranks and blocks is its own affair (layout.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from prelay.v1 import transfer_pb2, worker_pb2
 
-from engine.layout import KvLayout
+from transfer.base import Backend
 from transfer.errors import PeerMismatchError, PeerUnreachableError
 from transfer.handoff import Peer
-from transfer.ipc import SegmentRef
+from transfer.host_id import host_id
+from transfer.layout import WorkerLayout
 
-_LAYOUT_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype")
+_MODEL_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+_SPREAD_FIELDS = ("block_size", "tp_size", "pp_size")
 
 
 def our_handshake(
-    info: worker_pb2.WorkerInfo, layout: KvLayout, backends: Sequence[str], segment: SegmentRef | None
+    info: worker_pb2.WorkerInfo, layout: WorkerLayout, backends: Iterable[str], digest_share: float
 ) -> transfer_pb2.Handshake:
-    """backends: those that we can use (puller, best first) or serve (offerer). segment: the offerer's
-    shared memory."""
-    message = transfer_pb2.Handshake(
+    """backends: names of those that we have, best first. digest_share: of the requests, 0 to 1."""
+    fields = (*_MODEL_FIELDS, *_SPREAD_FIELDS)
+    return transfer_pb2.Handshake(
         protocol_version=info.protocol_version,
+        protocol_minor=info.protocol_minor,
         worker_id=info.worker_id,
         epoch=info.epoch,
         model_fingerprint=info.model_fingerprint,
-        layout=transfer_pb2.KvLayout(**{name: getattr(layout, name) for name in _LAYOUT_FIELDS}),
+        layout=transfer_pb2.KvLayout(**{name: getattr(layout, name) for name in fields}),
         backends=backends,
+        digest_share=digest_share,
+        host_id=host_id(),
     )
-    if segment is not None:
-        message.ipc.CopyFrom(
-            transfer_pb2.IpcSegment(
-                pid=segment.pid, fd=segment.fd, num_bytes=segment.num_bytes, host_id=segment.host_id
-            )
-        )
-    return message
 
 
 def check_fits(ours: transfer_pb2.Handshake, theirs: transfer_pb2.Handshake) -> None:
     """Raises PeerMismatchError, naming the first field in which the two workers differ."""
     for name in ("protocol_version", "model_fingerprint"):
         _same(name, getattr(ours, name), getattr(theirs, name), ours, theirs)
-    for name in _LAYOUT_FIELDS:
+    for name in _MODEL_FIELDS:
         _same(f"layout.{name}", getattr(ours.layout, name), getattr(theirs.layout, name), ours, theirs)
+    for name in _SPREAD_FIELDS:
+        if not getattr(theirs.layout, name):
+            raise PeerMismatchError(f"layout.{name}: {theirs.worker_id} does not say its own")
 
 
-def choose_backend(ours: transfer_pb2.Handshake, theirs: transfer_pb2.Handshake) -> str:
-    """The first backend of the puller's list (`theirs`) that the offerer serves. Raises PeerMismatchError."""
+def layout_of(handshake: transfer_pb2.Handshake) -> WorkerLayout:
+    """The layout that a handshake describes."""
+    fields = (*_MODEL_FIELDS, *_SPREAD_FIELDS)
+    return WorkerLayout(**{name: getattr(handshake.layout, name) for name in fields})
+
+
+def choose_backend(ours: Sequence[Backend], worker_id: str, theirs: transfer_pb2.Handshake) -> Backend:
+    """The first backend of the puller's list (`theirs`) that the offerer, worker_id, has and that reaches
+    it. Raises PeerMismatchError."""
+    by_name = {backend.name: backend for backend in ours}
     for name in theirs.backends:
-        if name in ours.backends:
-            return name
+        if name in by_name and by_name[name].reaches(theirs):
+            return by_name[name]
     raise PeerMismatchError(
-        f"backends: {theirs.worker_id} can use {list(theirs.backends)}, "
-        f"{ours.worker_id} serves {list(ours.backends)}"
+        f"backends: {theirs.worker_id} can use {list(theirs.backends)}, {worker_id} serves {list(by_name)}, "
+        "and none of both reaches from the one to the other"
     )
 
 
@@ -61,11 +74,6 @@ def check_is(peer: Peer, theirs: transfer_pb2.Handshake) -> None:
         raise PeerUnreachableError(
             f"{theirs.worker_id}@{theirs.epoch} answers at the address of {peer}: it has been replaced"
         )
-
-
-def segment_ref(theirs: transfer_pb2.Handshake) -> SegmentRef:
-    """Where the offerer's shared memory is."""
-    return SegmentRef(theirs.ipc.pid, theirs.ipc.fd, theirs.ipc.num_bytes, theirs.ipc.host_id)
 
 
 def _same(

@@ -20,15 +20,20 @@ import fcntl
 import mmap
 import os
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import torch
+from prelay.v1 import transfer_pb2
 
 from engine.layout import KvLayout
-from transfer.base import Blocks, Generations, copy_blocks
+from transfer.base import Generations, KvMemory, copy_boxes
 from transfer.errors import SegmentError
+from transfer.handoff import LinkId
+from transfer.host_id import host_id
+from transfer.layout import Box, Part, Route, WorkerLayout
 
 _MAGIC = b"prelayKV"
 _HEADER = struct.Struct("<8sQQQQ")
@@ -66,7 +71,7 @@ class SharedSegment:
         self._generations: Generations = np.frombuffer(
             view, dtype=np.uint32, count=num_blocks, offset=_HEADER.size
         )
-        self._blocks: Blocks = np.frombuffer(self._data, dtype=np.uint8).reshape(num_blocks, block_nbytes)
+        self._blocks = torch.frombuffer(self._data, dtype=torch.uint8).view(num_blocks, block_nbytes)
 
     @classmethod
     def create(cls, layout: KvLayout, num_blocks: int, epoch: int) -> SharedSegment:
@@ -99,7 +104,7 @@ class SharedSegment:
         return self._data
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> torch.Tensor:
         """The same bytes as uint8 [num_blocks, block_nbytes]."""
         return self._blocks
 
@@ -117,51 +122,90 @@ class SharedSegment:
 
 
 class IpcBackend:
-    """PullBackend over a peer's SharedSegment, mapped read-only.
-
-    Raises SegmentError if there is no such segment, or it is not of the life and shape that were announced.
-    """
+    """Backend over SharedSegments, one for each of our ranks; the first has the generations that count."""
 
     name = "ipc"
 
-    def __init__(self, ref: SegmentRef, epoch: int, target: SharedSegment) -> None:
-        if ref.host_id != host_id():
-            raise SegmentError(
-                f"the peer's shared memory is on another host or in another container ({ref.host_id}, "
-                f"here is {host_id()}): place the two workers on one host"
-            )
-        path = f"/proc/{ref.pid}/fd/{ref.fd}"
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SegmentError(f"the peer's shared memory {path} cannot be opened: {error}") from error
-        try:
-            # Mapped page by page while copying, the first copies would be several times slower.
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            memory = mmap.mmap(fd, ref.num_bytes, flags=flags, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            raise SegmentError(f"{path} is not shared memory of {ref.num_bytes} bytes: {error}") from error
-        finally:
-            os.close(fd)
-        self._target = target.blocks
-        block_nbytes = target.blocks.shape[1]
-        num_blocks, data_at = _checked_header(memory, path, epoch, block_nbytes)
-        view = memoryview(memory)
-        self._generations: Generations = np.frombuffer(view, np.uint32, num_blocks, _HEADER.size)
-        self._source: Blocks = np.frombuffer(view[data_at:], np.uint8).reshape(num_blocks, block_nbytes)
+    def __init__(self, memory: KvMemory, segments: Sequence[SharedSegment]) -> None:
+        self._memory = memory
+        self._segments = segments
 
-    def pull(self, remote: Sequence[int], generations: Sequence[int], local: Sequence[int]) -> None:
-        copy_blocks(self._source, self._generations, remote, generations, self._target, local)
+    def reaches(self, theirs: transfer_pb2.Handshake) -> bool:
+        return theirs.host_id == host_id()
+
+    def offer(self, link: LinkId, theirs: transfer_pb2.Handshake, answer: transfer_pb2.Handshake) -> None:
+        for segment in self._segments:
+            ref = segment.ref
+            answer.ipc.ranks.add(pid=ref.pid, fd=ref.fd, num_bytes=ref.num_bytes)
+
+    def end_offer(self, link: LinkId) -> None:
+        """Who has mapped a segment may go on reading it: generations tell it what its copy is worth."""
+
+    def connect(self, theirs: transfer_pb2.Handshake, route: Route) -> IpcPull:
+        if theirs.host_id != host_id():
+            raise SegmentError(
+                f"the peer's shared memory is on another host or in another container ({theirs.host_id}, "
+                f"here is {host_id()}): place the two workers on one host, or use another backend"
+            )
+        refs = [SegmentRef(ref.pid, ref.fd, ref.num_bytes, theirs.host_id) for ref in theirs.ipc.ranks]
+        if len(refs) != route.source.num_ranks:
+            raise SegmentError(f"the peer has {route.source.num_ranks} ranks and {len(refs)} segments")
+        return IpcPull(map_memory(route.source, refs, theirs.epoch), self._memory)
 
     def close(self) -> None:
-        self._source = np.empty((0, 0), np.uint8)
-        self._generations = np.empty(0, np.uint32)
+        for segment in self._segments:
+            segment.close()
 
 
-def host_id() -> str:
-    """Identifies the kernel that runs this process and the namespace in which its process number counts."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+class IpcPull:
+    """The peer's memory, mapped read-only."""
+
+    def __init__(self, source: KvMemory, target: KvMemory) -> None:
+        self._source: KvMemory | None = source
+        self._target = target
+
+    def pull(self, part: Part, boxes: Sequence[Box]) -> None:
+        assert self._source is not None
+        copy_boxes(self._source, part, boxes, self._target)
+
+    def close(self) -> None:
+        self._source = None
+
+
+def map_memory(layout: WorkerLayout, refs: Sequence[SegmentRef], epoch: int) -> KvMemory:
+    """The segments of a peer's ranks. Raises SegmentError if one is not there, or is not of the life and
+    shape that were announced."""
+    ranks: list[torch.Tensor] = []
+    generations: list[Generations] = []
+    for rank, ref in enumerate(refs):
+        blocks, generation = _map_segment(ref, epoch, layout.rank(rank).block_nbytes)
+        ranks.append(blocks)
+        generations.append(generation)
+    return KvMemory(layout, tuple(ranks), generations[0])
+
+
+def _map_segment(ref: SegmentRef, epoch: int, block_nbytes: int) -> tuple[torch.Tensor, Generations]:
+    path = f"/proc/{ref.pid}/fd/{ref.fd}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SegmentError(f"the peer's shared memory {path} cannot be opened: {error}") from error
+    try:
+        # Mapped page by page while copying, the first copies would be several times slower.
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        memory = mmap.mmap(fd, ref.num_bytes, flags=flags, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise SegmentError(f"{path} is not shared memory of {ref.num_bytes} bytes: {error}") from error
+    finally:
+        os.close(fd)
+    num_blocks, data_at = _checked_header(memory, path, epoch, block_nbytes)
+    view = memoryview(memory)
+    generations: Generations = np.frombuffer(view, np.uint32, num_blocks, _HEADER.size)
+    with warnings.catch_warnings():
+        # Nobody writes through it: it is a source of copies only.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        data = torch.frombuffer(view[data_at:], dtype=torch.uint8)
+    return data.view(num_blocks, block_nbytes), generations
 
 
 def _data_offset(num_blocks: int) -> int:

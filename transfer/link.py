@@ -19,6 +19,7 @@ from prelay.v1 import transfer_pb2, worker_pb2
 
 from engine.sequence import RequestKey
 from transfer.handoff import HandoffFailure, LinkId, Peer
+from transfer.layout import Part
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -37,10 +38,11 @@ _FAILURE_REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class LinkUp:
-    """The handshake fitted."""
+    """The handshake fitted. backend: how KV travels."""
 
     link: LinkId
     peer: Peer
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,11 @@ class FromOfferer:
 
 @dataclass(frozen=True, slots=True)
 class FetchDone:
-    """A copy ended. error: None when it is good. copy_s: time spent copying, waiting in line not included."""
+    """The copy of a part ended.
+
+    error: None when it is good. copy_s: time spent copying, waiting in line not included. is_digest_good:
+    None if the part carried no digests.
+    """
 
     key: RequestKey
     backend: str
@@ -84,10 +90,18 @@ class FetchDone:
     copy_s: float
     error: str | None
     ended_s: float
+    is_digest_good: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """No copy into the request's blocks runs, none will start."""
+
+    key: RequestKey
 
 
 OfferLinkEvent: TypeAlias = LinkUp | LinkLost | FromPuller
-PullLinkEvent: TypeAlias = LinkUp | LinkLost | LinkFailed | FromOfferer | FetchDone
+PullLinkEvent: TypeAlias = LinkUp | LinkLost | LinkFailed | FromOfferer | FetchDone | Recalled
 
 
 class LinkEnd(Generic[In, Out]):
@@ -163,6 +177,19 @@ def wire_key(key: RequestKey) -> transfer_pb2.HandoffKey:
 
 def request_key(key: transfer_pb2.HandoffKey) -> RequestKey:
     return RequestKey(key.request_id, key.attempt)
+
+
+def part_of(offer: transfer_pb2.Offer) -> Part:
+    """As the cores take it."""
+    return Part(
+        offer.start_token,
+        offer.end_token,
+        offer.start_layer,
+        offer.end_layer,
+        tuple(offer.blocks),
+        tuple(offer.generations),
+        tuple(offer.digests),
+    )
 
 
 def failure_reason(reason: HandoffFailure) -> worker_pb2.FailureReason:

@@ -48,25 +48,37 @@ class PullMetrics:
         )
         self._copy = Histogram(
             "prelay_transfer_seconds",
-            "Time to copy one request's KV.",
+            "Time to copy one offer's KV.",
             ["backend"],
             buckets=_BUCKETS_S,
             registry=registry,
         )
         self._exposed = Histogram(
             "prelay_transfer_exposed_seconds",
-            "Time from the offer of a request's KV to its being ready to decode: what the client waits for.",
+            "Time from the end of a prompt's prefill to the end of its KV's last copy.",
             buckets=_BUCKETS_S,
             registry=registry,
         )
         self._failures = Counter(
             "prelay_transfer_failures_total", "Hand-offs that failed.", ["reason"], registry=registry
         )
+        self._digests = Counter(
+            "prelay_transfer_digests_total",
+            "Offers whose copy was checked against digests, by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("good", "bad"):
+            self._digests.labels(outcome)
         for backend in backends:
             self._bytes.labels(backend)
             self._copy.labels(backend)
         for reason in HandoffFailure:
             self._failures.labels(reason.value)
+
+    def checked(self, *, is_good: bool) -> None:
+        """A part came with digests."""
+        self._digests.labels("good" if is_good else "bad").inc()
 
     def copied(self, backend: str, num_bytes: int, copy_s: float) -> None:
         self._bytes.labels(backend).inc(num_bytes)

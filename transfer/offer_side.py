@@ -1,13 +1,15 @@
 """The prefill worker's half of every hand-off. A core; handoff.py has the whole picture.
 
-      promise                offer                  withdraw
-    ----------> PROMISED ------------> OFFERED ------------------> WITHDRAWN
-                   |                      |                            |
-                   | withdraw             | acknowledged, dropped      | acknowledged, dropped
-                   v                      | link lost                  | link lost
-                 gone                     | lease end: fence           | lease end: fence
-                                          v                            v
-                                     Free, gone                   Free, gone
+     promise              offer               complete              withdraw
+    ---------> PROMISED ---------> OFFERING ------------> OFFERED -----------> WITHDRAWN
+                  |                   |  withdraw            |                     ^ |
+                  |                   +----------------------|---------------------+ |
+                  | withdraw          |                      |                       |
+                  v                   | dropped, link lost   | acknowledged, dropped | acknowledged, dropped
+                gone                  | lease end: fence     | link lost             | link lost
+                                      v                      | lease end: fence      | lease end: fence
+                       (Fail or Abandon,) Free, gone         v                       v
+                                                         Free, gone             Free, gone
 
 PROMISED holds no blocks here (the scheduler does): it stands for those that the peer has set aside. An
 event that a state does not know is ignored: it is late news about something that has been settled.
@@ -16,38 +18,44 @@ event that a state does not know is ignored: it is late news about something tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.sequence import RequestKey
 from transfer.errors import HandoffError
 from transfer.handoff import (
+    Abandon,
     Fail,
     Fence,
     Free,
     HandoffFailure,
+    Lease,
     LinkId,
     OfferAction,
-    Offered,
     Peer,
+    SendComplete,
     SendOffer,
     SendWithdraw,
 )
+from transfer.layout import Part
 
 
 class OfferState(Enum):
     PROMISED = "promised"
+    OFFERING = "offering"
     OFFERED = "offered"
     WITHDRAWN = "withdrawn"
 
 
 @dataclass(slots=True)
 class _Entry:
+    """blocks: that carry our TRANSFER reference, as a set that keeps its order."""
+
     peer: Peer
     state: OfferState
     link: LinkId | None = None
-    blocks: tuple[int, ...] = ()
+    blocks: dict[int, None] = field(default_factory=dict)
     lease_end_s: float = 0.0
 
 
@@ -79,7 +87,14 @@ class OfferSide:
         if peer is None:
             return []
         del self._link_of[peer]
-        return [self._free(key) for key, entry in list(self._entries.items()) if entry.link == link]
+        actions: list[OfferAction] = []
+        for key, entry in list(self._entries.items()):
+            if entry.link == link:
+                if entry.state is OfferState.OFFERING:
+                    message = f"the link to {peer} broke while the prompt's KV was offered"
+                    actions.append(Fail(key, HandoffFailure.PEER_UNREACHABLE, message))
+                actions.append(self._free(key))
+        return actions
 
     def promise(self, key: RequestKey, peer: Peer) -> None:
         """The prompt is here: an offer or a withdraw will follow."""
@@ -87,29 +102,30 @@ class OfferSide:
             raise HandoffError(f"{key} is promised already")
         self._entries[key] = _Entry(peer, OfferState.PROMISED)
 
-    def offer(
-        self,
-        key: RequestKey,
-        blocks: Sequence[int],
-        generations: Sequence[int],
-        num_tokens: int,
-        first_token: int,
-        now: float,
-    ) -> list[OfferAction]:
-        """The prompt is computed; its blocks carry a TRANSFER reference from here until Free."""
-        entry = self._entries.get(key)
-        if entry is None or entry.state is not OfferState.PROMISED:
-            raise HandoffError(f"{key} is offered without a promise ({entry.state if entry else 'unknown'})")
-        entry.blocks = tuple(blocks)
-        entry.link = self._link_of.get(entry.peer)
+    def offer(self, key: RequestKey, part: Part, now: float) -> list[OfferAction]:
+        """The KV of a part is computed. Parts come in order of tokens for each layer.
+
+        Fails if there is nobody to offer it to; the request is gone then.
+        """
+        entry = self._open(key, "offered")
+        entry.link = entry.link or self._link_of.get(entry.peer)
         if entry.link is None:
-            message = f"no link from {entry.peer} to hand the prompt's KV over"
-            return [Fail(key, HandoffFailure.PEER_UNREACHABLE, message), self._free(key)]
+            return self._fail_unlinked(key, entry)
+        if entry.state is OfferState.PROMISED:
+            entry.state = OfferState.OFFERING
+            entry.lease_end_s = now + self._lease_s
+        new = tuple(block for block in part.blocks if block not in entry.blocks)
+        entry.blocks.update(dict.fromkeys(new))
+        return [Lease(key, new), SendOffer(entry.link, key, part)]
+
+    def complete(self, key: RequestKey, num_tokens: int, first_token: int) -> list[OfferAction]:
+        """All tokens are computed and offered, and the token that follows them is drawn."""
+        entry = self._open(key, "complete")
+        entry.link = entry.link or self._link_of.get(entry.peer)
+        if entry.link is None:
+            return self._fail_unlinked(key, entry)
         entry.state = OfferState.OFFERED
-        entry.lease_end_s = now + self._lease_s
-        return [
-            SendOffer(entry.link, Offered(key, num_tokens, first_token, entry.blocks, tuple(generations)))
-        ]
+        return [SendComplete(entry.link, key, num_tokens, first_token)]
 
     def withdraw(self, key: RequestKey) -> list[OfferAction]:
         """The request is cancelled, failed, or ended with its first token. Legal at any time, for any key."""
@@ -121,7 +137,7 @@ class OfferSide:
                 link = self._link_of.get(entry.peer)
                 del self._entries[key]
                 return [] if link is None else [SendWithdraw(link, key)]
-            case OfferState.OFFERED:
+            case OfferState.OFFERING | OfferState.OFFERED:
                 assert entry.link is not None
                 entry.state = OfferState.WITHDRAWN
                 return [SendWithdraw(entry.link, key)]
@@ -168,15 +184,26 @@ class OfferSide:
         found = Counter(entry.state for entry in self._entries.values())
         return {state: found[state] for state in OfferState}
 
+    def _open(self, key: RequestKey, what: str) -> _Entry:
+        entry = self._entries.get(key)
+        if entry is None or entry.state not in (OfferState.PROMISED, OfferState.OFFERING):
+            raise HandoffError(f"{key} is {what} though it is {entry.state.value if entry else 'unknown'}")
+        return entry
+
+    def _fail_unlinked(self, key: RequestKey, entry: _Entry) -> list[OfferAction]:
+        message = f"no link from {entry.peer} to hand the prompt's KV over"
+        return [Fail(key, HandoffFailure.PEER_UNREACHABLE, message), self._free(key)]
+
     def _released(self, link: LinkId, key: RequestKey) -> list[OfferAction]:
         entry = self._entries.get(key)
         if entry is None or entry.link != link:
             # Also PROMISED: the puller gave up early, and will drop the offer too when it comes.
             return []
-        return [self._free(key)]
+        abandon = [Abandon(key)] if entry.state is OfferState.OFFERING else []
+        return [*abandon, self._free(key)]
 
     def _fence(self, link: LinkId, message: str) -> list[OfferAction]:
         return [Fence(link, message), *self.link_lost(link)]
 
     def _free(self, key: RequestKey) -> Free:
-        return Free(key, self._entries.pop(key).blocks)
+        return Free(key, tuple(self._entries.pop(key).blocks))

@@ -1,4 +1,8 @@
-"""The decode worker's ends of its links: dials prefill workers, and copies their blocks in a thread."""
+"""The decode worker's ends of its links: dials prefill workers, and copies what they offer in a thread.
+
+A copy begins when its offer arrives, if the engine has lent blocks for it (handoff.py): the engine, which may
+be in a step, is told of both but not waited for.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,27 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from prelay.v1 import transfer_pb2, transfer_pb2_grpc
 
 from engine.sequence import RequestKey
-from transfer.base import PullBackend
-from transfer.errors import PeerMismatchError, PeerUnreachableError, SegmentError, TransferError
-from transfer.handoff import Fetch, HandoffFailure, LinkId, Peer
-from transfer.handshake import check_fits, check_is
+from transfer.base import Backend, KvMemory, Pull
+from transfer.digest import check_digests
+from transfer.errors import (
+    DigestError,
+    PeerMismatchError,
+    PeerUnreachableError,
+    StaleBlocksError,
+    TransferError,
+)
+from transfer.handoff import HandoffFailure, Lend, LinkId, Peer
+from transfer.handshake import check_fits, check_is, layout_of
+from transfer.layout import Part, Route
 from transfer.link import (
     FetchDone,
     FromOfferer,
@@ -26,14 +39,13 @@ from transfer.link import (
     LinkLost,
     LinkUp,
     PullLinkEvent,
+    Recalled,
+    part_of,
     request_key,
     wire_key,
 )
 
 _log = logging.getLogger(__name__)
-
-OpenBackend: TypeAlias = Callable[[transfer_pb2.Handshake], PullBackend]
-"""Opens the offerer's memory as its handshake describes it; raises SegmentError."""
 
 DIAL_TIMEOUT_S = 1.5
 """For connection and handshake together: a pair that cannot be made must fail soon."""
@@ -48,31 +60,41 @@ _CHANNEL_OPTIONS = (
 _End = LinkEnd[transfer_pb2.OffererMessage, transfer_pb2.PullerMessage]
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The peer's memory, and the way from its layout to ours."""
+
+    backend: str
+    pull: Pull
+    route: Route
+
+
 class PullLinks:
     """Everything here but the copies runs in the asyncio thread; what happens is told through `post`.
 
-    backends: those that we can use, best first.
-    block_nbytes: bytes in one block, for the record of what a copy moved.
+    memory: ours, into which is copied. backends: those that we have; the handshake names them, best first.
     """
 
     def __init__(
         self,
         handshake: transfer_pb2.Handshake,
-        backends: Mapping[str, OpenBackend],
-        block_nbytes: int,
+        memory: KvMemory,
+        backends: Sequence[Backend],
         lease_s: float,
         post: Callable[[PullLinkEvent], None],
         clock: Callable[[], float],
     ) -> None:
         self._handshake = handshake
-        self._backends = backends
-        self._block_nbytes = block_nbytes
+        self._memory = memory
+        self._backends = {backend.name: backend for backend in backends}
         self._lease_s = lease_s
         self._post = post
         self._clock = clock
         self._ids = itertools.count(1)
         self._ends: dict[LinkId, _End] = {}
-        self._opened: dict[LinkId, PullBackend] = {}
+        self._opened: dict[LinkId, _Opened] = {}
+        # Requests that offers may be copied for.
+        self._lent: dict[RequestKey, Lend] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         # One thread: copies are bound by the memory, and in line they end in the order of the offers.
@@ -82,6 +104,7 @@ class PullLinks:
         """Dial; LinkUp or LinkFailed follows, and after LinkUp some day LinkLost."""
         if self._stopping:
             return
+        self._loop = asyncio.get_running_loop()
         task = asyncio.create_task(self._live(peer, address))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -92,11 +115,20 @@ class PullLinks:
     def send_drop(self, link: LinkId, key: RequestKey) -> None:
         self._answer(link, key, transfer_pb2.PullerMessage(drop=wire_key(key)))
 
-    def fetch(self, fetch: Fetch) -> None:
-        """Copy; FetchDone follows. A copy whose link ends meanwhile goes on."""
-        if self._stopping:
-            return
-        self._copier.submit(self._copy, self._opened.get(fetch.link), fetch)
+    def disconnect(self, link: LinkId) -> None:
+        """LinkLost follows, if it has not been lost already."""
+        if (end := self._ends.get(link)) is not None:
+            end.close("this life of the peer is over")
+
+    def lend(self, lend: Lend) -> None:
+        """Copy what is offered; FetchDone follows each offer. A copy whose link ends meanwhile goes on."""
+        self._lent[lend.key] = lend
+
+    def recall(self, key: RequestKey) -> None:
+        """Recalled follows, behind the copies that still run or wait."""
+        self._lent.pop(key, None)
+        if not self._stopping:
+            self._copier.submit(self._post, Recalled(key))
 
     async def stop(self) -> None:
         """Close all links. Waits for no copy."""
@@ -110,7 +142,7 @@ class PullLinks:
         """One link, from dialling to its end."""
         async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
             try:
-                call, backend = await self._dial(channel, peer, address)
+                call, opened = await self._dial(channel, peer, address)
             except (PeerMismatchError, PeerUnreachableError) as error:
                 mismatch = isinstance(error, PeerMismatchError)
                 reason = HandoffFailure.PEER_MISMATCH if mismatch else HandoffFailure.PEER_UNREACHABLE
@@ -125,9 +157,9 @@ class PullLinks:
                 return
             link = next(self._ids)
             end = _End(self._lease_s, wrap=lambda renew: transfer_pb2.PullerMessage(renew=renew))
-            self._ends[link], self._opened[link] = end, backend
-            self._post(LinkUp(link, peer))
-            _log.info("event=link_up link=%d peer=%s backend=%s", link, peer, backend.name)
+            self._ends[link], self._opened[link] = end, opened
+            self._post(LinkUp(link, peer, opened.backend))
+            _log.info("event=link_up link=%d peer=%s backend=%s", link, peer, opened.backend)
             why = "we are stopping"
             try:
                 why = await end.run(call, lambda message: self._receive(link, end, message))
@@ -135,7 +167,7 @@ class PullLinks:
                 call.cancel()
                 del self._ends[link], self._opened[link]
                 # Behind the copies that still run or wait.
-                self._copier.submit(backend.close)
+                self._copier.submit(opened.pull.close)
                 self._post(LinkLost(link, why))
                 _log.info("event=link_lost link=%d peer=%s why=%r", link, peer, why)
 
@@ -145,7 +177,19 @@ class PullLinks:
                 return  # the link's own sign of life: an idle engine sleeps through it
             case "offer":
                 end.held.add(request_key(message.offer.key))
+            case "complete":
+                end.held.add(request_key(message.complete.key))
         self._post(FromOfferer(link, message, self._clock()))
+        match message.WhichOneof("message"):
+            case "offer":
+                lend = self._lent.get(request_key(message.offer.key))
+                if lend is not None and lend.link == link and not self._stopping:
+                    self._copier.submit(self._copy, link, self._opened[link], lend, part_of(message.offer))
+            case "complete":
+                # What is delivered now must not be written again, whatever is still offered.
+                key = request_key(message.complete.key)
+                if key in self._lent and self._lent[key].link == link:
+                    del self._lent[key]
 
     def _answer(self, link: LinkId, key: RequestKey, message: transfer_pb2.PullerMessage) -> None:
         """To nobody, if the link has ended: its end is told of separately."""
@@ -153,7 +197,7 @@ class PullLinks:
             end.held.discard(key)
             end.send(message)
 
-    async def _dial(self, channel: grpc.aio.Channel, peer: Peer, address: str) -> tuple[Any, PullBackend]:
+    async def _dial(self, channel: grpc.aio.Channel, peer: Peer, address: str) -> tuple[Any, _Opened]:
         """The call with its handshake done, and the peer's memory.
 
         Raises PeerMismatchError or PeerUnreachableError.
@@ -180,35 +224,54 @@ class PullLinks:
                 raise PeerMismatchError(error.details()) from error
             message = f"{peer} at {address}: {error.code().name} {error.details()}"
             raise PeerUnreachableError(message) from error
-        except SegmentError as error:
+        except TransferError as error:
             call.cancel()
+            if isinstance(error, PeerMismatchError | PeerUnreachableError):
+                raise
             raise PeerUnreachableError(f"{peer} at {address}: {error}") from error
         except BaseException:
             call.cancel()
             raise
 
-    def _open(self, theirs: transfer_pb2.Handshake) -> PullBackend:
+    def _open(self, theirs: transfer_pb2.Handshake) -> _Opened:
         chosen = theirs.backends[0] if theirs.backends else "none"
         if chosen not in self._backends:
             raise PeerMismatchError(
                 f"backends: {theirs.worker_id} chose {chosen}, we can use {list(self._backends)}"
             )
-        return self._backends[chosen](theirs)
+        route = Route(layout_of(theirs), self._memory.layout)
+        return _Opened(chosen, self._backends[chosen].connect(theirs, route), route)
 
-    def _copy(self, backend: PullBackend | None, fetch: Fetch) -> None:
-        offered, error, name = fetch.offered, None, "none"
+    def _copy(self, link: LinkId, opened: _Opened, lend: Lend, part: Part) -> None:
+        """In the copier's thread."""
+        error: str | None = None
+        is_digest_good: bool | None = None
+        num_bytes = 0
         started_s = time.perf_counter()
         try:
-            if backend is None:
-                raise PeerUnreachableError("the link ended before the copy began")
-            name = backend.name
-            backend.pull(offered.blocks, offered.generations, fetch.blocks)
+            boxes = opened.route.boxes(part, lend.table, lend.skip_tokens)
+            opened.pull.pull(part, boxes)
+            num_bytes = sum(self._memory.num_bytes(box.target) for box in boxes)
+            if part.digests:
+                check_digests(self._memory, opened.route, part, boxes)
+                is_digest_good = True
+        except (StaleBlocksError, DigestError) as failure:
+            error = str(failure)
+            is_digest_good = False if isinstance(failure, DigestError) else None
+        except PeerUnreachableError as failure:
+            error = str(failure)
+            self._loop.call_soon_threadsafe(self._break, link, error)
         except TransferError as failure:
             error = str(failure)
         except Exception as failure:
             # The copy of one request must not end the thread that copies for all.
-            _log.exception("event=copy_failed request=%s", offered.key)
+            _log.exception("event=copy_failed request=%s", lend.key)
             error = f"the copy failed: {failure!r}"
-        num_bytes = len(fetch.blocks) * self._block_nbytes
         copy_s = time.perf_counter() - started_s
-        self._post(FetchDone(offered.key, name, num_bytes, copy_s, error, self._clock()))
+        self._post(
+            FetchDone(lend.key, opened.backend, num_bytes, copy_s, error, self._clock(), is_digest_good)
+        )
+
+    def _break(self, link: LinkId, why: str) -> None:
+        if (end := self._ends.get(link)) is not None:
+            end.close(why)

@@ -1,79 +1,97 @@
 """The decode worker's half of every hand-off. A core; handoff.py has the whole picture.
 
-      reserve               link up               offered                 fetched
-    ----------> CONNECTING ---------> RESERVED -------------> FETCHING ------------> Deliver, gone
-                    |                    |                       |
-                    | cancel             | cancel                | fetch failed: Free + Fail, gone
-                    | link failed        | withdrawn             |
-                    | lease end          | link lost             | cancel, withdrawn, lease end
-                    v                    | lease end             v
-               Free, gone                v                  DISCARDING -----------> Free, gone
-                                    Free, gone                       fetched or fetch failed
+     reserve               link up              offered              complete, and all fetched
+    ---------> CONNECTING ---------> RESERVED ----------> FETCHING ---------------------------> Deliver, gone
+                   |                 (lent)   complete       |
+                   | cancel             |                    | fetch failed, wrong offer: Fail
+                   | link failed        | cancel             | cancel, withdrawn, lease end
+                   | lease end          | withdrawn          | link lost before complete
+                   v                    | link lost          |
+              Free, gone                | lease end          v
+                                        +--------------> RECALLED ----------> Free, gone
+                                                                   recalled
 
-A copy that runs is never interrupted and its target never freed: DISCARDING waits for its end. A link that
-is lost under a copy does not matter by itself: the generations decide whether the copy is good.
-An event that a state does not know is ignored; an offer or withdraw that finds no entry is answered with
-drop.
+Blocks that are lent are freed only when they have come back: RECALLED waits for that. A link that is lost
+under a copy does not matter by itself when all is offered: the generations decide whether the copy is good.
+An event that a state does not know is ignored; an offer, a complete or a withdraw that finds no entry is
+answered with drop.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.sequence import RequestKey
+from transfer.dialling import Dialling
 from transfer.errors import HandoffError
 from transfer.handoff import (
     ConfirmReserved,
-    Connect,
     Deliver,
     Fail,
-    Fetch,
     Free,
     HandoffFailure,
+    Lend,
     LinkId,
-    Offered,
     Peer,
     PullAction,
+    Recall,
     SendAcknowledge,
     SendDrop,
 )
+from transfer.layout import Part
 
 
 class PullState(Enum):
     CONNECTING = "connecting"
     RESERVED = "reserved"
     FETCHING = "fetching"
-    DISCARDING = "discarding"
+    RECALLED = "recalled"
 
 
 @dataclass(slots=True)
 class _Entry:
+    """offered_tokens: by layer, how far the offers have come. num_copying: offers whose copy has not ended.
+    first_token: with `complete`, which came at completed_s."""
+
     peer: Peer
     num_tokens: int
-    num_prompt_blocks: int
+    skip_tokens: int
     blocks: tuple[int, ...]
     state: PullState
     lease_end_s: float
+    offered_tokens: list[int]
     link: LinkId | None = None
-    offered_s: float = 0.0
-    first_token: int = 0
+    num_copying: int = 0
+    first_token: int | None = None
+    completed_s: float = 0.0
+    copied_s: float = field(default=0.0)
 
 
 class PullSide:
-    """All hand-offs that this decode worker has set blocks aside for.
+    """All hand-offs that this decode worker has set blocks aside for, and its links to prefill workers.
 
-    lease_s: how long blocks stay set aside without news from the prefill worker.
+    num_layers: of the model. lease_s: how long blocks stay set aside without news from the prefill worker.
     """
 
-    def __init__(self, lease_s: float) -> None:
+    def __init__(self, num_layers: int, lease_s: float) -> None:
+        self._num_layers = num_layers
         self._lease_s = lease_s
         self._entries: dict[RequestKey, _Entry] = {}
-        self._links: dict[LinkId, Peer] = {}
-        self._link_of: dict[Peer, LinkId] = {}
-        self._dialling: set[Peer] = set()
+        self._dialling = Dialling()
+
+    def pair(self, peer: Peer, address: str, now: float) -> list[PullAction]:
+        """Be linked to this peer, and stay so; it is told how that stands."""
+        return self._dialling.want(peer, address, now)
+
+    def unpair(self, peer: Peer) -> list[PullAction]:
+        """This life of the peer is over."""
+        link, actions = self._dialling.forget(peer)
+        if link is not None:
+            actions = [*self._link_over(link, peer), *actions]
+        return [*self._fail_waiting(peer, HandoffFailure.PEER_UNREACHABLE, f"{peer} is gone"), *actions]
 
     def reserve(
         self,
@@ -81,90 +99,102 @@ class PullSide:
         peer: Peer,
         address: str,
         num_tokens: int,
-        num_prompt_blocks: int,
+        skip_tokens: int,
         blocks: Sequence[int],
         now: float,
     ) -> list[PullAction]:
-        """Blocks are set aside (TRANSFER reference) for the prompt and more.
+        """Blocks are set aside (TRANSFER reference) for the sequence's num_tokens tokens and more.
 
-        The first num_prompt_blocks of them take the KV of the prompt's num_tokens tokens.
+        skip_tokens: of its first blocks the KV is there already, and will not be written.
         """
         if key in self._entries:
             raise HandoffError(f"{key} is reserved already")
-        link = self._link_of.get(peer)
-        state = PullState.CONNECTING if link is None else PullState.RESERVED
-        self._entries[key] = _Entry(
-            peer, num_tokens, num_prompt_blocks, tuple(blocks), state, now + self._lease_s, link
+        entry = _Entry(
+            peer,
+            num_tokens,
+            skip_tokens,
+            tuple(blocks),
+            PullState.CONNECTING,
+            now + self._lease_s,
+            [0] * self._num_layers,
         )
+        self._entries[key] = entry
+        link = self._dialling.link_of(peer)
         if link is not None:
-            return [ConfirmReserved(key)]
-        # Even if those who asked for the link have left: a second one to the same peer would end the first.
-        if peer in self._dialling:
-            return []
-        self._dialling.add(peer)
-        return [Connect(peer, address)]
+            return self._lend(key, entry, link)
+        return self._dialling.want(peer, address, now, at_once=True)
 
-    def link_up(self, link: LinkId, peer: Peer, now: float) -> list[PullAction]:
+    def link_up(self, link: LinkId, peer: Peer, backend: str, now: float) -> list[PullAction]:
         """A link that was dialled stands; a link that there was to the same peer is over."""
         actions: list[PullAction] = []
-        if (old := self._link_of.get(peer)) is not None:
-            actions += self.link_lost(old)
-        self._dialling.discard(peer)
-        self._links[link] = peer
-        self._link_of[peer] = link
+        if (old := self._dialling.link_of(peer)) is not None:
+            actions += self.link_lost(old, now)
+        actions += self._dialling.linked(link, peer, backend)
         for key, entry in self._entries.items():
             if entry.state is PullState.CONNECTING and entry.peer == peer:
-                entry.state, entry.link, entry.lease_end_s = PullState.RESERVED, link, now + self._lease_s
-                actions.append(ConfirmReserved(key))
+                entry.lease_end_s = now + self._lease_s
+                actions += self._lend(key, entry, link)
         return actions
 
-    def link_failed(self, peer: Peer, reason: HandoffFailure, message: str) -> list[PullAction]:
+    def link_failed(self, peer: Peer, reason: HandoffFailure, message: str, now: float) -> list[PullAction]:
         """The peer could not be reached or does not fit."""
-        self._dialling.discard(peer)
-        waiting = [k for k, e in self._entries.items() if e.state is PullState.CONNECTING and e.peer == peer]
-        return [action for key in waiting for action in (Fail(key, reason, message), self._free(key))]
+        return [
+            *self._dialling.failed(peer, reason, message, now),
+            *self._fail_waiting(peer, reason, message),
+        ]
 
-    def link_lost(self, link: LinkId) -> list[PullAction]:
-        """The link is closed. What was reserved over it fails; a copy goes on and is judged when it ends."""
-        peer = self._links.pop(link, None)
-        if peer is None:
-            return []
-        del self._link_of[peer]
-        actions: list[PullAction] = []
-        for key, entry in list(self._entries.items()):
-            if entry.link != link:
-                continue
-            match entry.state:
-                case PullState.RESERVED:
-                    message = f"the link to {peer} broke before the prompt's KV was offered"
-                    actions += [Fail(key, HandoffFailure.PEER_UNREACHABLE, message), self._free(key)]
-                case PullState.FETCHING | PullState.DISCARDING | PullState.CONNECTING:
-                    pass
-        return actions
+    def link_lost(self, link: LinkId, now: float) -> list[PullAction]:
+        """The link is closed. What waits for offers fails; copies go on, and are judged at their end."""
+        peer, actions = self._dialling.lost(link, now)
+        return actions if peer is None else [*self._link_over(link, peer), *actions]
 
-    def offered(self, link: LinkId, offered: Offered, arrived_s: float) -> list[PullAction]:
-        """The KV of the prompt may be copied."""
-        key = offered.key
+    def offered(self, link: LinkId, key: RequestKey, part: Part, arrived_s: float) -> list[PullAction]:
+        """The KV of a part may be copied; that is under way if the blocks are lent."""
         entry = self._entries.get(key)
         if entry is None or entry.link != link:
             return [SendDrop(link, key)]
-        if entry.state is not PullState.RESERVED:
+        if entry.state not in (PullState.RESERVED, PullState.FETCHING):
             return []
-        wanted, given = entry.num_prompt_blocks, len(offered.blocks)
-        if offered.num_tokens != entry.num_tokens or wanted != given or given != len(offered.generations):
-            message = (
-                f"{entry.peer} offered {offered.num_tokens} tokens in {given} blocks with "
-                f"{len(offered.generations)} generations; reserved are {entry.num_tokens} in {wanted}"
-            )
-            fail = Fail(key, HandoffFailure.TRANSFER_FAILED, message)
-            return [fail, self._free(key), SendDrop(link, key)]
         entry.state = PullState.FETCHING
-        entry.offered_s, entry.first_token = arrived_s, offered.first_token
+        entry.num_copying += 1
         entry.lease_end_s = max(entry.lease_end_s, arrived_s + self._lease_s)
-        return [Fetch(link, offered, entry.blocks[:wanted])]
+        layers = range(part.start_layer, part.end_layer)
+        in_order = 0 <= layers.start < layers.stop <= self._num_layers and all(
+            entry.offered_tokens[layer] == part.start_token for layer in layers
+        )
+        late = entry.first_token is not None
+        if late or not in_order or not part.start_token < part.end_token <= entry.num_tokens:
+            message = (
+                f"{entry.peer} offered tokens {part.start_token} to {part.end_token - 1} of layers "
+                f"{layers.start} to {layers.stop - 1} late, out of order or beyond {entry.num_tokens} tokens"
+            )
+            return [Fail(key, HandoffFailure.TRANSFER_FAILED, message), *self._give_up(key, entry)]
+        for layer in layers:
+            entry.offered_tokens[layer] = part.end_token
+        return []
+
+    def completed(
+        self, link: LinkId, key: RequestKey, num_tokens: int, first_token: int, arrived_s: float
+    ) -> list[PullAction]:
+        """All is offered; when the last copy has ended the sequence can go on with first_token."""
+        entry = self._entries.get(key)
+        if entry is None or entry.link != link:
+            return [SendDrop(link, key)]
+        if entry.state not in (PullState.RESERVED, PullState.FETCHING) or entry.first_token is not None:
+            return []
+        if num_tokens != entry.num_tokens or min(entry.offered_tokens) != num_tokens:
+            message = (
+                f"{entry.peer} offered {min(entry.offered_tokens)} tokens in all layers and calls "
+                f"{num_tokens} complete; {entry.num_tokens} are reserved"
+            )
+            return [Fail(key, HandoffFailure.TRANSFER_FAILED, message), *self._give_up(key, entry)]
+        entry.state = PullState.FETCHING
+        entry.first_token, entry.completed_s = first_token, arrived_s
+        entry.lease_end_s = max(entry.lease_end_s, arrived_s + self._lease_s)
+        return self._deliver_if_ready(key, entry)
 
     def withdrawn(self, link: LinkId, key: RequestKey) -> list[PullAction]:
-        """No offer will come, or the one that came is taken back; the prefill worker tells the router."""
+        """No offer will come, or those that came are taken back; the prefill worker tells the router."""
         entry = self._entries.get(key)
         if entry is None or entry.link != link:
             return [SendDrop(link, key)]
@@ -176,24 +206,29 @@ class PullSide:
         return [] if entry is None else self._give_up(key, entry)
 
     def fetched(self, key: RequestKey, ended_s: float) -> list[PullAction]:
-        """The copy ended and the generations held."""
-        entry = self._copied(key)
-        if entry.state is PullState.DISCARDING:
-            return [self._free(key), *self._drop(key, entry)]
-        del self._entries[key]
-        actions: list[PullAction] = []
-        if entry.link is not None and entry.link in self._links:
-            actions.append(SendAcknowledge(entry.link, key))
-        transfer_s = ended_s - entry.offered_s
-        return [*actions, Deliver(key, entry.blocks, entry.first_token, transfer_s, ended_s)]
+        """The copy of a part ended, its generations held, and its digests, if it has any, agreed."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not PullState.FETCHING:
+            return []
+        if not entry.num_copying:
+            raise HandoffError(f"a copy for {key} ended that was never started")
+        entry.num_copying -= 1
+        entry.copied_s = max(entry.copied_s, ended_s)
+        return self._deliver_if_ready(key, entry)
 
     def fetch_failed(self, key: RequestKey, message: str) -> list[PullAction]:
-        """The copy ended without a result: stale generations, or the backend failed."""
-        entry = self._copied(key)
-        actions: list[PullAction] = []
-        if entry.state is PullState.FETCHING:
-            actions.append(Fail(key, HandoffFailure.TRANSFER_FAILED, message))
-        return [*actions, self._free(key), *self._drop(key, entry)]
+        """The copy of a part ended without a result: stale generations, other bytes, or no connection."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not PullState.FETCHING:
+            return []
+        return [Fail(key, HandoffFailure.TRANSFER_FAILED, message), *self._give_up(key, entry)]
+
+    def recalled(self, key: RequestKey) -> list[PullAction]:
+        """The blocks are back: no copy runs, none will start."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state is not PullState.RECALLED:
+            raise HandoffError(f"the blocks of {key} came back though nobody asked for them")
+        return [self._free(key), *self._drop(key, entry)]
 
     def renewed(self, link: LinkId, keys: Iterable[RequestKey], arrived_s: float) -> None:
         """The prefill worker still means to offer these, or has them on offer."""
@@ -203,18 +238,19 @@ class PullSide:
                 entry.lease_end_s = max(entry.lease_end_s, arrived_s + self._lease_s)
 
     def tick(self, now: float) -> list[PullAction]:
-        """End leases whose time is over; call it when all that has arrived is told."""
-        actions: list[PullAction] = []
+        """End leases whose time is over, and dial again; call it when all that has arrived is told."""
+        actions = self._dialling.tick(now)
         for key, entry in list(self._entries.items()):
-            if entry.state is not PullState.DISCARDING and entry.lease_end_s <= now:
+            if entry.state is not PullState.RECALLED and entry.lease_end_s <= now:
                 message = f"no news from {entry.peer} for {self._lease_s} s while {entry.state.value}"
                 actions += [Fail(key, HandoffFailure.LEASE_EXPIRED, message), *self._give_up(key, entry)]
         return actions
 
     def deadline(self) -> float | None:
-        """When `tick` has something to do next; None while no lease runs."""
-        ends = (e.lease_end_s for e in self._entries.values() if e.state is not PullState.DISCARDING)
-        return min(ends, default=None)
+        """When `tick` has something to do next; None while no lease runs and nothing is to be dialled."""
+        ends = [e.lease_end_s for e in self._entries.values() if e.state is not PullState.RECALLED]
+        dial = self._dialling.deadline()
+        return min(ends if dial is None else [*ends, dial], default=None)
 
     @property
     def num_blocks(self) -> int:
@@ -226,24 +262,48 @@ class PullSide:
         found = Counter(entry.state for entry in self._entries.values())
         return {state: found[state] for state in PullState}
 
+    def _lend(self, key: RequestKey, entry: _Entry, link: LinkId) -> list[PullAction]:
+        entry.state, entry.link = PullState.RESERVED, link
+        return [Lend(link, key, entry.blocks, entry.skip_tokens), ConfirmReserved(key)]
+
+    def _fail_waiting(self, peer: Peer, reason: HandoffFailure, message: str) -> list[PullAction]:
+        waiting = [k for k, e in self._entries.items() if e.state is PullState.CONNECTING and e.peer == peer]
+        return [each for key in waiting for each in (Fail(key, reason, message), self._free(key))]
+
+    def _link_over(self, link: LinkId, peer: Peer) -> list[PullAction]:
+        actions: list[PullAction] = []
+        for key, entry in list(self._entries.items()):
+            waits = entry.state in (PullState.RESERVED, PullState.FETCHING) and entry.first_token is None
+            if entry.link == link and waits:
+                message = f"the link to {peer} broke before all of the prompt's KV was offered"
+                fail = Fail(key, HandoffFailure.PEER_UNREACHABLE, message)
+                actions += [fail, *self._give_up(key, entry)]
+        return actions
+
+    def _deliver_if_ready(self, key: RequestKey, entry: _Entry) -> list[PullAction]:
+        if entry.first_token is None or entry.num_copying:
+            return []
+        del self._entries[key]
+        actions: list[PullAction] = []
+        if entry.link is not None and self._dialling.is_up(entry.link):
+            actions.append(SendAcknowledge(entry.link, key))
+        ready_s = max(entry.completed_s, entry.copied_s)
+        transfer_s = ready_s - entry.completed_s
+        return [*actions, Deliver(key, entry.blocks, entry.first_token, transfer_s, ready_s)]
+
     def _give_up(self, key: RequestKey, entry: _Entry) -> list[PullAction]:
         match entry.state:
-            case PullState.CONNECTING | PullState.RESERVED:
-                return [self._free(key), *self._drop(key, entry)]
-            case PullState.FETCHING:
-                entry.state = PullState.DISCARDING
+            case PullState.CONNECTING:
+                return [self._free(key)]
+            case PullState.RESERVED | PullState.FETCHING:
+                entry.state = PullState.RECALLED
+                return [Recall(key)]
+            case PullState.RECALLED:
                 return []
-            case PullState.DISCARDING:
-                return []
-
-    def _copied(self, key: RequestKey) -> _Entry:
-        entry = self._entries.get(key)
-        if entry is None or entry.state not in (PullState.FETCHING, PullState.DISCARDING):
-            raise HandoffError(f"a copy for {key} ended that was never started")
-        return entry
 
     def _drop(self, key: RequestKey, entry: _Entry) -> list[PullAction]:
-        return [SendDrop(entry.link, key)] if entry.link in self._links else []
+        up = entry.link is not None and self._dialling.is_up(entry.link)
+        return [SendDrop(entry.link, key)] if up and entry.link is not None else []
 
     def _free(self, key: RequestKey) -> Free:
         return Free(key, self._entries.pop(key).blocks)

@@ -20,14 +20,18 @@ from engine.router_messages import Command, RouterEvent
 from engine.runner import StepRunner
 from engine.sequence import RequestKey, ScheduledChunk, TokenSampling
 from prefill_worker.servicer import PrefillService, PrefillSettings
-from transfer.ipc import SharedSegment
+from transfer.base import Backend, KvMemory
+from transfer.ipc import IpcBackend, SharedSegment
+from transfer.layout import Part, WorkerLayout
 from transfer.memory import MemoryBackend
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
 
 
-def sampling(max_tokens: int = 8, stop: Sequence[int] = (), seed: int = 0) -> TokenSampling:
-    return TokenSampling(1.0, 0, 1.0, seed, max_tokens, 0, frozenset(stop))
+def sampling(
+    max_tokens: int = 8, stop: Sequence[int] = (), seed: int = 0, presence_penalty: float = 0.0
+) -> TokenSampling:
+    return TokenSampling(1.0, 0, 1.0, seed, max_tokens, 0, frozenset(stop), presence_penalty=presence_penalty)
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Hooks:
 
     prefill_step: Callable[[Sequence[ScheduledChunk]], None] = lambda chunks: None
     decode_step: Callable[[Sequence[ScheduledChunk]], None] = lambda chunks: None
-    copy: Callable[[Sequence[int]], None] = lambda blocks: None
+    copy: Callable[[Part], None] = lambda part: None
 
 
 @dataclass
@@ -93,6 +97,7 @@ class Pair:
     layout: KvLayout = LAYOUT
     load: Callable[[SharedSegment], StepRunner] | None = None
     workers: list[Worker] = field(default_factory=list)
+    memories: dict[str, KvMemory] = field(default_factory=dict)
 
     async def prefill(
         self, epoch: int = 1, layout: KvLayout | None = None, fingerprint: str = "model"
@@ -105,42 +110,43 @@ class Pair:
         service = PrefillService(
             info,
             runner,
-            layout,
-            segment,
+            *self._memory("prefill-0", segment, layout),
             registry,
-            PrefillSettings(self.max_batch_tokens, 0.05, self.lease_s),
+            PrefillSettings(self.max_batch_tokens, 0.05, self.lease_s, digest_share=1.0),
             on_fatal=fatal.append,
-            backends=[self.backend],
         )
         return await self._serve(Worker(info, service, grpc.aio.server(), segment, registry, fatal))
 
-    async def decode(self, source: Worker, epoch: int = 1) -> Worker:
-        """source: whose memory the memory backend reads."""
+    async def decode(self, epoch: int = 1) -> Worker:
         segment = SharedSegment.create(self.layout, self.num_blocks, epoch)
         runner = self._runner(segment, self.layout, lambda chunks: self.hooks.decode_step(chunks))
         info = self._info("decode-0", worker_pb2.ROLE_DECODE, epoch, "model")
         registry, fatal = CollectorRegistry(), list[BaseException]()
-        backends = {
-            "memory": lambda theirs: MemoryBackend(source.segment, segment, lambda b: self.hooks.copy(b))
-        }
         service = DecodeService(
             info,
             runner,
-            self.layout,
-            segment,
+            *self._memory("decode-0", segment, self.layout),
             registry,
-            DecodeSettings(self.max_num_seqs, self.max_batch_tokens, 0.05, self.lease_s),
+            DecodeSettings(self.max_num_seqs, self.max_batch_tokens, 0.05, self.lease_s, digest_share=1.0),
             on_fatal=fatal.append,
-            backends=backends if self.backend == "memory" else None,
         )
         return await self._serve(Worker(info, service, grpc.aio.server(), segment, registry, fatal))
+
+    def _memory(
+        self, worker_id: str, segment: SharedSegment, layout: KvLayout
+    ) -> tuple[KvMemory, list[Backend]]:
+        memory = KvMemory(WorkerLayout.of(layout), (segment.blocks,), segment.generations)
+        self.memories[worker_id] = memory
+        if self.backend == "ipc":
+            return memory, [IpcBackend(memory, [segment])]
+        return memory, [MemoryBackend(memory, self.memories, lambda part: self.hooks.copy(part))]
 
     def _runner(
         self, segment: SharedSegment, layout: KvLayout, hook: Callable[[Sequence[ScheduledChunk]], None]
     ) -> StepRunner:
         if self.load is not None:
             return self.load(segment)
-        return FakeRunner(segment.blocks, layout.block_size, hook)
+        return FakeRunner(segment.blocks.numpy(), layout.block_size, hook, layout.num_layers)
 
     def _info(
         self, worker_id: str, role: worker_pb2.Role, epoch: int, fingerprint: str
@@ -193,7 +199,9 @@ class Stream:
         self.messages: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
         self._news = asyncio.Condition()
 
-    async def attach(self, protocol_version: int = 1, epoch: int | None = None) -> worker_pb2.WorkerInfo:
+    async def attach(
+        self, protocol_version: int = worker_pb2.PROTOCOL_VERSION_CURRENT, epoch: int | None = None
+    ) -> worker_pb2.WorkerInfo:
         hello = worker_pb2.RouterHello(
             router_id=self._router_id,
             protocol_version=protocol_version,
@@ -243,12 +251,14 @@ class Stream:
 
 @dataclass
 class Answer:
-    """What a router has heard of one request."""
+    """What a router has heard of one request. start: index of the token that the prefill worker draws."""
 
+    start: int = 0
     tokens: dict[int, int] = field(default_factory=dict)
     stop_reason: int = worker_pb2.STOP_REASON_UNSPECIFIED
     failed: worker_pb2.Failed | None = None
     cached_tokens: int = 0
+    decode_cached_tokens: int = 0
     times: worker_pb2.StageTimes = field(default_factory=worker_pb2.StageTimes)
     reserved: asyncio.Event = field(default_factory=asyncio.Event)
     first: asyncio.Event = field(default_factory=asyncio.Event)
@@ -267,6 +277,7 @@ class Router:
         self.prefill, self.decode = Stream(prefill, router_id), Stream(decode, router_id)
         self._refs = (prefill.ref, decode.ref)
         self.answers: defaultdict[RequestKey, Answer] = defaultdict(Answer)
+        self.pair_states: asyncio.Queue[worker_pb2.PairState] = asyncio.Queue()
 
     async def attach(self) -> None:
         await self.prefill.attach()
@@ -274,11 +285,22 @@ class Router:
         self._tasks = [asyncio.create_task(self._collect(s)) for s in (self.prefill, self.decode)]
 
     async def reserve(
-        self, key: RequestKey, prompt: int | Sequence[int], wanted: TokenSampling, salt: str = ""
+        self,
+        key: RequestKey,
+        prompt: int | Sequence[int],
+        wanted: TokenSampling,
+        salt: str = "",
+        num_output_tokens: int = 0,
     ) -> Answer:
         """prompt: where it does not matter, only its length."""
-        name = {"request_id": key.request_id, "attempt": key.attempt, "cache_salt": salt}
+        name = {
+            "request_id": key.request_id,
+            "attempt": key.attempt,
+            "cache_salt": salt,
+            "num_output_tokens": num_output_tokens,
+        }
         token_ids = [1] * prompt if isinstance(prompt, int) else prompt
+        self.answers[key].start = num_output_tokens
         await self.decode.send(
             reserve=worker_pb2.Reserve(
                 **name, token_ids=token_ids, sampling=_wire(wanted), prefill=self._refs[0]
@@ -287,21 +309,36 @@ class Router:
         return self.answers[key]
 
     async def start_prefill(
-        self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling, salt: str = ""
+        self,
+        key: RequestKey,
+        prompt: Sequence[int],
+        wanted: TokenSampling,
+        salt: str = "",
+        num_output_tokens: int = 0,
     ) -> None:
-        name = {"request_id": key.request_id, "attempt": key.attempt, "cache_salt": salt}
+        name = {
+            "request_id": key.request_id,
+            "attempt": key.attempt,
+            "cache_salt": salt,
+            "num_output_tokens": num_output_tokens,
+        }
         await self.prefill.send(
             prefill=worker_pb2.Prefill(**name, token_ids=prompt, sampling=_wire(wanted), decode=self._refs[1])
         )
 
     async def submit(
-        self, key: RequestKey, prompt: Sequence[int], wanted: TokenSampling, salt: str = ""
+        self,
+        key: RequestKey,
+        prompt: Sequence[int],
+        wanted: TokenSampling,
+        salt: str = "",
+        num_output_tokens: int = 0,
     ) -> Answer:
         """Returns once both workers have the request, or it failed."""
-        answer = await self.reserve(key, prompt, wanted, salt)
+        answer = await self.reserve(key, prompt, wanted, salt, num_output_tokens)
         await answer.reserved.wait()
         if answer.failed is None:
-            await self.start_prefill(key, prompt, wanted, salt)
+            await self.start_prefill(key, prompt, wanted, salt, num_output_tokens)
         return answer
 
     async def cancel(self, key: RequestKey) -> None:
@@ -320,7 +357,11 @@ class Router:
             message = await stream.messages.get()
             match message.WhichOneof("message"):
                 case "reserved":
-                    self._answer(message.reserved).reserved.set()
+                    answer = self._answer(message.reserved)
+                    answer.decode_cached_tokens = message.reserved.cached_tokens
+                    answer.reserved.set()
+                case "pair":
+                    self.pair_states.put_nowait(message.pair)
                 case "failed":
                     answer = self._answer(message.failed)
                     answer.failed = message.failed
@@ -338,10 +379,11 @@ class Router:
         if tokens.HasField("times"):
             answer.times.MergeFrom(tokens.times)
         answer.cached_tokens += tokens.cached_tokens
-        if 0 in answer.tokens:
+        if answer.start in answer.tokens:
             answer.first.set()
-        if tokens.stop_reason:
-            answer.stop_reason = tokens.stop_reason
+        answer.stop_reason = tokens.stop_reason or answer.stop_reason
+        # The end may overtake the first token, which comes from the other worker.
+        if answer.stop_reason and answer.start in answer.tokens:
             answer.done.set()
 
     def _answer(self, of: worker_pb2.Reserved | worker_pb2.Failed | worker_pb2.SequenceTokens) -> Answer:
@@ -355,6 +397,7 @@ def _wire(wanted: TokenSampling) -> worker_pb2.TokenSampling:
         seed=wanted.seed,
         max_tokens=wanted.max_tokens,
         stop_token_ids=sorted(wanted.stop_token_ids),
+        presence_penalty=wanted.presence_penalty,
     )
 
 

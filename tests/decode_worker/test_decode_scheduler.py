@@ -55,7 +55,8 @@ class Bench:
         self.pool.add(blocks, Holder.SEQUENCE)
         self.pool.drop(blocks, Holder.TRANSFER)
         self.answers[key(name)] = [first]
-        self.scheduler.add(key(name), prompt, first, sampling, "", blocks, now)
+        digests = self.cache.digests(prompt, "")
+        self.scheduler.add(key(name), prompt, [first], sampling, "", blocks, digests, False, now)
 
     def add(self, name: object, num_tokens: int, max_tokens: int, now: float = 0.0) -> None:
         prompt = list(range(100, 100 + num_tokens))
@@ -98,7 +99,7 @@ def test_the_first_input_is_the_token_that_prefill_drew() -> None:
     assert (chunk.token_ids, chunk.start, chunk.num_output_tokens) == ([20], 7, 2)
     (last,) = bench.scheduler.complete([ChunkResult(21)])
     assert (last.index, last.stop_reason, last.decode_queue_s) == (2, StopReason.LENGTH, None)
-    assert bench.pool.counts().free == 64
+    assert bench.pool.counts().available == 64
     assert bench.scheduler.schedule(4.0) == []
 
 
@@ -108,7 +109,7 @@ def test_a_stop_token_ends_the_sequence() -> None:
     bench.scheduler.schedule(0.0)
     (decoded,) = bench.scheduler.complete([ChunkResult(7)])
     assert decoded.stop_reason is StopReason.STOP
-    assert bench.pool.counts().free == 64
+    assert bench.pool.counts().available == 64
 
 
 def test_a_place_goes_to_who_waits_longest() -> None:

@@ -43,7 +43,7 @@ async def all_free(pair, *routers):
 
 async def started(pair, make_router):
     prefill = await pair.prefill()
-    decode = await pair.decode(prefill)
+    decode = await pair.decode()
     return prefill, decode, await make_router(prefill, decode)
 
 
@@ -58,7 +58,7 @@ async def test_random_cancels_leave_all_other_answers_right(pair, make_router, s
         wanted = sampling(rng.randint(1, 16), seed=number)
         key = RequestKey(f"r{number}", 0)
         leave_at = rng.choice(["reserve", "reserved", "prefill", "first", "decoding", "never", "never"])
-        answer = await router.reserve(key, len(prompt), wanted)
+        answer = await router.reserve(key, prompt, wanted)
         if leave_at != "reserve":
             await answer.reserved.wait()
             if leave_at != "reserved":
@@ -158,7 +158,8 @@ async def test_the_end_of_a_routers_stream_cancels_what_is_its_own(pair, make_ro
     [
         ({"num_layers": 3}, "model", "layout.num_layers: 3 at prefill-0, 2 at decode-0"),
         ({"dtype": "bfloat16"}, "model", "layout.dtype: 'bfloat16' at prefill-0, 'float32' at decode-0"),
-        ({"block_size": 8}, "model", "layout.block_size: 8 at prefill-0, 4 at decode-0"),
+        ({"num_kv_heads": 1}, "model", "layout.num_kv_heads: 1 at prefill-0, 2 at decode-0"),
+        ({"head_dim": 8}, "model", "layout.head_dim: 8 at prefill-0, 4 at decode-0"),
         ({}, "other", "model_fingerprint: 'other' at prefill-0, 'model' at decode-0"),
     ],
 )
@@ -166,7 +167,7 @@ async def test_workers_that_do_not_fit_are_refused_naming_the_field(
     pair, make_router, sampling, kv_layout, layout, fingerprint, named
 ):
     prefill = await pair.prefill(layout=replace(kv_layout, **layout), fingerprint=fingerprint)
-    decode = await pair.decode(prefill)
+    decode = await pair.decode()
     router = await make_router(prefill, decode)
     answer = await router.reserve(RequestKey("a", 0), 5, sampling())
     await answer.done.wait()
@@ -178,7 +179,7 @@ async def test_workers_that_do_not_fit_are_refused_naming_the_field(
 async def test_workers_without_a_common_backend_are_refused(pair, make_router, sampling):
     prefill = await pair.prefill()
     pair.backend = "ipc"
-    router = await make_router(prefill, await pair.decode(prefill))
+    router = await make_router(prefill, await pair.decode())
     answer = await router.reserve(RequestKey("a", 0), 5, sampling())
     await answer.done.wait()
     assert answer.failed.reason == worker_pb2.FAILURE_REASON_PEER_MISMATCH
@@ -187,7 +188,7 @@ async def test_workers_without_a_common_backend_are_refused(pair, make_router, s
 
 async def test_another_life_at_the_address_is_not_the_peer(pair, make_router, sampling):
     prefill = await pair.prefill(epoch=5)
-    router = await make_router(prefill, await pair.decode(prefill))
+    router = await make_router(prefill, await pair.decode())
     router._refs[0].epoch = 4
     answer = await router.reserve(RequestKey("a", 0), 5, sampling())
     await answer.done.wait()
@@ -198,7 +199,7 @@ async def test_another_life_at_the_address_is_not_the_peer(pair, make_router, sa
 
 async def test_nobody_at_the_address(pair, make_router, sampling):
     prefill = await pair.prefill()
-    router = await make_router(prefill, await pair.decode(prefill))
+    router = await make_router(prefill, await pair.decode())
     router._refs[0].address = "127.0.0.1:1"
     answer = await router.reserve(RequestKey("a", 0), 5, sampling())
     await answer.done.wait()
@@ -273,17 +274,34 @@ async def test_a_copy_that_fails_fails_its_request_only(pair, make_router, sampl
 async def test_blocks_recycled_under_the_copy_are_noticed(pair, make_router, sampling):
     prefill, _, router = await started(pair, make_router)
 
-    def recycle(blocks):
-        prefill.segment.blocks[list(blocks)] = 255
-        prefill.segment.generations[list(blocks)] += 1
+    def recycle(part):
+        prefill.segment.blocks[list(part.blocks)] = 255
+        prefill.segment.generations[list(part.blocks)] += 1
 
     pair.hooks.copy = recycle
     answer = await router.submit(RequestKey("a", 0), [1, 2, 3, 4, 5], sampling(6))
     await answer.done.wait()
     assert answer.failed.reason == worker_pb2.FAILURE_REASON_TRANSFER_FAILED
     assert "2 of 2 blocks were recycled" in answer.failed.message
-    assert list(answer.tokens) == [0]
+    assert answer.tokens.keys() <= {0}
     await all_free(pair, router)
+
+
+async def test_other_bytes_than_were_offered_fail_closed_and_are_counted(pair, make_router, sampling):
+    """A copy that goes wrong without anybody recycling a block: only the digests see it."""
+    prefill, decode, router = await started(pair, make_router)
+
+    def spoil(part):
+        prefill.segment.blocks[part.blocks[0], 5] ^= 1
+
+    pair.hooks.copy = spoil
+    answer = await router.submit(RequestKey("a", 0), [1, 2, 3, 4, 5], sampling(6))
+    await answer.done.wait()
+    assert answer.failed.reason == worker_pb2.FAILURE_REASON_TRANSFER_FAILED
+    assert "other bytes than were offered" in answer.failed.message
+    assert answer.tokens.keys() <= {0}
+    await all_free(pair, router)
+    assert decode.metric("prelay_transfer_digests_total", outcome="bad") == 1
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
@@ -338,8 +356,9 @@ async def test_a_step_longer_than_a_lease_ends_no_hand_off(pair, make_router, sa
     await all_free(pair, router)
     for worker in (prefill, decode):
         assert worker.metric("prelay_lease_expirations_total") == 0
-        links = worker.service._links._ends.values()
-        assert [end[1].held if worker is prefill else end.held for end in links] == [set()]
+        links = worker.service._links
+        ends = [each.end for each in links._links.values()] if worker is prefill else links._ends.values()
+        assert [end.held for end in ends] == [set()]
 
 
 async def test_a_lease_that_is_not_renewed_ends(pair, make_router, sampling):

@@ -52,7 +52,7 @@ async def test_answers_are_those_of_one_engine(pair, make_router, checkpoint):
         Engine.load(checkpoint, config, segment.data_buffer, lambda fraction: None).runner
     )
     prefill = await pair.prefill()
-    decode = await pair.decode(prefill)
+    decode = await pair.decode()
     router = await make_router(prefill, decode)
     rng = random.Random(3)
 
@@ -81,7 +81,7 @@ async def test_cached_prompts_and_preempted_answers_are_those_of_one_engine(pair
         Engine.load(checkpoint, config, segment.data_buffer, lambda fraction: None).runner
     )
     prefill = await pair.prefill()
-    decode = await pair.decode(prefill)
+    decode = await pair.decode()
     router = await make_router(prefill, decode)
     rng = random.Random(4)
     common = [rng.randrange(VOCAB_SIZE) for _ in range(40)]

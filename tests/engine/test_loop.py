@@ -35,7 +35,7 @@ class ScriptedRole:
         self.steps_left += event
         self.said.append(f"took {event}")
 
-    def step(self) -> bool:
+    def step(self, flush: Callable[[], None]) -> bool:
         self.turns += 1
         if self.wake_at is not None and time.monotonic() >= self.wake_at:
             self.wake_at = None

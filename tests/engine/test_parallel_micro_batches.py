@@ -126,7 +126,7 @@ class Local:
         self._attention = SdpaAttention(KvCache(KvLayout.of(config, engine), NUM_BLOCKS), config.windows)
 
     @torch.inference_mode()
-    def logits(self, batch: FlatBatch) -> torch.Tensor:
+    def logits(self, batch: FlatBatch, on_layer: object = None) -> torch.Tensor:
         hidden = self._model.embed(torch.from_numpy(batch.token_ids))
         hidden = self._model.forward(hidden, torch.from_numpy(batch.positions), self._attention.plan(batch))
         return self._model.logits(hidden[torch.from_numpy(batch.wanted)])

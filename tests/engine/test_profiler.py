@@ -57,7 +57,7 @@ class CountingRunner:
         self.now = 0.0
         self.seen: dict[int, int] = {}
 
-    def step(self, chunks: Sequence[ScheduledChunk]) -> list[ChunkResult]:
+    def step(self, chunks: Sequence[ScheduledChunk], on_layer: object = None) -> list[ChunkResult]:
         tokens = sum(len(chunk.token_ids) for chunk in chunks)
         first = tokens not in self.seen
         self.seen[tokens] = self.seen.get(tokens, 0) + 1

@@ -15,7 +15,7 @@ from engine.prefix_cache import PrefixCache
 from engine.router_messages import Command, Owner, RouterBatch
 from engine.sequence import ScheduledChunk
 from prefill_worker.loop import PrefillOutput, PrefillRole
-from transfer.handoff import Peer, SendOffer, SendWithdraw
+from transfer.handoff import Peer, SendComplete, SendOffer, SendWithdraw
 from transfer.link import FromPuller, LinkUp
 from transfer.metrics import LeaseMetrics
 
@@ -47,6 +47,7 @@ class Bench:
             pool,
             PrefixCache(pool, "model"),
             generations,
+            num_layers=1,
             max_batch_tokens=16,
             max_model_len=50,
             vocab_size=VOCAB_SIZE,
@@ -56,7 +57,7 @@ class Bench:
             leases=LeaseMetrics(self.registry),
         )
         if linked:
-            self.role.handle(LinkUp(1, DECODE))
+            self.role.handle(LinkUp(1, DECODE, "memory"))
 
     def command(self, name: str, token_ids: Sequence[int]) -> Command:
         """A Prefill that arrives now."""
@@ -71,7 +72,7 @@ class Bench:
 
     def step(self) -> tuple[list[worker_pb2.SequenceTokens], list[worker_pb2.Failed], list[PrefillOutput]]:
         """Tokens, failures, and what is for links."""
-        self.role.step()
+        self.role.step(lambda: None)
         outputs = self.role.take_outputs()
         messages = [
             message
@@ -103,8 +104,8 @@ def test_renewals_that_arrive_during_a_step_count_from_then() -> None:
     """The step takes five leases."""
     bench = Bench(step_s=2.0)
     bench.role.handle(bench.command("offered", [1, 2, 3]))
-    _, _, (offer,) = bench.step()
-    assert isinstance(offer, SendOffer)
+    _, _, links = bench.step()
+    assert [type(output) for output in links] == [SendOffer, SendComplete]
     key = transfer_pb2.HandoffKey(request_id="router/offered")
     renew = transfer_pb2.PullerMessage(renew=transfer_pb2.Renew(keys=[key]))
     arrived: list[FromPuller] = []
@@ -138,7 +139,7 @@ def test_a_prompt_that_is_here_twice_leaves_the_first_promise_alone() -> None:
     tokens, (failed,), links = bench.step()
     assert failed.reason == worker_pb2.FAILURE_REASON_INVALID
     assert len(tokens) == 1
-    assert [type(output) for output in links] == [SendOffer]
+    assert [type(output) for output in links] == [SendOffer, SendComplete]
 
 
 def test_without_a_link_the_router_hears_of_that_and_of_no_token() -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prelay/v1/transfer.proto\x12\tprelay.v1\"\xbd\x01\n\tHandshake\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12#\n\x06layout\x18\x05 \x01(\x0b\x32\x13.prelay.v1.KvLayout\x12\x10\n\x08\x62\x61\x63kends\x18\x06 \x03(\t\x12\"\n\x03ipc\x18\x07 \x01(\x0b\x32\x15.prelay.v1.IpcSegment\"i\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"I\n\nIpcSegment\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07host_id\x18\x04 \x01(\t\"1\n\nHandoffKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xbd\x01\n\rPullerMessage\x12)\n\thandshake\x18\x01 \x01(\x0b\x32\x14.prelay.v1.HandshakeH\x00\x12,\n\x0b\x61\x63knowledge\x18\x02 \x01(\x0b\x32\x15.prelay.v1.HandoffKeyH\x00\x12%\n\x04\x64rop\x18\x03 \x01(\x0b\x32\x15.prelay.v1.HandoffKeyH\x00\x12!\n\x05renew\x18\x04 \x01(\x0b\x32\x10.prelay.v1.RenewH\x00\x42\t\n\x07message\"\xb7\x01\n\x0eOffererMessage\x12)\n\thandshake\x18\x01 \x01(\x0b\x32\x14.prelay.v1.HandshakeH\x00\x12!\n\x05offer\x18\x02 \x01(\x0b\x32\x10.prelay.v1.OfferH\x00\x12)\n\x08withdraw\x18\x03 \x01(\x0b\x32\x15.prelay.v1.HandoffKeyH\x00\x12!\n\x05renew\x18\x04 \x01(\x0b\x32\x10.prelay.v1.RenewH\x00\x42\t\n\x07message\"y\n\x05Offer\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.prelay.v1.HandoffKey\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x13\n\x0bgenerations\x18\x05 \x03(\r\",\n\x05Renew\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.prelay.v1.HandoffKey2M\n\nKvTransfer\x12?\n\x04Link\x12\x18.prelay.v1.PullerMessage\x1a\x19.prelay.v1.OffererMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prelay/v1/transfer.proto\x12\tprelay.v1\"\xe7\x02\n\tHandshake\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12#\n\x06layout\x18\x05 \x01(\x0b\x32\x13.prelay.v1.KvLayout\x12\x10\n\x08\x62\x61\x63kends\x18\x06 \x03(\t\x12\x16\n\x0eprotocol_minor\x18\x07 \x01(\r\x12\x14\n\x0c\x64igest_share\x18\x08 \x01(\x01\x12\x0f\n\x07host_id\x18\x0c \x01(\t\x12%\n\x03ipc\x18\t \x01(\x0b\x32\x16.prelay.v1.IpcEndpointH\x00\x12\x31\n\ttorchdist\x18\n \x01(\x0b\x32\x1c.prelay.v1.TorchDistEndpointH\x00\x12\'\n\x04nixl\x18\x0b \x01(\x0b\x32\x17.prelay.v1.NixlEndpointH\x00\x42\n\n\x08\x65ndpoint\"\x8b\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0f\n\x07tp_size\x18\x06 \x01(\r\x12\x0f\n\x07pp_size\x18\x07 \x01(\r\"3\n\x0bIpcEndpoint\x12$\n\x05ranks\x18\x01 \x03(\x0b\x32\x15.prelay.v1.IpcSegment\"b\n\nIpcSegment\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63uda_handle\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63uda_offset\x18\x05 \x01(\x04\"R\n\x11TorchDistEndpoint\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\"\x81\x01\n\x0cNixlEndpoint\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12$\n\x05ranks\x18\x03 \x03(\x0b\x32\x15.prelay.v1.NixlRegion\x12*\n\x0bgenerations\x18\x04 \x01(\x0b\x32\x15.prelay.v1.NixlRegion\"P\n\nNixlRegion\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\r\"1\n\nHandoffKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xbd\x01\n\rPullerMessage\x12)\n\thandshake\x18\x01 \x01(\x0b\x32\x14.prelay.v1.HandshakeH\x00\x12,\n\x0b\x61\x63knowledge\x18\x02 \x01(\x0b\x32\x15.prelay.v1.HandoffKeyH\x00\x12%\n\x04\x64rop\x18\x03 \x01(\x0b\x32\x15.prelay.v1.HandoffKeyH\x00\x12!\n\x05renew\x18\x04 \x01(\x0b\x32\x10.prelay.v1.RenewH\x00\x42\t\n\x07message\"\xe0\x01\n\x0eOffererMessage\x12)\n\thandshake\x18\x01 \x01(\x0b\x32\x14.prelay.v1.HandshakeH\x00\x12!\n\x05offer\x18\x02 \x01(\x0b\x32\x10.prelay.v1.OfferH\x00\x12)\n\x08withdraw\x18\x03 \x01(\x0b\x32\x15.prelay.v1.HandoffKeyH\x00\x12!\n\x05renew\x18\x04 \x01(\x0b\x32\x10.prelay.v1.RenewH\x00\x12\'\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x13.prelay.v1.CompleteH\x00\x42\t\n\x07message\"\xb1\x01\n\x05Offer\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.prelay.v1.HandoffKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12\x13\n\x0bstart_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x0e\n\x06\x62locks\x18\x06 \x03(\r\x12\x13\n\x0bgenerations\x18\x07 \x03(\r\x12\x0f\n\x07\x64igests\x18\x08 \x03(\x07\"W\n\x08\x43omplete\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.prelay.v1.HandoffKey\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\",\n\x05Renew\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.prelay.v1.HandoffKey2M\n\nKvTransfer\x12?\n\x04Link\x12\x18.prelay.v1.PullerMessage\x1a\x19.prelay.v1.OffererMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,21 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prelay.v1.transfer_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HANDSHAKE']._serialized_start=40
-  _globals['_HANDSHAKE']._serialized_end=229
-  _globals['_KVLAYOUT']._serialized_start=231
-  _globals['_KVLAYOUT']._serialized_end=336
-  _globals['_IPCSEGMENT']._serialized_start=338
-  _globals['_IPCSEGMENT']._serialized_end=411
-  _globals['_HANDOFFKEY']._serialized_start=413
-  _globals['_HANDOFFKEY']._serialized_end=462
-  _globals['_PULLERMESSAGE']._serialized_start=465
-  _globals['_PULLERMESSAGE']._serialized_end=654
-  _globals['_OFFERERMESSAGE']._serialized_start=657
-  _globals['_OFFERERMESSAGE']._serialized_end=840
-  _globals['_OFFER']._serialized_start=842
-  _globals['_OFFER']._serialized_end=963
-  _globals['_RENEW']._serialized_start=965
-  _globals['_RENEW']._serialized_end=1009
-  _globals['_KVTRANSFER']._serialized_start=1011
-  _globals['_KVTRANSFER']._serialized_end=1088
+  _globals['_HANDSHAKE']._serialized_end=399
+  _globals['_KVLAYOUT']._serialized_start=402
+  _globals['_KVLAYOUT']._serialized_end=541
+  _globals['_IPCENDPOINT']._serialized_start=543
+  _globals['_IPCENDPOINT']._serialized_end=594
+  _globals['_IPCSEGMENT']._serialized_start=596
+  _globals['_IPCSEGMENT']._serialized_end=694
+  _globals['_TORCHDISTENDPOINT']._serialized_start=696
+  _globals['_TORCHDISTENDPOINT']._serialized_end=778
+  _globals['_NIXLENDPOINT']._serialized_start=781
+  _globals['_NIXLENDPOINT']._serialized_end=910
+  _globals['_NIXLREGION']._serialized_start=912
+  _globals['_NIXLREGION']._serialized_end=992
+  _globals['_HANDOFFKEY']._serialized_start=994
+  _globals['_HANDOFFKEY']._serialized_end=1043
+  _globals['_PULLERMESSAGE']._serialized_start=1046
+  _globals['_PULLERMESSAGE']._serialized_end=1235
+  _globals['_OFFERERMESSAGE']._serialized_start=1238
+  _globals['_OFFERERMESSAGE']._serialized_end=1462
+  _globals['_OFFER']._serialized_start=1465
+  _globals['_OFFER']._serialized_end=1642
+  _globals['_COMPLETE']._serialized_start=1644
+  _globals['_COMPLETE']._serialized_end=1731
+  _globals['_RENEW']._serialized_start=1733
+  _globals['_RENEW']._serialized_end=1777
+  _globals['_KVTRANSFER']._serialized_start=1779
+  _globals['_KVTRANSFER']._serialized_end=1856
 # @@protoc_insertion_point(module_scope)
