@@ -44,15 +44,16 @@ def build_stage(
     device = open_device(config.device)
     torch.set_num_threads(config.threads)
     weights = weights_of(place.checkpoint, model_config, config, on_progress, shard)
+    buffer = None if place.memory is None else place.memory.map()
     kernels: Kernels
     attention: AttentionBackend
     if device.type == "cuda":
         cuda = CudaBackend.of(model_config, config, device, shard)
-        kernels, cache = cuda.kernels(), cuda.cache(config.num_blocks, None)
+        kernels, cache = cuda.kernels(), cuda.cache(config.num_blocks, buffer)
         attention = cuda.attention(cache)
     else:
         cpu = CpuBackend(model_config, config, shard)
-        cache = KvCache(KvLayout.of(model_config, config, shard), config.num_blocks)
+        cache = KvCache(KvLayout.of(model_config, config, shard), config.num_blocks, buffer)
         kernels, attention = cpu.kernels(), cpu.attention(cache)
     groups = meet(device)
     groups.world.barrier()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import threading
 
 _LENGTH = struct.Struct("<I")
 
@@ -13,15 +15,21 @@ class ChannelClosedError(Exception):
 
 
 class Channel:
-    """One end. One thread may send while another receives."""
+    """One end. Several threads may send while another one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._sending = threading.Lock()
+
+    def expect_signs_of_life(self, silence_s: float) -> None:
+        """From now on an other end that is silent, or takes nothing, for about this long counts as gone."""
+        self._sock.settimeout(silence_s / 2)
 
     def send(self, frame: bytes) -> None:
         """Raises ChannelClosedError."""
         try:
-            self._sock.sendall(_LENGTH.pack(len(frame)) + frame)
+            with self._sending:
+                self._sock.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
             raise ChannelClosedError(str(error)) from error
 
@@ -37,10 +45,16 @@ class Channel:
         view = memoryview(buffer)
         while view:
             try:
-                got = self._sock.recv_into(view)
+                got = self._receive_into(view)
             except OSError as error:
                 raise ChannelClosedError(str(error)) from error
             if not got:
                 raise ChannelClosedError("the other end has closed")
             view = view[got:]
         return bytes(buffer)
+
+    def _receive_into(self, view: memoryview) -> int:
+        # A second time: this process may have been stopped itself, and the other end with it.
+        with contextlib.suppress(TimeoutError):
+            return self._sock.recv_into(view)
+        return self._sock.recv_into(view)

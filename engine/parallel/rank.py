@@ -6,6 +6,7 @@ with one process each on this host) gives it a RankPlace and a channel to the le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +22,13 @@ from pathlib import Path
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import GroupBrokenError
 from engine.parallel.channel import Channel, ChannelClosedError
+from engine.parallel.shared_memory import SharedMemory
 from engine.shard import Shard
 
-# Frames of a rank to the leader: a letter, then text. BROKEN: another rank has failed, not this one.
-PROGRESS, READY, FAILED, BROKEN = b"P", b"R", b"F", b"B"
+# Frames of a rank to the leader: a letter, then text. BROKEN: another rank has failed, not this one. ALIVE
+# comes every BEAT_S once the rank is ready.
+PROGRESS, READY, ALIVE, FAILED, BROKEN = b"P", b"R", b"A", b"F", b"B"
+BEAT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class RankPlace:
     """All that a rank needs to know before it starts.
 
     store_host, store_port: where ranks find each other. host: the address at which this one is reached.
-    cores: that it may run on, one for each of config.threads.
+    cores: that it may run on. memory: for its KV cache; None is memory of its own.
     """
 
     checkpoint: Path
@@ -41,6 +46,7 @@ class RankPlace:
     store_port: int
     host: str
     cores: tuple[int, ...]
+    memory: SharedMemory | None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"checkpoint": str(self.checkpoint)})
@@ -53,6 +59,7 @@ class RankPlace:
             config=EngineConfig(**raw.pop("config")),
             shard=Shard(**raw.pop("shard")),
             cores=tuple(raw.pop("cores")),
+            memory=None if (memory := raw.pop("memory")) is None else SharedMemory(**memory),
             **raw,
         )
 
@@ -75,8 +82,17 @@ def serve_rank(place: RankPlace, channel: Channel) -> None:
         progress,
     )
     channel.send(READY)
+    threading.Thread(target=_beat, args=(channel,), name="prelay-rank-beat", daemon=True).start()
     while batches := decode(channel.receive()):
         built.stage.run(batches)
+
+
+def _beat(channel: Channel) -> None:
+    """A thread: shows that this process is not stopped, whatever step it is in."""
+    with contextlib.suppress(ChannelClosedError):
+        while True:
+            channel.send(ALIVE)
+            time.sleep(BEAT_S)
 
 
 def end_with(sock: socket.socket, end: Callable[[], None]) -> None:

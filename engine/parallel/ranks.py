@@ -6,10 +6,11 @@ The life of the ranks:
   3. For every step the leader sends its micro-batches to all, computes its own part, and gets the logits.
   4. `close` sends STOP, and the ranks end by themselves.
 A rank that dies closes its socket, at any point: the leader learns of it at once, ends all others, which
-breaks whatever operation it waits in itself, and says so (`on_death`, RankDiedError). A rank that only finds
-its connection to another one broken says that, and stays, so that it is not taken for the one that died. A
-leader whose own part of a step fails ends the others, too, as they are in the middle of that step; one that
-dies closes all sockets, and every rank ends itself.
+breaks whatever operation it waits in itself, and says so (`on_death`, RankDiedError). So it goes with a rank
+that is loaded and then silent, as a stopped process is: it beats from a thread of its own, whatever step it
+is in. A rank that only finds its connection to another one broken says that, and stays, so that it is not
+taken for the one that died. A leader whose own part of a step fails ends the others, too, as they are in the
+middle of that step; one that dies closes all sockets, and every rank ends itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,12 +41,14 @@ from engine.parallel.codec import STOP, encode
 from engine.parallel.groups import RankGroups, open_store
 from engine.parallel.micro_batches import split
 from engine.parallel.rank import BROKEN, FAILED, PROGRESS, READY, RankPlace
+from engine.parallel.shared_memory import SharedMemory
 from engine.runner import ModelRunner
 from engine.shard import Shard
 
 _LOOPBACK = "127.0.0.1"
 _STOP_TIMEOUT_S = 10.0
 _BLAME_TIMEOUT_S = 10.0
+_SILENCE_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class _Follower:
     """A rank's process, its channel, and what it has said of its loading."""
 
     def __init__(self, place: RankPlace) -> None:
+        memory = () if place.memory is None else (place.memory.descriptor,)
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -60,7 +65,7 @@ class _Follower:
                     *(sys.executable, "-P", "-m", "engine.parallel.rank"),
                     *(place.to_json(), str(theirs.fileno())),
                 ],
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *memory),
                 stdin=subprocess.DEVNULL,
             )
         self.place = place
@@ -73,8 +78,9 @@ class _Follower:
 class ParallelExecutor:
     """engine.executor.Executor over ranks in processes of this host, this process being rank 0.
 
-    cores: [tp_size * pp_size * config.threads], the ranks' in order. on_death: called once when a rank has
-    died, from the thread that finds out: one of this object's own, or the one that runs the step.
+    cores: those of each rank, in order. memory: of each rank's KV cache, in order; None is memory of their
+    own. on_death: called once when a rank has died that was loaded, from the thread that finds out: one of
+    this object's own, or the one that runs the step.
     """
 
     def __init__(
@@ -83,18 +89,19 @@ class ParallelExecutor:
         config: EngineConfig,
         tp_size: int,
         pp_size: int,
-        cores: Sequence[int],
+        cores: Sequence[Sequence[int]],
+        memory: Sequence[SharedMemory] | None,
         on_progress: Callable[[float], None],
         on_death: Callable[[RankDiedError], None],
     ) -> None:
         """Start and load all ranks. Raises RankDiedError, or what Engine.load raises."""
         model_config = ModelConfig.from_pretrained(checkpoint)
         Shard(0, tp_size, 0, pp_size).check(model_config)
-        if len(cores) != tp_size * pp_size * config.threads:
-            raise ValueError(
-                f"{tp_size} x {pp_size} ranks of {config.threads} threads need as many cores, "
-                f"not {len(cores)}"
-            )
+        shards = [
+            Shard(tp_rank, tp_size, pp_rank, pp_size)
+            for pp_rank, tp_rank in product(range(pp_size), range(tp_size))
+        ]
+        memories = [None] * len(shards) if memory is None else memory
         self._pp_size = pp_size
         self._on_death = on_death
         self._on_progress = on_progress
@@ -108,15 +115,14 @@ class ParallelExecutor:
             RankPlace(
                 checkpoint.absolute(),
                 config,
-                Shard(tp_rank, tp_size, pp_rank, pp_size),
+                shard,
                 _LOOPBACK,
                 self._store.port,
                 _LOOPBACK,
-                tuple(cores[rank * config.threads : (rank + 1) * config.threads]),
+                tuple(own_cores),
+                own_memory,
             )
-            for rank, (pp_rank, tp_rank) in enumerate(
-                (pp_rank, tp_rank) for pp_rank in range(pp_size) for tp_rank in range(tp_size)
-            )
+            for shard, own_cores, own_memory in zip(shards, cores, memories, strict=True)
         ]
         self._place = places[0]
         self._followers = [_Follower(place) for place in places[1:]]
@@ -130,8 +136,8 @@ class ParallelExecutor:
             self.built: BuiltStage = build_stage(self._place, model_config, self._meet, self._own)
             with self._changed:
                 self._changed.wait_for(lambda: self._is_over or all(f.is_ready for f in self._followers))
+                self._is_loaded = not self._is_over
             self._raise_if_over()
-            self._is_loaded = True
         except GroupBrokenError as error:
             death = self._death_of_a_rank(error)
             self.close()
@@ -140,15 +146,18 @@ class ParallelExecutor:
             self.close()
             raise
 
-    def logits(self, batch: FlatBatch) -> torch.Tensor:
-        """Raises RankDiedError; nothing can be computed any more then."""
+    def logits(self, batch: FlatBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Raises RankDiedError; nothing can be computed any more then.
+
+        on_layer: told if all ranks have all layers; of those of other stages the leader knows the end only.
+        """
         self._raise_if_over()
         batches = split(batch, self._pp_size)
         message = encode(batches)
         try:
             for follower in self._followers:
                 follower.channel.send(message)
-            logits = self.built.stage.run(batches)
+            logits = self.built.stage.run(batches, on_layer)
         except (ChannelClosedError, GroupBrokenError) as error:
             raise self._death_of_a_rank(error) from error
         except Exception as error:
@@ -238,6 +247,7 @@ class ParallelExecutor:
                         self._report()
                     elif kind == READY:
                         follower.is_ready = True
+                        follower.channel.expect_signs_of_life(_SILENCE_S)
                     elif kind == FAILED:
                         why = text
                     elif kind == BROKEN:
@@ -246,8 +256,9 @@ class ParallelExecutor:
                         why = text
                         break
                     self._changed.notify_all()
-        except ChannelClosedError:
-            pass
+        except ChannelClosedError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                why = f"it has been silent for {_SILENCE_S:g} s"
         except Exception as error:
             why = f"what it says cannot be taken in: {type(error).__name__}: {error}"
         self._bury(rank, follower.place, why)
@@ -262,10 +273,12 @@ class ParallelExecutor:
                 f"rank {rank} (tensor {shard.tp_rank} of {shard.tp_size}, stage {shard.pp_rank} of "
                 f"{shard.pp_size}) is gone: {why}"
             )
+            is_loaded = self._is_loaded
             self._changed.notify_all()
         _log.error("event=rank_died rank=%d why=%r", rank, why)
         self._end_all()
-        self._on_death(self._death)
+        if is_loaded:
+            self._on_death(self._death)
 
     def _end_all(self) -> None:
         with self._changed:
@@ -299,7 +312,8 @@ def load_parallel(
     config: EngineConfig,
     tp_size: int,
     pp_size: int,
-    cores: Sequence[int],
+    cores: Sequence[Sequence[int]],
+    memory: Sequence[SharedMemory] | None,
     on_progress: Callable[[float], None],
     on_death: Callable[[RankDiedError], None],
 ) -> tuple[Engine, ParallelExecutor]:
@@ -307,7 +321,7 @@ def load_parallel(
 
     The engine's cache and layout are those of rank 0's shard. Arguments and errors as of ParallelExecutor.
     """
-    executor = ParallelExecutor(checkpoint, config, tp_size, pp_size, cores, on_progress, on_death)
+    executor = ParallelExecutor(checkpoint, config, tp_size, pp_size, cores, memory, on_progress, on_death)
     model_config = ModelConfig.from_pretrained(checkpoint)
     layout = KvLayout.of(model_config, config, replace(Shard(), tp_size=tp_size, pp_size=pp_size))
     runner = ModelRunner(executor, config.block_size, config.num_blocks, model_config.vocab_size)

@@ -5,13 +5,13 @@
 
 Sending does not wait, so a stage computes its next micro-batch while the following stage computes the last
 one. A step with m micro-batches on p stages keeps a stage busy for m of its m + p - 1 slots; the rest is the
-bubble at its ends. The leader draws tokens from all logits of a step, so the next step begins when this one
-is over.
+bubble at its ends. A step is over when every rank has stored the KV of all its tokens, also where no logits
+are wanted: whoever runs it may hand that KV on then, or give the blocks to somebody else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,29 +45,40 @@ class Stage:
         self._dtype = dtype
         self._device = device
         self._rank = shard.pp_rank * shard.tp_size + shard.tp_rank
+        # In the place of logits, where none are wanted.
+        self._done = torch.zeros(1, device=device)
 
     @torch.inference_mode()
-    def run(self, batches: Sequence[FlatBatch]) -> torch.Tensor | None:
-        """Compute a step. On the leader: float32 [num_wanted of all batches, vocab_size]; elsewhere None."""
+    def run(
+        self, batches: Sequence[FlatBatch], on_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor | None:
+        """Compute a step. On the leader: float32 [num_wanted of all batches, vocab_size]; elsewhere None.
+
+        on_layer: see Executor.logits.
+        """
+        if self._shard.pp_size > 1 or self._device.type != "cpu":
+            on_layer = None  # the host knows about its own layers only, and is ahead of a device
         sending: list[tuple[Any, torch.Tensor]] = []
         logits: list[torch.Tensor] = []
         for tag, batch in enumerate(batches):
-            hidden, result = self._compute(batch, tag)
+            hidden, result = self._compute(batch, tag, on_layer)
             if not self._shard.is_last_stage:
                 self._send(sending, hidden, self._rank + self._shard.tp_size, tag)
-            elif result is not None and self._shard.tp_rank == 0:
+            elif self._shard.tp_rank == 0:
                 if self._rank == LEADER:
                     logits.append(result)
                 else:
-                    self._send(sending, result, LEADER, tag)
+                    self._send(sending, result if len(result) else self._done, LEADER, tag)
         if self._rank == LEADER and not self._shard.is_last_stage:
             logits = [self._receive_logits(batch, tag) for tag, batch in enumerate(batches)]
         for work, _ in sending:
             self._world.sent(work)
         return torch.cat(logits) if self._rank == LEADER else None
 
-    def _compute(self, batch: FlatBatch, tag: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states after this stage; on the last one logits as well, if any are wanted."""
+    def _compute(
+        self, batch: FlatBatch, tag: int, on_layer: Callable[[int], None] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states after this stage, and logits: on the last one those that are wanted."""
         step = self._attention.plan(batch)
         token_ids, positions, wanted = to_device(self._device, batch.token_ids, batch.positions, batch.wanted)
         if self._shard.is_first_stage:
@@ -76,10 +87,10 @@ class Stage:
             shape = (batch.num_tokens, self._model.config.hidden_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._world.receive(hidden, self._rank - self._shard.tp_size, tag)
-        hidden = self._model.forward(hidden, positions, step)
-        if not self._shard.is_last_stage or not len(batch.wanted):
-            return hidden, self._no_logits() if self._rank == LEADER else None
-        return hidden, self._model.logits(hidden[wanted])
+        hidden = self._model.forward(hidden, positions, step, on_layer)
+        if self._shard.is_last_stage and len(batch.wanted):
+            return hidden, self._model.logits(hidden[wanted])
+        return hidden, self._no_logits()
 
     def _send(
         self, sending: list[tuple[Any, torch.Tensor]], tensor: torch.Tensor, to_rank: int, tag: int
@@ -88,11 +99,14 @@ class Stage:
         sending.append((self._world.send(tensor, to_rank, tag), tensor))
 
     def _receive_logits(self, batch: FlatBatch, tag: int) -> torch.Tensor:
+        """Comes when the last stage is done with the batch."""
+        sender = (self._shard.pp_size - 1) * self._shard.tp_size
         if not len(batch.wanted):
+            self._world.receive(torch.empty_like(self._done), sender, tag)
             return self._no_logits()
         shape = (len(batch.wanted), self._model.config.vocab_size)
         logits = torch.empty(shape, dtype=torch.float32, device=self._device)
-        return self._world.receive(logits, (self._shard.pp_size - 1) * self._shard.tp_size, tag)
+        return self._world.receive(logits, sender, tag)
 
     def _no_logits(self) -> torch.Tensor:
         return torch.empty((0, self._model.config.vocab_size), dtype=torch.float32, device=self._device)

@@ -85,3 +85,13 @@ def test_a_receiver_that_waits_is_woken_when_the_other_end_closes(ends: tuple[Ch
     ends[0].close()
     waiting.join()
     assert len(raised) == 1
+
+
+def test_silence_counts_as_an_end_only_where_signs_of_life_are_expected(
+    ends: tuple[Channel, Channel],
+) -> None:
+    ends[1].expect_signs_of_life(0.02)
+    ends[0].send(b"alive")
+    assert ends[1].receive() == b"alive"
+    with pytest.raises(ChannelClosedError, match="timed out"):
+        ends[1].receive()
