@@ -37,13 +37,11 @@ class ServeConfig(BaseModel):
     def check_kv_room(self, max_model_len: int) -> None:
         """Raises ValueError if a KV cache whose size is given cannot hold one sequence of `max_model_len`
         tokens."""
-        for pool, tokens in (
-            ("prefill", self.prefill.kv_cache_tokens),
-            ("decode", self.decode.kv_cache_tokens),
-        ):
+        for name, pool in self.pools.items():
+            tokens = pool.kv_cache_tokens
             if tokens is not None and tokens < max_model_len:
                 raise ValueError(
-                    f"{pool}.kv_cache_tokens is {tokens}, too few for one sequence of {max_model_len} "
+                    f"{name}.kv_cache_tokens is {tokens}, too few for one sequence of {max_model_len} "
                     "tokens: raise it, or lower model.max_model_len"
                 )
 
@@ -54,9 +52,14 @@ class ServeConfig(BaseModel):
         return self
 
     @property
-    def threads(self) -> int:
+    def pools(self) -> dict[str, PoolSection]:
+        """By the names of their sections."""
+        return {"prefill": self.prefill, "decode": self.decode}
+
+    @property
+    def num_cpus(self) -> int:
         """CPUs that the workers of both pools take together."""
-        return self.prefill.replicas * self.prefill.threads + self.decode.replicas * self.decode.threads
+        return sum(pool.replicas * pool.num_ranks * pool.threads for pool in self.pools.values())
 
 
 def parse_host_port(value: str) -> tuple[str, int]:
@@ -92,6 +95,7 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Replicas = Annotated[int, Field(ge=1, le=1024)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
+Ranks = Annotated[int, Field(ge=1, le=64)]
 
 
 class Section(BaseModel):
@@ -113,25 +117,35 @@ class ModelSection(Section):
     max_model_len: Annotated[int, Field(ge=2)] | None = None
 
 
-class PrefillSection(Section):
-    """threads: CPU threads (and cores) of each worker; max_batch_tokens: most prompt tokens in one step;
-    kv_cache_tokens: room of each worker, None is its part of kv.memory_share."""
+class PoolSection(Section):
+    """What both pools have. tensor_parallel, pipeline_parallel: into how many parts a worker splits each
+    layer's heads, and the layers; it has a rank, which is a process, for each part. threads: CPU threads
+    (and cores) of each rank. kv_cache_tokens: room of each worker, None is its part of kv.memory_share."""
 
     replicas: Replicas = 1
+    tensor_parallel: Ranks = 1
+    pipeline_parallel: Ranks = 1
     threads: Threads = 1
-    max_batch_tokens: Count = 512
     kv_cache_tokens: Count | None = None
 
+    @property
+    def num_ranks(self) -> int:
+        """Of one worker."""
+        return self.tensor_parallel * self.pipeline_parallel
 
-class DecodeSection(Section):
+
+class PrefillSection(PoolSection):
+    """max_batch_tokens: most prompt tokens in one step."""
+
+    max_batch_tokens: Count = 512
+
+
+class DecodeSection(PoolSection):
     """max_num_seqs: most sequences in one step; max_batch_tokens: most tokens in one step, those included
     that are computed again for a sequence that had to give up its KV blocks."""
 
-    replicas: Replicas = 1
-    threads: Threads = 1
     max_num_seqs: Count = 64
     max_batch_tokens: Count = 512
-    kv_cache_tokens: Count | None = None
 
     @model_validator(mode="after")
     def _every_sequence_has_a_token(self) -> Self:
@@ -153,10 +167,13 @@ class KvSection(Section):
 
 
 class TransferSection(Section):
-    """backend: how KV blocks move; lease_s: how long blocks are kept for a peer that shows no progress."""
+    """backend: how KV blocks move, auto is for each pair the best way that both workers have; lease_s: how
+    long blocks are kept for a peer that shows no progress; digest_share: of the requests whose KV is compared
+    after its way, 0 to 1."""
 
-    backend: Literal["ipc"] = "ipc"
+    backend: Literal["auto", "ipc", "nixl", "torchdist"] = "auto"
     lease_s: Seconds = 10.0
+    digest_share: Annotated[float, Field(ge=0, le=1)] = 0.05
 
 
 class RouterSection(Section):

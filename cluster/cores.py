@@ -1,4 +1,4 @@
-"""Which cores a worker runs on: one of its own for each of its threads, while there are enough."""
+"""Which cores a rank runs on: one of its own for each of its threads, while there are enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class CoreShare:
-    """cores: what a worker is pinned to. shared: whether there are fewer cores than slots."""
+    """cores: what a rank is pinned to. shared: whether there are fewer cores than slots."""
 
     cores: tuple[int, ...]
     shared: bool

@@ -62,7 +62,7 @@ class Deployment:
         self._config = config
         self._reporter = reporter
         self._on_router_log = on_router_log
-        self._cluster = RayCluster(config.ray.address, config.threads, run_directory)
+        self._cluster = RayCluster(config.ray.address, config.num_cpus, run_directory)
         self._router: RouterProcess | None = None
         self._lives: list[WorkerLife] = []
 
@@ -110,7 +110,7 @@ class Deployment:
         workers = await _all(*(life.start() for life in self._lives))
         if any(worker.report.cores_shared for worker in workers):
             self._reporter.event(
-                f"warning: the workers have {self._config.threads} threads together, more than there are "
+                f"warning: the workers have {self._config.num_cpus} threads together, more than there are "
                 "cores: some share a core, and their timings will suffer"
             )
         return tuple(workers)
@@ -190,16 +190,20 @@ def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]
                 load=model.load,
                 block_size=block_size,
                 num_blocks=-(-pool.kv_cache_tokens // block_size),
+                tp_size=pool.tensor_parallel,
+                pp_size=pool.pipeline_parallel,
                 threads=pool.threads,
                 first_slot=slot,
-                slots=config.threads,
+                slots=config.num_cpus,
                 max_batch_tokens=max_batch_tokens,
                 max_num_seqs=max_num_seqs,
                 heartbeat_s=config.router.liveness_timeout_s / _BEATS_PER_TIMEOUT,
                 lease_s=config.transfer.lease_s,
+                digest_share=config.transfer.digest_share,
+                backend=config.transfer.backend,
             )
             specs.append((host_class, spec))
-            slot += pool.threads
+            slot += spec.num_cpus
     return specs
 
 

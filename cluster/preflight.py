@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from cluster.config import ServeConfig
+from cluster.config import PoolSection, ServeConfig
 from cluster.errors import ConfigError, ModelError
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError, KvMemoryError
 from engine.kv_sizing import blocks_of_share
 from engine.layout import KvLayout
+from engine.shard import Shard
 from engine.tokenizer import Tokenizer
+from transfer.layout import WorkerLayout
 
 
 def check_model(config: ServeConfig) -> ServeConfig:
@@ -37,6 +39,14 @@ def check_model(config: ServeConfig) -> ServeConfig:
             f"model.max_model_len is {limit}, but {path.name} was made for sequences of at most "
             f"{model.max_position_embeddings} tokens: lower it, or leave it out"
         )
+    for name, pool in config.pools.items():
+        try:
+            Shard(0, pool.tensor_parallel, 0, pool.pipeline_parallel).check(model)
+        except EngineError as error:
+            raise ConfigError(
+                f"the model cannot be split as {name}.tensor_parallel, {pool.tensor_parallel}, and "
+                f"{name}.pipeline_parallel, {pool.pipeline_parallel}, say: {error}"
+            ) from error
     max_model_len = limit or model.max_position_embeddings
     try:
         config.check_kv_room(max_model_len)
@@ -56,30 +66,29 @@ def with_kv_sizes(config: ServeConfig, model: ModelConfig, max_model_len: int, a
     available: bytes of this machine, which in a Ray cluster stands for all of them.
     """
     size = config.kv.block_size
-    block_nbytes = KvLayout.of(
-        model, EngineConfig(num_blocks=1, block_size=size, dtype=config.model.dtype)
-    ).block_nbytes
-    missing = {
-        name: section
-        for name, section in (("prefill", config.prefill), ("decode", config.decode))
-        if section.kv_cache_tokens is None
-    }
-    if not missing:
-        return config
-    num_workers = sum(section.replicas for section in missing.values())
-    try:
-        num_blocks = blocks_of_share(
-            available, config.kv.memory_share, num_workers, block_nbytes, -(-max_model_len // size)
-        )
-    except KvMemoryError as error:
-        raise ConfigError(
-            f"{error} ({max_model_len} tokens): raise kv.memory_share, or lower model.max_model_len or the "
-            "replicas"
-        ) from error
-    tokens = {"kv_cache_tokens": num_blocks * size}
-    return config.model_copy(
-        update={name: section.model_copy(update=tokens) for name, section in missing.items()}
-    )
+    missing = {name: pool for name, pool in config.pools.items() if pool.kv_cache_tokens is None}
+    num_workers = sum(pool.replicas for pool in missing.values())
+    sized: dict[str, PoolSection] = {}
+    for name, pool in missing.items():
+        block_nbytes = size * token_nbytes(config, pool, model)
+        try:
+            num_blocks = blocks_of_share(
+                available, config.kv.memory_share, num_workers, block_nbytes, -(-max_model_len // size)
+            )
+        except KvMemoryError as error:
+            raise ConfigError(
+                f"{error} ({max_model_len} tokens): raise kv.memory_share, or lower model.max_model_len or "
+                "the replicas"
+            ) from error
+        sized[name] = pool.model_copy(update={"kv_cache_tokens": num_blocks * size})
+    return config.model_copy(update=sized)
+
+
+def token_nbytes(config: ServeConfig, pool: PoolSection, model: ModelConfig) -> int:
+    """What one token's KV takes on a worker: more than once its bytes, where several ranks hold a head."""
+    engine = EngineConfig(num_blocks=1, block_size=1, dtype=config.model.dtype)
+    layout = WorkerLayout.of(KvLayout.of(model, engine), pool.tensor_parallel, pool.pipeline_parallel)
+    return sum(layout.rank(rank).block_nbytes for rank in range(layout.num_ranks))
 
 
 def available_bytes() -> int:
@@ -91,17 +100,15 @@ def available_bytes() -> int:
 
 def _check_memory(config: ServeConfig, model: ModelConfig, available: int) -> None:
     """The KV caches are taken when the workers start: all at once, and for good."""
-    engine = EngineConfig(num_blocks=1, block_size=config.kv.block_size, dtype=config.model.dtype)
-    token_bytes = KvLayout.of(model, engine).block_nbytes / config.kv.block_size
-    tokens = {
-        pool: section.replicas * (section.kv_cache_tokens or 0)
-        for pool, section in (("prefill", config.prefill), ("decode", config.decode))
-    }
-    needed = token_bytes * sum(tokens.values())
+    needed, parts = 0, []
+    for name, pool in config.pools.items():
+        tokens = pool.replicas * (pool.kv_cache_tokens or 0)
+        nbytes = token_nbytes(config, pool, model)
+        needed += tokens * nbytes
+        parts.append(f"{name} {tokens:,} tokens of {nbytes / 1024:,.1f} KiB")
     if needed > available:
         raise ConfigError(
-            f"the KV caches of all workers need {needed / 2**30:,.1f} GiB (prefill {tokens['prefill']:,} and "
-            f"decode {tokens['decode']:,} tokens of {token_bytes / 1024:,.1f} KiB), but this machine has "
-            f"{available / 2**30:,.1f} GiB left: lower prefill.kv_cache_tokens, decode.kv_cache_tokens or "
-            "the replicas"
+            f"the KV caches of all workers need {needed / 2**30:,.1f} GiB ({' and '.join(parts)}), but this "
+            f"machine has {available / 2**30:,.1f} GiB left: lower prefill.kv_cache_tokens, "
+            "decode.kv_cache_tokens or the replicas"
         )

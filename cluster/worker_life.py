@@ -101,9 +101,9 @@ class WorkerLife:
         spec = replace(self._template, epoch=self._epoch)
         name = f"{self.worker_id}-{self._epoch}"
         if self._group is None:
-            self._group = await self._cluster.place(self.worker_id, spec.threads)
+            self._group = await self._cluster.place(self.worker_id, spec.num_cpus)
         self._reporter.progress(self.worker_id, "starting a process", 0.0)
-        self._actor = await self._cluster.spawn(self._host_class, self._group, name, spec.threads, spec)
+        self._actor = await self._cluster.spawn(self._host_class, self._group, name, spec.num_cpus, spec)
         report = await self._started(self._actor)
         info = worker_pb2.WorkerInfo.FromString(report.info)
         await self._router.register(info)

@@ -70,9 +70,15 @@ def test_a_models_path_counts_from_where_it_was_written(file: Path) -> None:
         ("kv: {block_size: 2000}", "kv.block_size: 2000 is too large; it must be at most 1024"),
         ("transfer: {lease_s: 0}", "transfer.lease_s: 0 is too small; it must be greater than 0"),
         ("transfer: {lease_s: .inf}", "transfer.lease_s: inf is not a finite number"),
-        ("transfer: {backend: nixl}", "transfer.backend: 'nixl' is not supported; it must be 'ipc'"),
+        (
+            "transfer: {backend: rdma}",
+            "transfer.backend: 'rdma' is not supported; it must be 'auto', 'ipc', 'nixl' or 'torchdist'",
+        ),
         ("decode: {replicas: two}", "decode.replicas: 'two' is not a whole number"),
         ("decode: {replicas: true}", "decode.replicas: True is not a whole number"),
+        ("decode: {tensor_parallel: 0}", "decode.tensor_parallel: 0 is too small; it must be at least 1"),
+        ("prefill: {pipeline_paralel: 2}", "did you mean prefill.pipeline_parallel?"),
+        ("transfer: {digest_share: 1.5}", "transfer.digest_share: 1.5 is too large; it must be at most 1"),
         ("decode: {threads: 1.5}", "decode.threads: 1.5 is not a whole number"),
         ("decode: 3", "decode: 3 is not a mapping of keys"),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -12,7 +12,7 @@ from cluster.errors import ConfigError
 from cluster.host import DecodeHost, PrefillHost
 from cluster.launch import router_settings, worker_specs
 from cluster.orders import Order
-from cluster.preflight import check_model, with_kv_sizes
+from cluster.preflight import check_model, token_nbytes, with_kv_sizes
 from engine.config import ModelConfig
 
 
@@ -30,6 +30,46 @@ def test_every_worker_has_slots_of_its_own() -> None:
     ]
     assert {spec.slots for _, spec in specs} == {6}
     assert [host_class for host_class, _ in specs] == [PrefillHost, PrefillHost, DecodeHost, DecodeHost]
+
+
+def test_a_worker_of_several_ranks_has_slots_for_the_threads_of_each() -> None:
+    specs = worker_specs(
+        configured(
+            "prefill.replicas=2",
+            "prefill.tensor_parallel=2",
+            "prefill.pipeline_parallel=3",
+            "prefill.threads=2",
+            "decode.pipeline_parallel=2",
+        )
+    )
+    assert [(spec.first_slot, spec.num_ranks, spec.threads, spec.num_cpus) for _, spec in specs] == [
+        (0, 6, 2, 12),
+        (12, 6, 2, 12),
+        (24, 2, 1, 2),
+    ]
+    assert {spec.slots for _, spec in specs} == {26}
+    assert [(spec.tp_size, spec.pp_size) for _, spec in specs] == [(2, 3), (2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        (
+            "prefill.tensor_parallel=5",
+            "as prefill.tensor_parallel, 5, and prefill.pipeline_parallel, 1, say: tensor parallelism over 5 "
+            "ranks needs num_attention_heads to be a multiple of it; it is 8",
+        ),
+        (
+            "decode.pipeline_parallel=7",
+            "pipeline parallelism over 7 stages needs as many layers; there are 6",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_split_so_is_refused_before_anything_starts(
+    assignment: str, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        configured(assignment)
 
 
 def test_kv_blocks_cover_the_tokens_and_snapshots_beat_the_timeout() -> None:
@@ -96,3 +136,19 @@ def test_a_share_that_holds_no_sequence_says_what_to_do() -> None:
     assert path is not None
     with pytest.raises(ConfigError, match=r"0\.1 of 0\.1 GiB .* \(1024 tokens\): raise kv\.memory_share"):
         with_kv_sizes(ServeConfig(), ModelConfig.from_pretrained(path), 1024, available=2**26)
+
+
+def test_heads_that_several_ranks_hold_take_memory_on_each() -> None:
+    path = configured().model.path
+    assert path is not None
+    model = replace(ModelConfig.from_pretrained(path), num_kv_heads=2)
+    assert model.num_heads == 8
+    split = load_config(None, [parse_assignment("decode.tensor_parallel=8")])
+    sized = with_kv_sizes(split, model, 1024, available=2**30)
+    assert sized.prefill.kv_cache_tokens is not None
+    assert sized.decode.kv_cache_tokens is not None
+    # Two workers share; each of the two heads lies on four of eight ranks.
+    assert token_nbytes(split, split.decode, model) == 4 * token_nbytes(split, split.prefill, model)
+    assert sized.decode.kv_cache_tokens == pytest.approx(sized.prefill.kv_cache_tokens / 4, abs=16)
+    pipeline = load_config(None, [parse_assignment("decode.pipeline_parallel=3")])
+    assert token_nbytes(pipeline, pipeline.decode, model) == token_nbytes(split, split.prefill, model)

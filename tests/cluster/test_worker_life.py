@@ -28,13 +28,17 @@ TEMPLATE = HostSpec(
     load="weights",
     block_size=16,
     num_blocks=4,
-    threads=1,
+    tp_size=2,
+    pp_size=3,
+    threads=4,
     first_slot=0,
     slots=1,
     max_batch_tokens=4,
     max_num_seqs=4,
     heartbeat_s=0.25,
     lease_s=10.0,
+    digest_share=0.0,
+    backend="auto",
 )
 POLICY = RestartPolicy(backoff_s=0.0, max_backoff_s=0.0, max_failures=2, steady_s=60.0)
 
@@ -85,11 +89,13 @@ class FakeWorld:
         self.unreachable = False
 
     async def place(self, name: str, threads: int) -> str:
+        assert threads == 2 * 3 * 4, "each of a worker's ranks needs CPUs for its threads"
         return "group"
 
     async def spawn(
         self, actor_class: type, group: object, name: str, threads: int, spec: HostSpec
     ) -> FakeActor:
+        assert threads == 2 * 3 * 4
         actor = FakeActor(spec, self.start_errors.pop(0) if self.start_errors else None)
         self.lives.put_nowait(actor)
         return actor
