@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,11 +64,13 @@ _End = LinkEnd[transfer_pb2.OffererMessage, transfer_pb2.PullerMessage]
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """The peer's memory, and the way from its layout to ours."""
+    """The peer's memory, and the way from its layout to ours. copier: one thread, so copies from one peer end
+    in the order of its offers, and a peer that is slow keeps nobody else waiting."""
 
     backend: str
     pull: Pull
     route: Route
+    copier: ThreadPoolExecutor
 
 
 class PullLinks:
@@ -95,10 +99,9 @@ class PullLinks:
         self._opened: dict[LinkId, _Opened] = {}
         # Requests that offers may be copied for.
         self._lent: dict[RequestKey, Lend] = {}
+        self._copies = _Copies(post)
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        # One thread: copies are bound by the memory, and in line they end in the order of the offers.
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prelay-transfer")
 
     def connect(self, peer: Peer, address: str) -> None:
         """Dial; LinkUp or LinkFailed follows, and after LinkUp some day LinkLost."""
@@ -127,8 +130,7 @@ class PullLinks:
     def recall(self, key: RequestKey) -> None:
         """Recalled follows, behind the copies that still run or wait."""
         self._lent.pop(key, None)
-        if not self._stopping:
-            self._copier.submit(self._post, Recalled(key))
+        self._copies.recall(key)
 
     async def stop(self) -> None:
         """Close all links. Waits for no copy."""
@@ -136,7 +138,6 @@ class PullLinks:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._copier.shutdown(wait=False, cancel_futures=True)
 
     async def _live(self, peer: Peer, address: str) -> None:
         """One link, from dialling to its end."""
@@ -167,7 +168,8 @@ class PullLinks:
                 call.cancel()
                 del self._ends[link], self._opened[link]
                 # Behind the copies that still run or wait.
-                self._copier.submit(opened.pull.close)
+                opened.copier.submit(opened.pull.close)
+                opened.copier.shutdown(wait=False)
                 self._post(LinkLost(link, why))
                 _log.info("event=link_lost link=%d peer=%s why=%r", link, peer, why)
 
@@ -184,7 +186,9 @@ class PullLinks:
             case "offer":
                 lend = self._lent.get(request_key(message.offer.key))
                 if lend is not None and lend.link == link and not self._stopping:
-                    self._copier.submit(self._copy, link, self._opened[link], lend, part_of(message.offer))
+                    opened = self._opened[link]
+                    self._copies.begin(lend.key)
+                    opened.copier.submit(self._copy, link, opened, lend, part_of(message.offer))
             case "complete":
                 # What is delivered now must not be written again, whatever is still offered.
                 key = request_key(message.complete.key)
@@ -240,10 +244,12 @@ class PullLinks:
                 f"backends: {theirs.worker_id} chose {chosen}, we can use {list(self._backends)}"
             )
         route = Route(layout_of(theirs), self._memory.layout)
-        return _Opened(chosen, self._backends[chosen].connect(theirs, route), route)
+        pull = self._backends[chosen].connect(theirs, route)
+        copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"prelay-pull-{theirs.worker_id}")
+        return _Opened(chosen, pull, route, copier)
 
     def _copy(self, link: LinkId, opened: _Opened, lend: Lend, part: Part) -> None:
-        """In the copier's thread."""
+        """In the link's thread."""
         error: str | None = None
         is_digest_good: bool | None = None
         num_bytes = 0
@@ -271,7 +277,43 @@ class PullLinks:
         self._post(
             FetchDone(lend.key, opened.backend, num_bytes, copy_s, error, self._clock(), is_digest_good)
         )
+        self._copies.end(lend.key)
 
     def _break(self, link: LinkId, why: str) -> None:
         if (end := self._ends.get(link)) is not None:
             end.close(why)
+
+
+class _Copies:
+    """How many copies run or wait for each request, and who is to be told when none does. Any thread."""
+
+    def __init__(self, post: Callable[[Recalled], None]) -> None:
+        self._post = post
+        self._lock = threading.Lock()
+        self._running: Counter[RequestKey] = Counter()
+        self._recalled: set[RequestKey] = set()
+
+    def begin(self, key: RequestKey) -> None:
+        with self._lock:
+            self._running[key] += 1
+
+    def end(self, key: RequestKey) -> None:
+        """Its result is posted."""
+        with self._lock:
+            self._running[key] -= 1
+            if self._running[key]:
+                return
+            del self._running[key]
+            if key not in self._recalled:
+                return
+            self._recalled.remove(key)
+        self._post(Recalled(key))
+
+    def recall(self, key: RequestKey) -> None:
+        """Recalled follows, at once if no copy is left."""
+        with self._lock:
+            if self._running[key]:
+                self._recalled.add(key)
+                return
+            del self._running[key]
+        self._post(Recalled(key))
