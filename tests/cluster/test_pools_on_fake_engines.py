@@ -25,10 +25,12 @@ from prefill_worker.servicer import PrefillService, PrefillSettings
 from router.app import Router
 from router.settings import RouterSettings
 from router.worker_link import ROLE_OF_PROTO, Registration
-from transfer.ipc import SharedSegment
+from transfer.base import KvMemory
+from transfer.ipc import IpcBackend, SharedSegment
+from transfer.layout import WorkerLayout
 
 STORYTELLER = Path(__file__).parents[2] / "deploy" / "models" / "storyteller"
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32")
+LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32")
 NUM_BLOCKS = 128
 EPOCH = 1
 
@@ -47,15 +49,19 @@ async def worker(
         max_model_len=1024, block_size=LAYOUT.block_size, num_blocks=NUM_BLOCKS, max_num_seqs=16,
         max_batch_tokens=256, protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
     )  # fmt: skip
-    runner = FakeRunner(segment.blocks, LAYOUT.block_size)
+    memory = KvMemory(WorkerLayout.of(LAYOUT), (segment.blocks,), segment.generations)
+    backends = [IpcBackend(memory, [segment])]
+    runner = FakeRunner(segment.blocks.numpy(), LAYOUT.block_size, num_layers=LAYOUT.num_layers)
     service: Service
     fatal: list[BaseException] = []
     if role == worker_pb2.ROLE_PREFILL:
-        prefill = PrefillSettings(max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0)
-        service = PrefillService(info, runner, LAYOUT, segment, registry, prefill, on_fatal=fatal.append)
+        prefill = PrefillSettings(max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0, digest_share=1.0)
+        service = PrefillService(info, runner, memory, backends, registry, prefill, on_fatal=fatal.append)
     else:
-        decode = DecodeSettings(max_num_seqs=16, max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0)
-        service = DecodeService(info, runner, LAYOUT, segment, registry, decode, on_fatal=fatal.append)
+        decode = DecodeSettings(
+            max_num_seqs=16, max_batch_tokens=256, heartbeat_s=0.1, lease_s=5.0, digest_share=1.0
+        )
+        service = DecodeService(info, runner, memory, backends, registry, decode, on_fatal=fatal.append)
     service.add_to(server)
     info.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -65,7 +71,6 @@ async def worker(
     finally:
         await service.stop()
         await server.stop(0)
-        segment.close()
         assert not fatal
 
 
@@ -143,7 +148,7 @@ async def test_200_at_once_with_cancellations_leave_right_answers_and_no_blocks(
         async with asyncio.timeout(10):  # cancellations are still on their way
             while any(free_blocks(registry) != NUM_BLOCKS for registry in registries):  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        assert app.dispatcher.live_requests == 0
+        assert len(app.dispatcher.live) == 0
 
 
 async def test_penalties_and_log_probabilities_go_all_the_way(router: tuple[Router, str]):
