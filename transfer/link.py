@@ -151,7 +151,9 @@ class LinkEnd(Generic[In, Out]):
     async def _read(self, stream: Any, receive: Callable[[In], None]) -> str:
         while True:
             try:
-                message = await asyncio.wait_for(stream.read(), self._lease_s)
+                # Not wait_for, which in Python 3.11 may overlook that it is cancelled.
+                async with asyncio.timeout(self._lease_s):
+                    message = await stream.read()
             except TimeoutError:
                 return f"the peer has been silent for {self._lease_s} s"
             if message is grpc.aio.EOF:
