@@ -57,17 +57,18 @@ async def test_answers_are_those_of_one_process(
     await asyncio.to_thread(server.assert_gone, since, ready)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_rank_that_dies_takes_its_worker_along_which_comes_back(
-    start_server: Callable[..., Server], role: str
+@pytest.mark.parametrize(("role", "signum"), [("prefill", signal.SIGKILL), ("decode", signal.SIGSTOP)])
+async def test_a_rank_that_dies_or_hangs_takes_its_worker_along_which_comes_back(
+    start_server: Callable[..., Server], role: str, signum: signal.Signals
 ) -> None:
     server, ready = start(start_server, f"{role}.tensor_parallel=2")
     (worker,) = [each for each in ready["workers"] if each["role"] == role]
     leader = psutil.Process(worker["pid"])
     (rank,) = ranks_of(leader.pid)
-    os.kill(rank.pid, signal.SIGKILL)
-    psutil.wait_procs([leader], timeout=10)
+    os.kill(rank.pid, signum)
+    psutil.wait_procs([leader, rank], timeout=20)
     assert not leader.is_running()
+    assert not rank.is_running()
     async with grpc.aio.insecure_channel(ready["admin"]) as channel:
         stub = admin_pb2_grpc.RouterAdminStub(channel)
         async with asyncio.timeout(60):
