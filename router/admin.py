@@ -9,9 +9,9 @@ import grpc
 import grpc.aio
 from prelay.v1 import admin_pb2, admin_pb2_grpc
 
-from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.grpc_errors import abort
+from router.live_requests import LiveRequests
 from router.worker_link import ROLE_OF_PROTO, Registration
 from router.workers import Workers
 
@@ -21,9 +21,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class AdminApi(admin_pb2_grpc.RouterAdminServicer):
     """The servicer."""
 
-    def __init__(self, workers: Workers, dispatcher: Dispatcher) -> None:
+    def __init__(self, workers: Workers, live: LiveRequests) -> None:
         self._workers = workers
-        self._dispatcher = dispatcher
+        self._live = live
 
     async def RegisterWorker(
         self, request: admin_pb2.RegisterWorkerRequest, context: _Context
@@ -60,7 +60,7 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
                 admin_pb2.WorkerStatus(info=link.info, up=link.up, load=link.last_snapshot)
                 for link in self._workers.links()
             ],
-            gated_requests=self._dispatcher.gated_requests,
-            live_requests=self._dispatcher.live_requests,
-            outcomes={outcome.value: count for outcome, count in self._dispatcher.outcomes.items()},
+            gated_requests=self._live.gated,
+            live_requests=len(self._live),
+            outcomes={outcome.value: count for outcome, count in self._live.outcomes.items()},
         )

@@ -12,18 +12,25 @@ from router.requests import Delta
 class AnswerStream:
     """An async iterator of deltas. What the reader has not taken yet is merged into one delta, never queued.
 
-    So a slow client costs at most the text of its own answer, and the workers never wait for it. Ends after
-    the delta that carries `finish`; raises the RouterError that ended the request instead. Use it as an async
-    context manager: leaving it early cancels the request.
+    How much that is, is bounded from outside (`reader_pace.py`): `unread_tokens` says how much there is, and
+    `on_read` when it has been taken. Ends after the delta that carries `finish`; raises the RouterError that
+    ended the request instead. Use it as an async context manager: leaving it early cancels the request.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        """cancel: called when the reader leaves; must be harmless when the request has ended."""
+    def __init__(self, cancel: Callable[[], None], on_read: Callable[[], None]) -> None:
+        """cancel: called when the reader leaves; must be harmless when the request has ended, as must
+        on_read."""
         self._cancel = cancel
+        self._on_read = on_read
         self._pending: Delta | None = None
         self._error: RouterError | None = None
         self._ended = False
         self._changed = asyncio.Event()
+
+    @property
+    def unread_tokens(self) -> int:
+        """Tokens that the reader has not taken yet."""
+        return 0 if self._pending is None else len(self._pending.token_ids)
 
     def put(self, delta: Delta) -> None:
         """More of the answer."""
@@ -43,6 +50,7 @@ class AnswerStream:
             if self._pending is not None:
                 delta, self._pending = self._pending, None
                 self._ended = delta.finish is not None
+                self._on_read()
                 return delta
             if self._ended:
                 raise StopAsyncIteration

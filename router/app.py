@@ -31,10 +31,12 @@ from router.http_api import HttpApi
 from router.http_generate import GenerateApi
 from router.http_server_log import HttpServerLog
 from router.intake import Intake, ServedModel
+from router.limits import Limits
 from router.metrics import RouterMetrics
 from router.metrics_http import metrics_application
 from router.placement.least_loaded import LeastLoadedPlacement
 from router.pool_view import PoolView
+from router.recovery import Recovery, RetryBudget
 from router.settings import RouterSettings, split_address
 from router.slo import SloPolicy
 from router.workers import Workers
@@ -63,16 +65,23 @@ class Router:
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry, settings.slo_classes)
         self.pool = PoolView()
+        self._workers_changed = asyncio.Event()
         self.dispatcher = Dispatcher(
             pool=self.pool,
             admission=Admission(settings.max_gated_requests, settings.retry_after_s),
             gate=FcfsGateQueue(),
             placement=LeastLoadedPlacement(),
+            recovery=Recovery(
+                settings.max_attempts, RetryBudget(settings.retry_budget, settings.retry_burst)
+            ),
+            limits=Limits(
+                settings.recovery_wait_s, settings.stream_buffer_tokens, settings.slow_reader_timeout_s
+            ),
             metrics=self.metrics,
             new_detokenizer=model.tokenizer.detokenizer,
             clock=clock,
+            on_change=self._workers_changed.set,
         )
-        self._workers_changed = asyncio.Event()
         self.workers = Workers(
             router_id=uuid.uuid4().hex,
             pool=self.pool,
@@ -80,6 +89,7 @@ class Router:
             metrics=self.metrics,
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
+            suspect_after_s=settings.suspect_after_s or settings.liveness_timeout_s / 2,
             liveness_timeout_s=settings.liveness_timeout_s,
             clock=clock,
             on_change=self._workers_changed.set,
@@ -93,11 +103,11 @@ class Router:
             request_timeout_s=settings.request_timeout_s,
             largest_pool_tokens=self.pool.largest_decode_tokens,
         )
-        generate = GenerateApi(intake, slo, self.dispatcher, settings.max_choices)
+        generate = GenerateApi(intake, slo, self.dispatcher.live, settings.max_choices)
         self._http = HttpApi(
             intake, generate, self.dispatcher, self.pool, int(time.time()), settings.max_body_bytes
         )
-        self._inference = InferenceApi(intake, slo, self.dispatcher)
+        self._inference = InferenceApi(intake, slo, self.dispatcher.live)
         self._health = health.aio.HealthServicer()
         self._running = AsyncExitStack()
 
@@ -113,7 +123,7 @@ class Router:
             )
             admin_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
             admin_pb2_grpc.add_RouterAdminServicer_to_server(
-                AdminApi(self.workers, self.dispatcher), admin_server
+                AdminApi(self.workers, self.dispatcher.live), admin_server
             )
             admin = await _serve_grpc(stack, "admin", settings.admin, admin_server)
             public_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
@@ -134,7 +144,8 @@ class Router:
     async def stop(self) -> None:
         """Says NOT_SERVING, ends live streams (with an error, after the grace), closes everything."""
         await self._health.enter_graceful_shutdown()
-        await self.dispatcher.stop(self._settings.stop_grace_s)
+        await self.dispatcher.live.stop(self._settings.stop_grace_s)
+        self.dispatcher.close()
         await self._running.aclose()
 
     async def _keep_health(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from prelay.v1 import worker_pb2
 
 from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
-from router.pool_view import Load, WorkerCapacity
+from router.pair_table import LinkState, PairLink
+from router.pool_view import Load, Role, WorkerCapacity
 from router.record import TokenBatch
 from router.requests import Request, Stage
 
@@ -21,7 +22,8 @@ def reserve(key: RequestKey, request: Request, prefill: worker_pb2.PeerRef) -> w
         reserve=worker_pb2.Reserve(
             request_id=key.request_id,
             attempt=key.attempt,
-            token_ids=request.prompt_token_ids,
+            token_ids=request.prompt_token_ids + request.answered,
+            num_output_tokens=len(request.answered),
             sampling=_sampling(request.sampling),
             prefill=prefill,
             cache_salt=_cache_salt(request),
@@ -35,7 +37,8 @@ def prefill(key: RequestKey, request: Request, decode: worker_pb2.PeerRef) -> wo
         prefill=worker_pb2.Prefill(
             request_id=key.request_id,
             attempt=key.attempt,
-            token_ids=request.prompt_token_ids,
+            token_ids=request.prompt_token_ids + request.answered,
+            num_output_tokens=len(request.answered),
             sampling=_sampling(request.sampling),
             decode=decode,
             cache_salt=_cache_salt(request),
@@ -48,17 +51,44 @@ def cancel(key: RequestKey) -> worker_pb2.RouterMessage:
     return worker_pb2.RouterMessage(cancel=worker_pb2.Cancel(request_id=key.request_id, attempt=key.attempt))
 
 
+def pause(key: RequestKey) -> worker_pb2.RouterMessage:
+    """To the decode worker that has the request: its reader is slow."""
+    return worker_pb2.RouterMessage(pause=worker_pb2.Pause(request_id=key.request_id, attempt=key.attempt))
+
+
+def resume(key: RequestKey) -> worker_pb2.RouterMessage:
+    """To the decode worker that was told to pause."""
+    return worker_pb2.RouterMessage(resume=worker_pb2.Resume(request_id=key.request_id, attempt=key.attempt))
+
+
+def pair(prefill: worker_pb2.WorkerInfo) -> worker_pb2.RouterMessage:
+    """To a decode worker: be linked to that prefill worker, and say how it stands."""
+    return worker_pb2.RouterMessage(pair=worker_pb2.Pair(prefill=peer(prefill)))
+
+
+def unpair(prefill: worker_pb2.WorkerInfo) -> worker_pb2.RouterMessage:
+    """To a decode worker: that life of the prefill worker is over."""
+    return worker_pb2.RouterMessage(unpair=worker_pb2.Unpair(prefill=peer(prefill)))
+
+
+def pair_link(state: worker_pb2.PairState) -> PairLink:
+    """What a decode worker says of a pair."""
+    if state.linked:
+        return PairLink(LinkState.LINKED)
+    mismatched = state.reason == worker_pb2.FAILURE_REASON_PEER_MISMATCH
+    return PairLink(LinkState.MISMATCHED if mismatched else LinkState.UNREACHABLE, state.message)
+
+
 def peer(info: worker_pb2.WorkerInfo) -> worker_pb2.PeerRef:
     """How one worker of a pair is named to the other."""
     return worker_pb2.PeerRef(worker_id=info.worker_id, epoch=info.epoch, address=info.address)
 
 
-def token_batch(sequence: worker_pb2.SequenceTokens) -> TokenBatch:
-    """What one engine step produced for one request."""
+def token_batch(sequence: worker_pb2.SequenceTokens, role: Role) -> TokenBatch:
+    """What one engine step of a worker of that role produced for one request."""
     times: tuple[tuple[Stage, float], ...] = ()
     if sequence.HasField("times"):
-        # Each side reports its own stages with its first token, and index 0 is the prefill worker's.
-        if sequence.first_index == 0:
+        if role is Role.PREFILL:
             times = (
                 (Stage.PREFILL_QUEUE, sequence.times.prefill_queue_s),
                 (Stage.PREFILL, sequence.times.prefill_s),
@@ -78,6 +108,11 @@ def token_batch(sequence: worker_pb2.SequenceTokens) -> TokenBatch:
         prompt_logprobs=[_logprobs(message) for message in sequence.prompt_logprobs],
         cached_tokens=sequence.cached_tokens,
     )
+
+
+def ends(sequence: worker_pb2.SequenceTokens) -> bool:
+    """Whether the worker says that the answer ends here."""
+    return sequence.stop_reason != worker_pb2.STOP_REASON_UNSPECIFIED
 
 
 def load(snapshot: worker_pb2.Snapshot) -> Load:

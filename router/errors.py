@@ -6,9 +6,11 @@ RouterError
 ├── ModelNotFoundError           another model than the one served
 ├── OverloadedError              gate full; `retry_after_s` says when to come again
 ├── NoWorkersError               a role has no worker that is up
-├── WorkerLostError              a worker that the request was on went down
+├── NoPairError                  there are workers, but none that are linked to each other
+├── WorkerLostError              a worker that the request was on went down, and it is not placed again
 ├── HandoffFailedError           the pair could not hand the request over
 ├── WorkerFailedError            a worker reported an error of its own
+├── SlowReaderError              the client does not read its answer
 ├── DeadlineExceededError        the request's deadline passed
 ├── StoppingError                the router is shutting down
 ├── WorkerRefusedError           a worker cannot be registered
@@ -61,14 +63,12 @@ class NoWorkersError(RouterError):
         super().__init__(f"no {role} worker is up; try again when one has joined (see /health)")
 
 
+class NoPairError(RouterError):
+    """No prefill worker is linked to a decode worker, so nothing can be served now."""
+
+
 class WorkerLostError(RouterError):
     """A worker that held the request went down."""
-
-    def __init__(self, worker_id: str, reason: str) -> None:
-        super().__init__(
-            f"worker {worker_id} was lost while it served this request ({reason}); send it again"
-        )
-        self.worker_id = worker_id
 
 
 class HandoffFailedError(RouterError):
@@ -77,6 +77,16 @@ class HandoffFailedError(RouterError):
 
 class WorkerFailedError(RouterError):
     """A worker reported an error that is neither the client's nor a matter of load."""
+
+
+class SlowReaderError(RouterError):
+    """The client left more of its answer unread, for longer, than the router keeps it for."""
+
+    def __init__(self, unread_tokens: int, timeout_s: float) -> None:
+        super().__init__(
+            f"{unread_tokens} tokens of the answer were not read within {timeout_s:g} s, so it was ended; "
+            "read faster, or ask for the answer as a whole"
+        )
 
 
 class DeadlineExceededError(RouterError):

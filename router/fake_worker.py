@@ -1,20 +1,22 @@
 """Workers without an engine: real `Worker.Attach` servers in this process, every stage of which can be held.
 
-A `FakeFleet` is a set of them that hand requests over to each other in memory. Answers are a function of the
-prompt (`fake_answer`), so a test knows what a client must get. Requests wait at gates, which are open until
-somebody closes them:
+They hand requests over to each other in memory (`fake_fleet.py` starts them). Answers are a function of the
+prompt (`fake_model.py`), so a test knows what a client must get, and a request that goes on after a loss must
+bring exactly the tokens that it had. Requests wait at gates, which are open until somebody closes them:
 
-    decode    RESERVE: before Reserved; TRANSFER: before the second token; DECODE: before each later token
-    prefill   PREFILL: before the prompt is read; FIRST_TOKEN: before index 0 is sent, after the hand-off
+    decode    RESERVE: before Reserved; TRANSFER: before its first token; DECODE: before each later token
+    prefill   PREFILL: before the prompt is read; FIRST_TOKEN: before its token is sent, after the hand-off
+
+Workers misbehave on demand: `kill`, `break_stream`, `fall_silent`, `freeze` (a stopped process), `fail_next`,
+`fail_handoffs`, `refuse_pairs`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 import grpc
@@ -23,6 +25,7 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
+from router.fake_model import FakeJob, FakeModel, fake_logprobs
 
 _GOES_ON = worker_pb2.STOP_REASON_UNSPECIFIED
 
@@ -37,126 +40,38 @@ class Hold(Enum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True)
-class FakeModel:
-    """What a fleet pretends to serve. Answers consist of token ids low .. high - 1.
-
-    eos_token_id, answer_tokens: the answer to every prompt ends with EOS as its `answer_tokens`-th token, if
-    EOS is among the request's stop tokens and min_tokens and max_tokens allow it.
-    caches: prefill workers say that they had all of a prompt but its last token in their cache.
-    """
-
-    low: int = 32
-    high: int = 127
-    eos_token_id: int = 0
-    answer_tokens: int | None = None
-    fingerprint: str = "fake"
-    max_model_len: int = 1024
-    vocab_size: int = 0
-    caches: bool = False
-
-
-def fake_answer(
-    model: FakeModel, prompt: Sequence[int], sampling: worker_pb2.TokenSampling
-) -> tuple[list[int], worker_pb2.StopReason]:
-    """The whole answer to a prompt and why it ends."""
-    seed = zlib.crc32(b"".join(token.to_bytes(4, "little") for token in prompt))
-    answer: list[int] = []
-    while True:
-        num_tokens = len(answer) + 1
-        at_end = model.answer_tokens is not None and num_tokens >= max(
-            model.answer_tokens, sampling.min_tokens
-        )
-        if at_end and model.eos_token_id in sampling.stop_token_ids:
-            return [*answer, model.eos_token_id], worker_pb2.STOP_REASON_STOP
-        draw = zlib.crc32(num_tokens.to_bytes(4, "little"), seed)
-        answer.append(model.low + draw % (model.high - model.low))
-        if len(answer) >= sampling.max_tokens:
-            return answer, worker_pb2.STOP_REASON_LENGTH
-
-
-def fake_logprobs(token_id: int, index: int, num_top: int) -> worker_pb2.TokenLogprobs:
-    """What fake workers say of a token of a prompt or an answer: less likely with every index, and second
-    wherever the index is odd."""
-    rank = 1 + index % 2
-    top_ids = [token_id if at == rank else (token_id + at) % 128 for at in range(1, num_top + 1)]
-    logprobs = [-(at + index / 8) for at in range(1, max(num_top, rank) + 1)]
-    return worker_pb2.TokenLogprobs(
-        token_id=token_id,
-        logprob=logprobs[rank - 1],
-        rank=rank,
-        top_ids=top_ids,
-        top_logprobs=logprobs[:num_top],
-    )
-
-
 @dataclass(slots=True)
 class _Sequence:
-    """A request on one worker."""
+    """A request on one worker. arrived: at a decode worker, that the hand-off is over. running: not
+    paused."""
 
     key: RequestKey
     sampling: worker_pb2.TokenSampling
     num_blocks: int
-    prompt: asyncio.Future[Sequence[int]]  # for a decode worker: what the hand-off brings
+    job: FakeJob
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    running: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
-
-
-class FakeFleet:
-    """Fake workers that know each other by address."""
-
-    def __init__(self, model: FakeModel | None = None) -> None:
-        self.model = model or FakeModel()
-        self.workers: dict[str, FakeWorker] = {}
-
-    async def start(
-        self,
-        role: worker_pb2.Role,
-        worker_id: str,
-        *,
-        epoch: int = 1,
-        num_blocks: int = 256,
-        max_batch_tokens: int = 256,
-        max_num_seqs: int = 64,
-        heartbeat_s: float = 0.02,
-        fingerprint: str | None = None,
-        vocab_size: int | None = None,
-    ) -> FakeWorker:
-        """Starts a worker on a port of its own."""
-        info = worker_pb2.WorkerInfo(
-            worker_id=worker_id,
-            epoch=epoch,
-            role=role,
-            metrics_address="127.0.0.1:1",
-            model="fake",
-            model_fingerprint=fingerprint or self.model.fingerprint,
-            max_model_len=self.model.max_model_len,
-            vocab_size=vocab_size or self.model.vocab_size,
-            block_size=16,
-            num_blocks=num_blocks,
-            max_num_seqs=max_num_seqs,
-            max_batch_tokens=max_batch_tokens,
-            protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
-        )
-        worker = FakeWorker(self, info, heartbeat_s)
-        await worker.start()
-        self.workers[info.address] = worker
-        return worker
-
-    async def stop(self) -> None:
-        """Stops all of them."""
-        await asyncio.gather(*(worker.kill() for worker in self.workers.values()))
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
     """One fake worker; `info.address` is set once it is started."""
 
-    def __init__(self, fleet: FakeFleet, info: worker_pb2.WorkerInfo, heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        model: FakeModel,
+        peers: Mapping[str, FakeWorker],
+        info: worker_pb2.WorkerInfo,
+        heartbeat_s: float,
+    ) -> None:
+        """peers: all fake workers, by address."""
         self.info = info
         self.received: Counter[str] = Counter()
         """Commands by kind."""
-        self.reserves: list[worker_pb2.Reserve] = []
-        """The Reserve commands, in order."""
-        self._fleet = fleet
+        self.commands: list[worker_pb2.RouterMessage] = []
+        """All commands, in order."""
+        self._model = model
+        self._peers = peers
         self._heartbeat_s = heartbeat_s
         self._gates = {hold: asyncio.Event() for hold in Hold}
         for gate in self._gates.values():
@@ -165,16 +80,42 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._changed = asyncio.Condition()
         self._sequences: dict[RequestKey, _Sequence] = {}
         self._failures: list[worker_pb2.FailureReason] = []
+        self._handoff_failures: list[worker_pb2.FailureReason] = []
+        self._pairs: dict[str, worker_pb2.PeerRef] = {}
+        self._pair_refusal: tuple[worker_pb2.FailureReason, str] | None = None
         self._beating = True
+        self._thawed = asyncio.Event()
+        self._thawed.set()
         self._broken = asyncio.Event()
         self._outgoing: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
+        self._all_out = asyncio.Event()
         self._seen = 0
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+
+    @property
+    def reserves(self) -> list[worker_pb2.Reserve]:
+        """The Reserve commands, in order."""
+        return [command.reserve for command in self.commands if command.HasField("reserve")]
+
+    @property
+    def prefills(self) -> list[worker_pb2.Prefill]:
+        """The Prefill commands, in order."""
+        return [command.prefill for command in self.commands if command.HasField("prefill")]
 
     @property
     def live_requests(self) -> int:
         """Requests that hold something here."""
         return len(self._sequences)
+
+    @property
+    def paused_requests(self) -> int:
+        """Of these, those that are paused."""
+        return sum(not sequence.running.is_set() for sequence in self._sequences.values())
+
+    @property
+    def paired(self) -> set[tuple[str, int]]:
+        """(worker id, epoch) of the prefill workers that it was told to pair with, and not to leave."""
+        return {(peer.worker_id, peer.epoch) for peer in self._pairs.values()}
 
     @property
     def free_blocks(self) -> int:
@@ -190,8 +131,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def kill(self) -> None:
         """Ends at once, as a killed process does."""
         self._broken.set()
-        for sequence in list(self._sequences.values()):
-            self._drop(sequence)
+        self._thawed.set()
+        self._drop_all()
         await self._server.stop(None)
 
     def hold(self, hold: Hold) -> None:
@@ -219,9 +160,46 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         """No more snapshots; everything else goes on."""
         self._beating = False
 
+    def speak_again(self) -> None:
+        """Snapshots as before."""
+        self._beating = True
+
+    def freeze(self) -> None:
+        """Nothing at all until `thaw`, as if the process was stopped; its connections stay."""
+        self._thawed.clear()
+
+    def thaw(self) -> None:
+        """Goes on where it was."""
+        self._thawed.set()
+
     def fail_next(self, *reasons: worker_pb2.FailureReason) -> None:
         """The next commands (Reserve or Prefill) fail, for these reasons in turn."""
         self._failures.extend(reasons)
+
+    def fail_handoffs(self, *reasons: worker_pb2.FailureReason) -> None:
+        """The next hand-offs to this decode worker fail, for these reasons in turn."""
+        self._handoff_failures.extend(reasons)
+
+    async def fail_running(self, reason: worker_pb2.FailureReason) -> None:
+        """All requests that are here now fail."""
+        for sequence in list(self._sequences.values()):
+            self._drop(sequence)
+            self._fail(sequence.key, reason)
+        await self._notify()
+
+    def refuse_pairs(self, reason: worker_pb2.FailureReason, message: str) -> None:
+        """From now on no pair is linked; the router is told."""
+        self.refuse_pairs_silently(reason, message)
+        self._say_pairs()
+
+    def refuse_pairs_silently(self, reason: worker_pb2.FailureReason, message: str) -> None:
+        """The same, but the router is told only when it asks."""
+        self._pair_refusal = (reason, message)
+
+    def accept_pairs(self) -> None:
+        """All pairs are linked again; the router is told."""
+        self._pair_refusal = None
+        self._say_pairs()
 
     async def Attach(  # the name that the interface gives it
         self,
@@ -247,86 +225,114 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 if not getting.done():
                     getting.cancel()
                     break
+                await self._thawed.wait()
                 yield getting.result()
+                if self._outgoing.empty():
+                    self._all_out.set()
         finally:
             for task in (*tasks, broken):
                 task.cancel()
-            for sequence in list(self._sequences.values()):
-                self._drop(sequence)
+            self._pairs.clear()
+            self._drop_all()
 
     async def _obey(self, request_iterator: AsyncIterator[worker_pb2.RouterMessage]) -> None:
         async for message in request_iterator:
+            await self._thawed.wait()
             self._seen = message.seq
             kind = message.WhichOneof("message")
             match kind:
                 case "reserve":
-                    self.reserves.append(message.reserve)
-                    num_tokens, max_tokens = (
+                    num_blocks = reserved_blocks(
+                        self.info.block_size,
                         len(message.reserve.token_ids),
-                        message.reserve.sampling.max_tokens,
+                        message.reserve.sampling.max_tokens - message.reserve.num_output_tokens,
                     )
-                    num_blocks = reserved_blocks(self.info.block_size, num_tokens, max_tokens)
                     room = has_room(num_blocks, self.free_blocks, len(self._sequences))
                     self._begin(message.reserve, num_blocks, room)
                 case "prefill":
                     num_blocks = -(-len(message.prefill.token_ids) // self.info.block_size)
                     self._begin(message.prefill, num_blocks, num_blocks <= self.free_blocks)
-                case "cancel":
-                    sequence = self._sequences.get(
-                        RequestKey(message.cancel.request_id, message.cancel.attempt)
-                    )
+                case "cancel" | "pause" | "resume":
+                    named = getattr(message, kind)
+                    sequence = self._sequences.get(RequestKey(named.request_id, named.attempt))
                     if sequence is not None:
-                        self._drop(sequence)
+                        self._steer(sequence, kind)
+                case "pair":
+                    self._pairs[message.pair.prefill.worker_id] = message.pair.prefill
+                    self._say_pair(message.pair.prefill)
+                case "unpair":
+                    known = self._pairs.get(message.unpair.prefill.worker_id)
+                    if known is not None and known.epoch == message.unpair.prefill.epoch:
+                        del self._pairs[known.worker_id]
             self.received[str(kind)] += 1
+            self.commands.append(message)
             await self._notify()
 
     def _begin(self, command: worker_pb2.Reserve | worker_pb2.Prefill, num_blocks: int, room: bool) -> None:
         key = RequestKey(command.request_id, command.attempt)
+        job = FakeJob.of(self._model, command)
         if not room:
             self._fail(key, worker_pb2.FAILURE_REASON_NO_BLOCKS)
         elif self._failures:
             self._fail(key, self._failures.pop(0))
+        elif job is None:
+            self._fail(key, worker_pb2.FAILURE_REASON_INVALID, "these are not the tokens of the answer")
         else:
-            prompt: asyncio.Future[Sequence[int]] = asyncio.get_running_loop().create_future()
-            sequence = _Sequence(key, command.sampling, num_blocks, prompt)
+            sequence = _Sequence(key, command.sampling, num_blocks, job)
+            sequence.running.set()
             self._sequences[key] = sequence
             if isinstance(command, worker_pb2.Reserve):
                 sequence.task = asyncio.create_task(self._decode(sequence))
             else:
-                sequence.task = asyncio.create_task(self._prefill(sequence, command))
+                sequence.task = asyncio.create_task(self._prefill(sequence, command.decode.address))
 
-    async def _prefill(self, sequence: _Sequence, command: worker_pb2.Prefill) -> None:
+    def _steer(self, sequence: _Sequence, kind: str) -> None:
+        match kind:
+            case "cancel":
+                self._drop(sequence)
+            case "pause":
+                sequence.running.clear()
+            case "resume":
+                sequence.running.set()
+
+    async def _prefill(self, sequence: _Sequence, decode_address: str) -> None:
         await self._pass(Hold.PREFILL)
-        answer, reason = fake_answer(self._fleet.model, command.token_ids, command.sampling)
-        only = len(answer) == 1
-        peer = self._fleet.workers.get(command.decode.address)
-        if not only and peer is not None:
-            peer.take_over(sequence.key, command.token_ids)
+        job = sequence.job
+        index = len(job.answered)
+        last = len(job.answer) == index + 1
+        peer = self._peers.get(decode_address)
+        if not last and peer is not None:
+            peer.take_over(sequence.key)
         await self._pass(Hold.FIRST_TOKEN)
         times = worker_pb2.StageTimes(prefill_queue_s=1e-6, prefill_s=1e-6)
-        self._send(sequence, 0, answer[0], reason if only else _GOES_ON, times, command.token_ids)
+        self._send(sequence, index, job.reason if last else _GOES_ON, times, prefilled=True)
         self._drop(sequence)
         await self._notify()
 
-    def take_over(self, key: RequestKey, prompt: Sequence[int]) -> None:
+    def take_over(self, key: RequestKey) -> None:
         """The hand-off; a request that is not (or no longer) expected is ignored."""
         sequence = self._sequences.get(key)
-        if sequence is not None and not sequence.prompt.done():
-            sequence.prompt.set_result(tuple(prompt))
+        if sequence is None:
+            return
+        if self._handoff_failures:
+            self._drop(sequence)
+            self._fail(key, self._handoff_failures.pop(0))
+        else:
+            sequence.arrived.set()
 
     async def _decode(self, sequence: _Sequence) -> None:
         await self._pass(Hold.RESERVE)
         reserved = worker_pb2.Reserved(request_id=sequence.key.request_id, attempt=sequence.key.attempt)
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(reserved=reserved))
-        prompt = await sequence.prompt
-        answer, reason = fake_answer(self._fleet.model, prompt, sequence.sampling)
-        for index in range(1, len(answer)):
-            await self._pass(Hold.TRANSFER if index == 1 else Hold.DECODE)
-            times = worker_pb2.StageTimes(transfer_s=1e-6, decode_queue_s=1e-6, kv_bytes=len(prompt))
-            last = index == len(answer) - 1
-            self._send(
-                sequence, index, answer[index], reason if last else _GOES_ON, times if index == 1 else None
-            )
+        await sequence.arrived.wait()
+        job = sequence.job
+        first = len(job.answered) + 1
+        for index in range(first, len(job.answer)):
+            await self._pass(Hold.TRANSFER if index == first else Hold.DECODE)
+            await sequence.running.wait()
+            times = worker_pb2.StageTimes(transfer_s=1e-6, decode_queue_s=1e-6, kv_bytes=len(job.prompt))
+            last = index == len(job.answer) - 1
+            self._send(sequence, index, job.reason if last else _GOES_ON, times if index == first else None)
         self._drop(sequence)
         await self._notify()
 
@@ -339,48 +345,71 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             finally:
                 self._waiting[hold] -= 1
         await asyncio.sleep(0)  # each token is a step of its own
+        while not self._outgoing.empty():  # and no step is faster than the stream
+            self._all_out.clear()
+            await self._all_out.wait()
+        await self._thawed.wait()
 
     def _send(
         self,
         sequence: _Sequence,
         index: int,
-        token_id: int,
         reason: worker_pb2.StopReason,
         times: worker_pb2.StageTimes | None,
-        prompt: Sequence[int] = (),
+        *,
+        prefilled: bool = False,
     ) -> None:
-        sampling, logprobs, prompt_logprobs = sequence.sampling, [], []
+        sampling, job, logprobs, prompt_logprobs = sequence.sampling, sequence.job, [], []
         if sampling.HasField("logprobs"):
-            logprobs = [fake_logprobs(token_id, index, sampling.logprobs)]
-        if sampling.HasField("prompt_logprobs"):
-            scored = list(enumerate(prompt))[1:]
+            logprobs = [fake_logprobs(job.answer[index], index, sampling.logprobs)]
+        if prefilled and sampling.HasField("prompt_logprobs"):
+            scored = list(enumerate(job.prompt))[1:]
             prompt_logprobs = [fake_logprobs(token, at, sampling.prompt_logprobs) for at, token in scored]
         tokens = worker_pb2.SequenceTokens(
             request_id=sequence.key.request_id,
             attempt=sequence.key.attempt,
             first_index=index,
-            token_ids=[token_id],
+            token_ids=[job.answer[index]],
             stop_reason=reason,
             times=times,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             # As if all of a prompt but its last token had been cached.
-            cached_tokens=max(0, len(prompt) - 1) if self._fleet.model.caches else 0,
+            cached_tokens=max(0, len(job.prompt) - 1) if prefilled and self._model.caches else 0,
         )
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(step=worker_pb2.StepTokens(sequences=[tokens])))
 
-    def _fail(self, key: RequestKey, reason: worker_pb2.FailureReason) -> None:
-        failed = worker_pb2.Failed(request_id=key.request_id, attempt=key.attempt, reason=reason)
+    def _fail(self, key: RequestKey, reason: worker_pb2.FailureReason, message: str = "") -> None:
+        failed = worker_pb2.Failed(
+            request_id=key.request_id, attempt=key.attempt, reason=reason, message=message
+        )
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(failed=failed))
+
+    def _say_pairs(self) -> None:
+        for peer in self._pairs.values():
+            self._say_pair(peer)
+
+    def _say_pair(self, peer: worker_pb2.PeerRef) -> None:
+        state = worker_pb2.PairState(worker_id=peer.worker_id, epoch=peer.epoch)
+        if self._pair_refusal is None:
+            state.linked, state.backend = True, "fake"
+        else:
+            state.reason, state.message = self._pair_refusal
+        self._outgoing.put_nowait(worker_pb2.WorkerMessage(pair=state))
 
     def _drop(self, sequence: _Sequence) -> None:
         self._sequences.pop(sequence.key, None)
         if sequence.task is not None and sequence.task is not asyncio.current_task():
             sequence.task.cancel()
 
+    def _drop_all(self) -> None:
+        for sequence in list(self._sequences.values()):
+            self._drop(sequence)
+
     async def _beat(self) -> None:
         beat = 0
         while True:
+            await self._thawed.wait()
             beat += 1
             if self._beating:
                 snapshot = worker_pb2.Snapshot(

@@ -13,10 +13,10 @@ from prelay.v1 import inference_pb2
 
 from engine.sequence import TokenLogprobs
 from engine.tokenizer import Tokenizer
-from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.grpc_errors import abort
 from router.intake import Intake
+from router.live_requests import LiveRequests
 from router.requests import Delta, Details, FinishReason, Request
 from router.sampling import SamplingWish
 from router.slo import Slo, SloPolicy
@@ -41,10 +41,10 @@ class InferenceApi:
     (text that is not UTF-8, say) with INTERNAL instead of INVALID_ARGUMENT.
     """
 
-    def __init__(self, intake: Intake, slo: SloPolicy, dispatcher: Dispatcher) -> None:
+    def __init__(self, intake: Intake, slo: SloPolicy, live: LiveRequests) -> None:
         self._intake = intake
         self._slo = slo
-        self._dispatcher = dispatcher
+        self._live = live
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Before the server is started."""
@@ -84,7 +84,7 @@ class InferenceApi:
                 raise InvalidRequestError(f"the message is not a GenerateRequest: {message}")
             request = await self._request(message, context.time_remaining(), arrived_at)
             public_id = message.request_id or request.request_id
-            async with self._dispatcher.submit(request) as answer:
+            async with self._live.submit(request) as answer:
                 async for delta in answer:
                     await context.write(_response(public_id, delta, self._intake.model.tokenizer))
         except RouterError as error:

@@ -32,12 +32,16 @@ def http_error(error: Exception) -> HttpError:
             return _error(429, error, "rate_limit_error", None, "overloaded", headers)
         case errors.NoWorkersError():
             return _error(503, error, "service_unavailable_error", None, "no_workers", {"Retry-After": "1"})
+        case errors.NoPairError():
+            return _error(503, error, "service_unavailable_error", None, "no_pair", {"Retry-After": "1"})
         case errors.WorkerLostError():
             return _error(503, error, "service_unavailable_error", None, "worker_lost")
         case errors.HandoffFailedError():
             return _error(503, error, "service_unavailable_error", None, "handoff_failed")
         case errors.StoppingError():
             return _error(503, error, "service_unavailable_error", None, "stopping")
+        case errors.SlowReaderError():
+            return _error(408, error, "timeout_error", None, "slow_reader")
         case errors.DeadlineExceededError():
             return _error(504, error, "timeout_error", None, "deadline_exceeded")
         case errors.RouterError():

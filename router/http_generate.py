@@ -22,11 +22,11 @@ from typing import Any
 from aiohttp import web
 
 from router.answer_stream import AnswerStream
-from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.http_errors import http_error
 from router.http_request import REQUEST_ID, read_json, slo_of, tenant_of
 from router.intake import Intake
+from router.live_requests import LiveRequests
 from router.openai_fields import FieldWatch
 from router.openai_logprobs import (
     Echo,
@@ -78,14 +78,14 @@ class GenerateApi:
         self,
         intake: Intake,
         slo: SloPolicy,
-        dispatcher: Dispatcher,
+        live: LiveRequests,
         max_choices: int,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """max_choices: answers that one call may ask for (prompts times n)."""
         self._intake = intake
         self._slo = slo
-        self._dispatcher = dispatcher
+        self._live = live
         self._max_choices = max_choices
         self._wall_clock = wall_clock
         self._watch = FieldWatch()
@@ -183,7 +183,7 @@ class GenerateApi:
         reply = Reply(f"{prefix}-{http[REQUEST_ID]}", self._intake.model.name, int(self._wall_clock()), chat)
         details = http.headers.get("x-prelay-details", "") == "1"
         async with AsyncExitStack() as stack:
-            submitted = self._dispatcher.submit_all(job.requests)
+            submitted = self._live.submit_all(job.requests, paced=job.stream)
             answers = [await stack.enter_async_context(answer) for answer in submitted]
             if job.stream:
                 return await self._stream(http, job, reply, answers, details)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from router.pool_view import Role
+from router.recovery import Cause
 from router.requests import Details, Outcome, Stage
 from router.slo import SloLimits
 
@@ -18,9 +19,11 @@ _PER_TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
     1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
+_ATTEMPT_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 16)
 
 _ADMISSIONS = (
-    ("accepted", "none"), ("rejected", "no_worker"), ("rejected", "gate_full"), ("rejected", "never_fits"),
+    ("accepted", "none"), ("rejected", "no_worker"), ("rejected", "no_pair"), ("rejected", "gate_full"),
+    ("rejected", "never_fits"),
 )  # fmt: skip
 
 
@@ -84,6 +87,30 @@ class RouterMetrics:
             "prelay_placement_total", "Placements on workers, by kind.", ["kind"], registry=registry
         )
         self._placement.labels("disaggregated")
+        self._recoveries = Counter(
+            "prelay_recoveries_total",
+            "Placements that were lost and made up for by another one, by what was the matter.",
+            ["cause"],
+            registry=registry,
+        )
+        for cause in Cause:
+            self._recoveries.labels(cause)
+        self._recovered_streams = Counter(
+            "prelay_recovered_streams_total",
+            "Answers that were complete although they had lost a worker after their first token.",
+            registry=registry,
+        )
+        self._attempts = Histogram(
+            "prelay_request_attempts",
+            "Placements of every request that was let in; 0 if it never left the gate.",
+            buckets=_ATTEMPT_BUCKETS,
+            registry=registry,
+        )
+        self._paused_streams = Counter(
+            "prelay_paused_streams_total",
+            "Times that a stream was paused because its client did not read.",
+            registry=registry,
+        )
         self._devices = Gauge(
             "prelay_devices",
             "Devices that the deployment holds; each worker holds one.",
@@ -96,6 +123,12 @@ class RouterMetrics:
             "prelay_worker_up", "1 while the worker is attached and shows signs of life.", ["role", "worker"],
             registry=registry,
         )  # fmt: skip
+        self._worker_suspected = Gauge(
+            "prelay_worker_suspected",
+            "1 while the worker shows no sign of life, but is not given up yet; nothing new goes there.",
+            ["role", "worker"],
+            registry=registry,
+        )
         self._worker_epoch = Gauge(
             "prelay_worker_epoch",
             "Life of the worker that was registered last.",
@@ -123,10 +156,12 @@ class RouterMetrics:
         for _ in range(gaps):
             histogram.observe(gap_s)
 
-    def finished(self, slo_class: str, details: Details, num_tokens: int) -> None:
-        """A request that was let in has ended, one way or the other."""
+    def finished(self, slo_class: str, details: Details, num_tokens: int, *, recovered: bool) -> None:
+        """A request that was let in has ended, one way or the other. recovered: after its first token it was
+        placed anew."""
         self._requests.labels(slo_class, details.outcome).inc()
         self._duration.labels(slo_class).observe(details.duration_s)
+        self._attempts.observe(details.attempt)
         for stage, seconds in details.stages.items():
             self._stages[stage].observe(seconds)
         if details.ttft_s is not None:
@@ -134,16 +169,32 @@ class RouterMetrics:
         complete = details.outcome not in (Outcome.ERROR, Outcome.CANCELLED)
         if complete and num_tokens > 1:
             self._tpot.labels(slo_class).observe(details.tpot_s)
+        if complete and recovered:
+            self._recovered_streams.inc()
+
+    def recovery(self, cause: Cause) -> None:
+        """A request that lost its placement gets another one."""
+        self._recoveries.labels(cause).inc()
+
+    def paused(self) -> None:
+        """A decode worker was told to pause a stream."""
+        self._paused_streams.inc()
 
     def worker(self, role: Role, worker_id: str, epoch: int, *, up: bool) -> None:
         """The state of a registered worker."""
         self._worker_up.labels(role, worker_id).set(up)
         self._worker_epoch.labels(role, worker_id).set(epoch)
+        self._worker_suspected.labels(role, worker_id)  # there from the start
+
+    def suspected(self, role: Role, worker_id: str, suspected: bool) -> None:
+        """Whether a registered worker is suspected to be dead."""
+        self._worker_suspected.labels(role, worker_id).set(suspected)
 
     def worker_removed(self, role: Role, worker_id: str) -> None:
         """The worker is no longer part of the deployment."""
         self._worker_up.remove(role, worker_id)
         self._worker_epoch.remove(role, worker_id)
+        self._worker_suspected.remove(role, worker_id)
 
     def devices(self, role: Role, count: int) -> None:
         """How many devices the workers of a role hold."""

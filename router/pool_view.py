@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
+from router.pair_table import PairTable
 
 
 class Role(StrEnum):
@@ -43,9 +44,10 @@ class WorkerCapacity:
         """KV blocks that `num_tokens` positions take."""
         return -(-num_tokens // self.block_size)
 
-    def reserved_blocks(self, prompt_tokens: int, max_tokens: int) -> int:
-        """KV blocks that a decode worker sets aside for a request."""
-        return reserved_blocks(self.block_size, prompt_tokens, max_tokens)
+    def reserved_blocks(self, num_tokens: int, tokens_left: int) -> int:
+        """KV blocks that a decode worker sets aside for a request of `num_tokens`, of which at most
+        `tokens_left` more will come."""
+        return reserved_blocks(self.block_size, num_tokens, tokens_left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class WorkerView:
         self.role = role
         self.capacity = capacity
         self.up = True
+        # No sign of life for a while: nothing new goes there, and nothing is taken away.
+        self.suspected = False
         self._load = Load(commands_seen=0, requests=0, queue_tokens=0, free_blocks=capacity.num_blocks)
         self._credits: dict[RequestKey, _Credit] = {}
         self._unseen = _Sum()
@@ -116,6 +120,11 @@ class WorkerView:
             return 0
         known = min(self.capacity.num_blocks, self._load.free_blocks + self._ended.blocks)
         return max(0, known - self._unseen.blocks)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the worker had no room, and has not said since that it has."""
+        return self._refused
 
     def has_room_for(self, num_blocks: int) -> bool:
         """Whether a decode worker accepts a new request that reserves so many blocks."""
@@ -157,17 +166,25 @@ class WorkerView:
 
 
 class PoolView:
-    """All registered workers, of both roles."""
+    """All registered workers, of both roles. pairs: which of them are linked."""
 
     def __init__(self) -> None:
+        self.pairs = PairTable()
         self._workers: dict[str, WorkerView] = {}
 
     def add(self, worker: WorkerView) -> None:
         """A new life of a worker takes the place of its earlier one."""
+        self.pairs.forget(worker.worker_id)
         self._workers[worker.worker_id] = worker
+
+    def down(self, worker_id: str) -> None:
+        """The worker is gone, though it may come back."""
+        self.pairs.forget(worker_id)
+        self._workers[worker_id].up = False
 
     def remove(self, worker_id: str) -> None:
         """The worker is no longer part of the deployment."""
+        self.pairs.forget(worker_id)
         del self._workers[worker_id]
 
     def __getitem__(self, worker_id: str) -> WorkerView:
@@ -176,9 +193,22 @@ class PoolView:
     def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._workers.values())
 
+    def get(self, worker_id: str) -> WorkerView | None:
+        """The worker, if it is registered."""
+        return self._workers.get(worker_id)
+
     def up(self, role: Role) -> list[WorkerView]:
-        """Workers of the role that requests can be placed on."""
+        """Workers of the role that are not known to be gone."""
         return [worker for worker in self._workers.values() if worker.up and worker.role is role]
+
+    def placeable(self, role: Role) -> list[WorkerView]:
+        """Of these, the ones that new requests go to: those that are not suspected."""
+        return [worker for worker in self.up(role) if not worker.suspected]
+
+    def why_no_pair(self) -> tuple[bool, str] | None:
+        """`PairTable.why_none` of the workers that are up; there must be some of both roles."""
+        prefills, decodes = ({worker.worker_id: None for worker in self.up(role)} for role in Role)
+        return self.pairs.why_none(prefills, decodes)
 
     def missing_role(self) -> Role | None:
         """A role that has no worker that is up."""

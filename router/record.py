@@ -1,12 +1,13 @@
 """One live request: what has been emitted, when, and how it ended. A core: told `now`, does nothing itself.
 
     gated --place--> placed --tokens--> streaming --tokens--> finished
-      ^                 |
-      +------retry------+       and from every state before the end: --fail--> failed
+      ^                 |                   |
+      +------lost-------+-------lost--------+     and from every state before the end: --fail--> failed
 
 Tokens come from two workers, so they may arrive out of order (the decode worker overtakes the first token) or
 doubled; they are put in order by index. Prompt and emitted tokens stay here until the end: they are all that
-another pair of workers would need to go on with the answer.
+another pair of workers needs to go on with the answer. What arrived but was not emitted is thrown away with
+its placement: the next one sends it again.
 """
 
 from __future__ import annotations
@@ -92,14 +93,15 @@ class RequestRecord:
         """The decode worker holds blocks for the attempt in force."""
         self._stages.reserved(now)
 
-    def retry(self, now: float) -> None:
-        """The placement came to nothing before any token was emitted: back to the gate."""
-        self._stages.retried(now)
+    def lost(self, now: float) -> None:
+        """The placement came to nothing: back to the gate. The next one begins after the emitted tokens."""
+        self._stages.lost(now)
         self._early.clear()
         self._end = None
         self._kv_bytes = 0
-        self._prompt_logprobs = ()
-        self._cached_tokens = 0
+        if not self.token_ids:
+            self._prompt_logprobs = ()
+            self._cached_tokens = 0
 
     def tokens(self, now: float, batch: TokenBatch) -> Delta | None:
         """Takes tokens of the attempt in force; returns what can be emitted because of them, if anything.
@@ -160,7 +162,7 @@ class RequestRecord:
         of_prompt, self._prompt_logprobs = self._prompt_logprobs, ()
         if self._first_token_at is None:
             self._first_token_at = now
-            self._stages.first_token(now)
+        self._stages.tokens(now)
         self.last_token_at = now
         finish = None if reason is None else self._finish(now, reason)
         return Delta(

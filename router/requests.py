@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
 
@@ -20,6 +20,8 @@ class Request:
     stop: stop strings; they end the answer and are not part of its text.
     arrived_at, deadline: on the router's clock, seconds. The deadline is hard: past it the request ends with
     an error.
+    answered: tokens of the answer that are out already, from placements that were lost. sampling.max_tokens
+    and min_tokens count them.
     """
 
     request_id: str
@@ -30,6 +32,24 @@ class Request:
     tenant: str
     arrived_at: float
     deadline: float
+    answered: tuple[int, ...] = ()
+
+    def going_on(self, answered: Sequence[int]) -> Request:
+        """This request, to be placed again after its client got so much of the answer."""
+        sampling = self.sampling
+        if answered:  # what was said of the prompt came with the first token
+            sampling = replace(sampling, prompt_logprobs=None)
+        return replace(self, sampling=sampling, answered=tuple(answered))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a prefill worker has to read: the prompt, and what there is of the answer."""
+        return len(self.prompt_token_ids) + len(self.answered)
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that may still come."""
+        return self.sampling.max_tokens - len(self.answered)
 
     @property
     def max_total_tokens(self) -> int:
@@ -60,6 +80,7 @@ class Stage(StrEnum):
     DECODE_QUEUE = "decode_queue"
     DECODE = "decode"
     HANDOFF_RETRY = "handoff_retry"
+    RECOVERY = "recovery"
 
 
 @dataclass(frozen=True, slots=True)

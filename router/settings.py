@@ -17,7 +17,14 @@ class RouterSettings:
     checkpoint: directory with the model's config and tokenizer. model_name: what clients call it.
     max_model_len: most tokens of prompt and answer; None means what the checkpoint's config says.
     slo_classes, default_slo_class: limits by class name, and the class of requests that name none.
-    liveness_timeout_s: a worker without a snapshot for this long is down.
+    suspect_after_s: a worker without a snapshot for this long gets nothing new; None means half of
+    liveness_timeout_s, after which it is down and what it had is placed again.
+    max_attempts: placements of one request that may be lost until it ends with an error.
+    retry_budget, retry_burst: so many requests may be placed again for each one that is let in, and so many
+    beyond that.
+    recovery_wait_s: how long requests wait at the gate while there is no pair of workers.
+    stream_buffer_tokens: of a streamed answer that may be unread before its decode worker is paused; it ends
+    with an error when they are for slow_reader_timeout_s.
     max_body_bytes: of an HTTP body and of a gRPC message.
     max_choices: answers that one HTTP call may ask for.
     max_gated_requests: that may wait for a worker; more are refused, to come again after retry_after_s.
@@ -36,7 +43,14 @@ class RouterSettings:
     admin: str = "127.0.0.1:0"
     slo_classes: dict[str, SloLimits] = field(default_factory=lambda: {"default": SloLimits(2.0, 0.2)})
     default_slo_class: str = "default"
+    suspect_after_s: float | None = None
     liveness_timeout_s: float = 1.5
+    max_attempts: int = 6
+    retry_budget: float = 1.0
+    retry_burst: int = 256
+    recovery_wait_s: float = 10.0
+    stream_buffer_tokens: int = 256
+    slow_reader_timeout_s: float = 30.0
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 64
     max_gated_requests: int = 1024
@@ -71,10 +85,25 @@ class RouterSettings:
     def __post_init__(self) -> None:
         for name in ("checkpoint", "model_name", "http", "grpc", "metrics", "admin", "default_slo_class"):
             _require(name, getattr(self, name), str)
-        for name in ("liveness_timeout_s", "retry_after_s", "request_timeout_s", "stop_grace_s"):
+        for name in (
+            "liveness_timeout_s", "retry_after_s", "request_timeout_s", "stop_grace_s", "recovery_wait_s",
+            "slow_reader_timeout_s",
+        ):  # fmt: skip
             _require(name, getattr(self, name), (int, float))
-        for name in ("max_body_bytes", "max_choices", "max_gated_requests", "tokenizer_threads"):
+        for name in (
+            "max_body_bytes", "max_choices", "max_gated_requests", "tokenizer_threads", "max_attempts",
+            "stream_buffer_tokens",
+        ):  # fmt: skip
             _require(name, getattr(self, name), int)
+        _require("retry_budget", self.retry_budget, (int, float), zero=True)
+        _require("retry_burst", self.retry_burst, int, zero=True)
+        if self.suspect_after_s is not None:
+            _require("suspect_after_s", self.suspect_after_s, (int, float))
+            if self.suspect_after_s > self.liveness_timeout_s:
+                raise SettingsError(
+                    f"suspect_after_s is {self.suspect_after_s!r}, but liveness_timeout_s is "
+                    f"{self.liveness_timeout_s!r}: a worker must be suspected before it is given up"
+                )
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise SettingsError(f"log_level is {self.log_level!r}; give DEBUG, INFO, WARNING or ERROR")
         if self.max_model_len is not None:
@@ -91,11 +120,11 @@ def split_address(setting: str, address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _require(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+def _require(name: str, value: Any, kind: type | tuple[type, ...], *, zero: bool = False) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise SettingsError(f"{name} is {value!r}, which has the wrong type")
-    if isinstance(value, int | float) and not value > 0:
-        raise SettingsError(f"{name} is {value!r}; it must be greater than 0")
+    if isinstance(value, int | float) and not (value > 0 or (zero and value == 0)):
+        raise SettingsError(f"{name} is {value!r}; it must be {'at least' if zero else 'greater than'} 0")
 
 
 def _slo_classes(given: Any) -> dict[str, SloLimits]:

@@ -1,7 +1,8 @@
 """Where a request's time went, so that the stages always add up to its duration.
 
-    arrival --> placed --> first token --> end
-            |          |               +-- transfer, decode_queue, decode
+    arrival --> placed --> first token ----------------> end
+            |          |               |  +-- transfer, decode_queue, decode
+            |          |               +-- lost --> next token: recovery, whatever happens in between
             |          +-- prefill_queue, prefill, first_token; or handoff_retry, and back to the gate
             +-- gate
 
@@ -13,39 +14,56 @@ clipped to what fits in it. What is left of a span belongs to `first_token` (bef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum, auto
 
 from router.requests import Stage
+
+
+class _Span(Enum):
+    """What the time since the last point goes to."""
+
+    GATE = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    RECOVERY = auto()
 
 
 class StageClock:
     """Told when a request passes each point; all times in seconds on one clock."""
 
     def __init__(self, arrived_at: float) -> None:
-        self._arrived_at = arrived_at
         self._mark = arrived_at  # end of what is already accounted for in _spent
         self._spent = dict.fromkeys(Stage, 0.0)
-        self._placed = False
-        self._first_token_at: float | None = None
+        self._span = _Span.GATE
         self._reports = dict.fromkeys(Stage, 0.0)
 
     def placed(self, now: float) -> None:
         """The request left the gate."""
-        self._account(Stage.GATE, now)
-        self._placed = True
+        if self._span is _Span.GATE:
+            self._account(Stage.GATE, now)
+            self._span = _Span.PREFILL
 
     def reserved(self, now: float) -> None:
         """The decode worker has room: what follows is the prefill worker's, from its queue on."""
-        self._account(Stage.PREFILL_QUEUE, now)
+        if self._span is _Span.PREFILL:
+            self._account(Stage.PREFILL_QUEUE, now)
 
-    def retried(self, now: float) -> None:
+    def lost(self, now: float) -> None:
         """The placement came to nothing: back at the gate, and what was reported of it is void."""
-        self._account(Stage.HANDOFF_RETRY, now)
-        self._placed = False
+        match self._span:
+            case _Span.PREFILL:
+                self._account(Stage.HANDOFF_RETRY, now)
+                self._span = _Span.GATE
+            case _Span.DECODE:
+                self._close(now)
+                self._span = _Span.RECOVERY
         self._reports = dict.fromkeys(Stage, 0.0)
 
-    def first_token(self, now: float) -> None:
-        """The first token reached the router."""
-        self._first_token_at = now
+    def tokens(self, now: float) -> None:
+        """The first token of the answer, or any later one, reached the client's stream."""
+        if self._span is not _Span.DECODE:
+            self._close(now)
+            self._span = _Span.DECODE
 
     def report(self, stage: Stage, seconds: float) -> None:
         """A worker measured `stage`; anything but a positive number counts as zero."""
@@ -53,13 +71,19 @@ class StageClock:
 
     def finish(self, now: float) -> Mapping[Stage, float]:
         """The seconds of every stage of a request that ends now; they add up to `now` - arrival."""
-        if not self._placed:
-            self._account(Stage.GATE, now)
-            return dict(self._spent)
-        until_first = now if self._first_token_at is None else self._first_token_at
-        self._divide(until_first, (Stage.PREFILL_QUEUE, Stage.PREFILL), rest=Stage.FIRST_TOKEN)
-        self._divide(now, (Stage.TRANSFER, Stage.DECODE_QUEUE), rest=Stage.DECODE)
+        self._close(now)
         return dict(self._spent)
+
+    def _close(self, now: float) -> None:
+        match self._span:
+            case _Span.GATE:
+                self._account(Stage.GATE, now)
+            case _Span.PREFILL:
+                self._divide(now, (Stage.PREFILL_QUEUE, Stage.PREFILL), rest=Stage.FIRST_TOKEN)
+            case _Span.DECODE:
+                self._divide(now, (Stage.TRANSFER, Stage.DECODE_QUEUE), rest=Stage.DECODE)
+            case _Span.RECOVERY:
+                self._account(Stage.RECOVERY, now)
 
     def _account(self, stage: Stage, until: float) -> None:
         self._spent[stage] += until - self._mark

@@ -3,7 +3,7 @@
     connect: dial, hello both ways, check --> up --> down (stream ended, no sign of life, or closed), for good
 
 A link never heals: a worker whose stream broke has cancelled what was placed on it, so it comes back by being
-registered again.
+registered again. Both ends must speak the same protocol version; the minor version may differ.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ async def connect(registration: Registration, router_id: str, timeout_s: float) 
             hello = worker_pb2.RouterHello(
                 router_id=router_id,
                 protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
+                protocol_minor=worker_pb2.PROTOCOL_MINOR_CURRENT,
                 epoch=registration.epoch,
             )
             await call.write(worker_pb2.RouterMessage(seq=1, hello=hello))

@@ -33,6 +33,7 @@ class Workers:
         metrics: RouterMetrics,
         max_model_len: int,
         vocab_size: int,
+        suspect_after_s: float,
         liveness_timeout_s: float,
         clock: Callable[[], float],
         on_change: Callable[[], None],
@@ -44,6 +45,7 @@ class Workers:
         self._metrics = metrics
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._suspect_after_s = suspect_after_s
         self._liveness_timeout_s = liveness_timeout_s
         self._clock = clock
         self._on_change = on_change
@@ -80,6 +82,8 @@ class Workers:
                 raise
             self._links[link.worker_id] = link
             link.start(self._dispatcher.on_message, self._on_down)
+            if known is not None and known.epoch != link.epoch:
+                self._dispatcher.life_over(known)
             self._dispatcher.worker_up(link)
             if known is not None:
                 self._metrics.worker_removed(known.role, known.worker_id)
@@ -91,12 +95,13 @@ class Workers:
             self._report()
 
     def remove(self, worker_id: str, epoch: int) -> bool:
-        """Forgets that life of the worker; its requests end with an error. False when it is not known."""
+        """Forgets that life of the worker; its requests are placed again. False when it is not known."""
         link = self._links.get(worker_id)
         if link is None or link.epoch != epoch:
             return False
         _log.info("worker=%s event=removed epoch=%d", link.worker_id, link.epoch)
         self._dispatcher.worker_down(link, "it was removed")
+        self._dispatcher.life_over(link)
         del self._links[worker_id]
         self._pool.remove(worker_id)
         self._metrics.worker_removed(link.role, worker_id)
@@ -105,7 +110,8 @@ class Workers:
         return True
 
     def watch(self) -> None:
-        """Declares workers down that have shown no sign of life for too long; to be called on a beat.
+        """Declares workers suspected, then down, that have shown no sign of life for too long; to be called
+        on a beat.
 
         Silence is counted in time during which this process was awake: after a pause of its own (a long stop,
         a busy machine) the workers' snapshots are still in the socket, and are read before the next beat.
@@ -114,8 +120,11 @@ class Workers:
         elapsed_s = min(now - self._watched_at, 2 * self._liveness_timeout_s / WATCHES_PER_TIMEOUT)
         self._watched_at = now
         for link in list(self._links.values()):
-            if link.up and link.silent(elapsed_s) > self._liveness_timeout_s:
+            silent_s = link.silent(elapsed_s) if link.up else 0.0
+            if silent_s > self._liveness_timeout_s:
                 link.fail(f"no sign of life for {self._liveness_timeout_s:g} s")
+            elif silent_s > self._suspect_after_s:
+                self._dispatcher.worker_suspected(link)
 
     async def keep_watch(self) -> None:
         """Watches for ever."""

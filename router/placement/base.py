@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Protocol
 
+from router.pair_table import Pair
 from router.pool_view import PoolView
 from router.requests import Request
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The workers that a request is placed on, by id."""
-
-    prefill: str
-    decode: str
 
 
 class Placement(Protocol):
     """A policy. A core: decides from what it is shown, keeps nothing."""
 
-    def choose(self, request: Request, pool: PoolView, excluded: Collection[Pair], now: float) -> Pair | None:
-        """The pair for `request`, or None while it has to wait at the gate.
+    def choose(self, request: Request, pool: PoolView, avoid: Collection[str], now: float) -> Pair | None:
+        """The linked pair for `request`, or None while it has to wait at the gate.
 
-        excluded: pairs that are known not to reach each other.
+        avoid: workers that have failed this request before: taken only if there is no other.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from router.placement.base import Pair
+from router.pair_table import Pair
 from router.pool_view import PoolView, Role, WorkerView
 from router.requests import Request
 
@@ -18,27 +18,31 @@ class LeastLoadedPlacement:
     (engine/reservation.py), and fewer requests than two full batches.
     """
 
-    def choose(self, request: Request, pool: PoolView, excluded: Collection[Pair], now: float) -> Pair | None:
+    def choose(self, request: Request, pool: PoolView, avoid: Collection[str], now: float) -> Pair | None:
         decodes = sorted(
-            (worker for worker in pool.up(Role.DECODE) if _decode_has_room(worker, request)),
-            key=lambda worker: (worker.requests, worker.worker_id),
+            (worker for worker in pool.placeable(Role.DECODE) if _decode_has_room(worker, request)),
+            key=lambda worker: (worker.worker_id in avoid, worker.requests, worker.worker_id),
         )
         prefills = sorted(
-            (worker for worker in pool.up(Role.PREFILL) if _prefill_has_room(worker, request)),
-            key=lambda worker: (worker.outstanding_tokens, worker.worker_id),
+            (worker for worker in pool.placeable(Role.PREFILL) if _prefill_has_room(worker, request)),
+            key=lambda worker: (worker.worker_id in avoid, worker.outstanding_tokens, worker.worker_id),
         )
-        pairs = (Pair(prefill.worker_id, decode.worker_id) for prefill in prefills for decode in decodes)
-        return next((pair for pair in pairs if pair not in excluded), None)
+        for prefill in prefills:
+            if linked := pool.pairs.linked_with(prefill.worker_id):
+                decode = next((one.worker_id for one in decodes if one.worker_id in linked), None)
+                if decode is not None:
+                    return Pair(prefill.worker_id, decode)
+        return None
 
 
 def _prefill_has_room(worker: WorkerView, request: Request) -> bool:
-    needed = worker.capacity.blocks_for(len(request.prompt_token_ids))
+    needed = worker.capacity.blocks_for(request.num_tokens)
     staged = worker.outstanding_tokens < 2 * worker.capacity.max_batch_tokens
-    return needed <= worker.capacity.num_blocks and staged
+    return needed <= worker.capacity.num_blocks and staged and not worker.refused
 
 
 def _decode_has_room(worker: WorkerView, request: Request) -> bool:
     if worker.capacity.blocks_for(request.max_total_tokens) > worker.capacity.num_blocks:
         return False  # could never end there
-    reserved = worker.capacity.reserved_blocks(len(request.prompt_token_ids), request.sampling.max_tokens)
+    reserved = worker.capacity.reserved_blocks(request.num_tokens, request.tokens_left)
     return worker.has_room_for(reserved) and worker.requests < 2 * worker.capacity.max_num_seqs

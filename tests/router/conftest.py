@@ -20,7 +20,11 @@ from prelay.v1 import inference_pb2_grpc, worker_pb2
 
 from engine.sequence import TokenSampling
 from router.app import Addresses, Router
-from router.fake_worker import FakeFleet, FakeModel, FakeWorker, fake_answer
+from router.fake_fleet import FakeFleet
+from router.fake_model import FakeModel, fake_answer
+from router.fake_worker import FakeWorker
+from router.pair_table import LinkState, Pair, PairLink
+from router.pool_view import Role
 from router.requests import Request
 from router.settings import RouterSettings
 from router.slo import Slo, SloLimits
@@ -75,6 +79,13 @@ class Cluster:
         await self.router.workers.register(
             Registration(info.worker_id, info.epoch, ROLE_OF_PROTO[info.role], info.address)
         )
+        await self.until(lambda: not self._linking())
+
+    def _linking(self) -> bool:
+        """Whether a decode worker has not yet said how it stands with a prefill worker."""
+        pool = self.router.pool
+        pairs = (Pair(p.worker_id, d.worker_id) for p in pool.up(Role.PREFILL) for d in pool.up(Role.DECODE))
+        return any(pool.pairs.get(pair) == PairLink(LinkState.LINKING) for pair in pairs)
 
     async def add(self, role: worker_pb2.Role, worker_id: str, **capacity: Any) -> FakeWorker:
         worker = await self.fleet.start(role, worker_id, **capacity)
@@ -114,8 +125,8 @@ class Cluster:
         for worker in self.fleet.workers.values():
             await worker.until(lambda worker=worker: worker.live_requests == 0)
             assert worker.free_blocks == worker.info.num_blocks
-        assert self.router.dispatcher.live_requests == 0
-        assert self.router.dispatcher.gated_requests == 0
+        assert len(self.router.dispatcher.live) == 0
+        assert self.router.dispatcher.live.gated == 0
         assert all(worker.live_requests == 0 for worker in self.router.pool)
 
     def sample(self, name: str, **labels: str) -> float:

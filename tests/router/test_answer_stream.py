@@ -11,12 +11,16 @@ from router.errors import StoppingError
 from router.requests import Delta, Finish, FinishReason
 
 
+def stream_of(cancel=lambda: None, on_read=lambda: None):
+    return AnswerStream(cancel, on_read)
+
+
 def delta(token, text, *, last=False):
     return Delta((token,), text, Finish(FinishReason.STOP, 1, 1, None) if last else None)
 
 
 async def test_what_is_not_read_is_merged():
-    stream = AnswerStream(cancel=lambda: None)
+    stream = stream_of()
     for index in range(1000):
         stream.put(delta(index, "x", last=index == 999))
     got = [one async for one in stream]
@@ -26,8 +30,19 @@ async def test_what_is_not_read_is_merged():
     assert got[0].finish is not None
 
 
+async def test_what_is_unread_is_known_and_reading_is_told():
+    read = []
+    stream = stream_of(on_read=lambda: read.append(stream.unread_tokens))
+    assert stream.unread_tokens == 0
+    stream.put(delta(1, "a"))
+    stream.put(delta(2, "b"))
+    assert (stream.unread_tokens, read) == (2, [])
+    await anext(stream)
+    assert (stream.unread_tokens, read) == (0, [0])
+
+
 async def test_a_waiting_reader_gets_each_delta():
-    stream = AnswerStream(cancel=lambda: None)
+    stream = stream_of()
     reading = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
     stream.put(delta(1, "a"))
@@ -39,7 +54,7 @@ async def test_a_waiting_reader_gets_each_delta():
 
 
 async def test_an_error_comes_after_what_was_there_before_it():
-    stream = AnswerStream(cancel=lambda: None)
+    stream = stream_of()
     stream.put(delta(1, "a"))
     stream.fail(StoppingError())
     assert (await anext(stream)).text == "a"
@@ -49,6 +64,6 @@ async def test_an_error_comes_after_what_was_there_before_it():
 
 async def test_leaving_cancels():
     left = []
-    async with AnswerStream(cancel=lambda: left.append("r")):
+    async with stream_of(cancel=lambda: left.append("r")):
         pass
     assert left == ["r"]

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from prelay.v1 import worker_pb2
 
 from engine.sequence import RequestKey
 from router.admission import Admission
-from router.errors import (
-    HandoffFailedError,
-    InvalidRequestError,
-    NoWorkersError,
-    OverloadedError,
-    PromptTooLongError,
-    WorkerFailedError,
-)
-from router.failures import MAX_UNREACHABLE_PAIRS, Retry, judge_failure
+from router.errors import NoPairError, NoWorkersError, OverloadedError, PromptTooLongError
 from router.gate_queue import FcfsGateQueue
-from router.placement.base import Pair
+from router.pair_table import LinkState, Pair, PairLink
 from router.placement.least_loaded import LeastLoadedPlacement
 from router.pool_view import PoolView, Role, WorkerCapacity, WorkerView
 
@@ -30,11 +21,18 @@ def pool_of(prefill=2, decode=2, num_blocks=64, max_num_seqs=4, max_batch_tokens
         pool.add(WorkerView(f"p{index}", 1, Role.PREFILL, capacity))
     for index in range(decode):
         pool.add(WorkerView(f"d{index}", 1, Role.DECODE, capacity))
+    return linked(pool)
+
+
+def linked(pool):
+    for one in pool.up(Role.PREFILL):
+        for other in pool.up(Role.DECODE):
+            pool.pairs.put(Pair(one.worker_id, other.worker_id), PairLink(LinkState.LINKED))
     return pool
 
 
-def choose(pool, request, excluded=()):
-    return LeastLoadedPlacement().choose(request, pool, excluded, now=0.0)
+def choose(pool, request, avoid=()):
+    return LeastLoadedPlacement().choose(request, pool, avoid, now=0.0)
 
 
 @given(
@@ -90,6 +88,7 @@ def test_a_decode_worker_needs_blocks_for_the_prompt_and_for_those_who_grow(make
 def test_a_request_is_not_placed_where_its_answer_could_never_end(make_request):
     pool = pool_of(decode=1, num_blocks=8)
     pool.add(WorkerView("a-small-one", 1, Role.DECODE, WorkerCapacity(16, 4, 4, 100)))
+    linked(pool)
     assert choose(pool, make_request(prompt_tokens=16, max_tokens=48)).decode == "a-small-one"
     assert choose(pool, make_request(prompt_tokens=16, max_tokens=49)).decode == "d0"
 
@@ -102,57 +101,84 @@ def test_a_decode_worker_takes_two_batches_of_sequences(make_request):
     assert choose(pool, make_request()) is None
 
 
-def test_workers_that_are_down_refused_or_do_not_reach_each_other_are_left_out(make_request):
-    pool = pool_of()
-    pool["p0"].up = False
+def test_workers_that_are_down_suspected_refused_or_not_linked_are_left_out(make_request):
+    pool = pool_of(prefill=3)
+    pool.down("p0")
+    pool["p1"].suspected = True
     pool["d0"].refuse()
+    assert choose(pool, make_request()) == Pair("p2", "d1")
+    for state in (LinkState.LINKING, LinkState.UNREACHABLE, LinkState.MISMATCHED):
+        pool.pairs.put(Pair("p2", "d1"), PairLink(state))
+        assert choose(pool, make_request()) is None
+    pool["p1"].suspected = False
     assert choose(pool, make_request()) == Pair("p1", "d1")
-    assert choose(pool, make_request(), excluded={Pair("p1", "d1")}) is None
+    pool["p1"].refuse()
+    assert choose(pool, make_request()) is None
+
+
+def test_a_worker_that_has_failed_the_request_is_the_last_choice(make_request):
+    pool = pool_of()
+    assert choose(pool, make_request(), avoid={"p0", "d0"}) == Pair("p1", "d1")
+    pool.down("p1")
+    assert choose(pool, make_request(), avoid={"p0", "d0"}) == Pair("p0", "d1")
+
+
+def test_room_is_for_the_prompt_and_what_there_is_of_the_answer(make_request):
+    pool = pool_of(prefill=1, decode=1, num_blocks=8)
+    pool["d0"].credit(RequestKey("a", 1), tokens=0, blocks=3)
+    request = make_request(prompt_tokens=16, max_tokens=100)
+    assert choose(pool, request.going_on(range(32))) is not None  # 3 blocks, one more, one stays free
+    assert choose(pool, request.going_on(range(33))) is None
+    small = PoolView()
+    small.add(WorkerView("p0", 1, Role.PREFILL, WorkerCapacity(16, 2, 0, 100)))
+    small.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 64, 4, 100)))
+    linked(small)
+    assert choose(small, request.going_on(range(16))) is not None
+    assert choose(small, request.going_on(range(17))) is None
+    message = str(Admission(2, 3.0).misfit(request.going_on(range(17)), small))
+    assert "the 16 tokens of the prompt and the 17 of the answer so far need 3 KV blocks" in message
 
 
 def test_a_prompt_is_not_placed_where_it_could_never_fit(make_request):
     pool = pool_of(prefill=1)
     pool.add(WorkerView("a-small-one", 1, Role.PREFILL, WorkerCapacity(16, 2, 4, 100)))
+    linked(pool)
     assert choose(pool, make_request(prompt_tokens=32)).prefill == "a-small-one"
     assert choose(pool, make_request(prompt_tokens=33)).prefill == "p0"
 
 
 def test_admission(make_request):
     admission = Admission(max_gated_requests=2, retry_after_s=3.0)
-    assert admission.refuse(make_request(), pool_of(), gated_requests=1) is None
-    full = admission.refuse(make_request(), pool_of(), gated_requests=2)
+    assert admission.refuse(make_request(), pool_of(), gated_requests=1, overdue=False) is None
+    full = admission.refuse(make_request(), pool_of(), gated_requests=2, overdue=False)
     assert isinstance(full.error, OverloadedError)
     assert (full.reason, full.counts, full.error.retry_after_s) == ("gate_full", True, 3.0)
-    alone = admission.refuse(make_request(), pool_of(decode=0), gated_requests=0)
+    alone = admission.refuse(make_request(), pool_of(decode=0), gated_requests=0, overdue=False)
     assert isinstance(alone.error, NoWorkersError)
     assert "no decode worker" in str(alone.error)
-    huge = admission.refuse(make_request(prompt_tokens=65, max_tokens=64), pool_of(num_blocks=8), 0)
+    huge = admission.refuse(
+        make_request(prompt_tokens=65, max_tokens=64), pool_of(num_blocks=8), 0, overdue=False
+    )
     assert isinstance(huge.error, PromptTooLongError)
     assert (huge.reason, huge.counts) == ("never_fits", False)
     assert "largest decode worker has 8: at most 128 tokens" in str(huge.error)
     pool = pool_of(decode=0, num_blocks=2)
     pool.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 64, 4, 100)))
-    huge = admission.refuse(make_request(prompt_tokens=33, max_tokens=1), pool, 0)
+    huge = admission.refuse(make_request(prompt_tokens=33, max_tokens=1), linked(pool), 0, overdue=False)
     assert "largest prefill worker has 2: at most 32 tokens" in str(huge.error)
 
 
-def test_what_becomes_of_failures():
-    def judge(reason, num_emitted=0, num_unreachable=1):
-        failed = worker_pb2.Failed(request_id="r", attempt=1, reason=reason, message="why")
-        return judge_failure("d0", failed, num_emitted=num_emitted, num_unreachable=num_unreachable)
-
-    assert judge(worker_pb2.FAILURE_REASON_NO_BLOCKS) is Retry.WHEN_THERE_IS_ROOM
-    assert judge(worker_pb2.FAILURE_REASON_PEER_UNREACHABLE) is Retry.ON_ANOTHER_PAIR
-    for error, kind in (
-        (judge(worker_pb2.FAILURE_REASON_NO_BLOCKS, num_emitted=1), HandoffFailedError),
-        (judge(worker_pb2.FAILURE_REASON_PEER_UNREACHABLE, num_emitted=1), HandoffFailedError),
-        (judge(worker_pb2.FAILURE_REASON_PEER_UNREACHABLE, 0, MAX_UNREACHABLE_PAIRS), HandoffFailedError),
-        (judge(worker_pb2.FAILURE_REASON_PEER_MISMATCH), HandoffFailedError),
-        (judge(worker_pb2.FAILURE_REASON_TRANSFER_FAILED), HandoffFailedError),
-        (judge(worker_pb2.FAILURE_REASON_LEASE_EXPIRED), HandoffFailedError),
-        (judge(worker_pb2.FAILURE_REASON_INVALID), InvalidRequestError),
-        (judge(worker_pb2.FAILURE_REASON_INTERNAL), WorkerFailedError),
-        (judge(99), HandoffFailedError),
-    ):
-        assert type(error) is kind
-        assert "worker d0: why" in str(error)
+def test_admission_waits_for_links_that_may_come(make_request):
+    admission, pool = Admission(max_gated_requests=2, retry_after_s=3.0), pool_of()
+    for pair in (Pair(p, d) for p in ("p0", "p1") for d in ("d0", "d1")):
+        pool.pairs.put(pair, PairLink(LinkState.MISMATCHED, "block_size is 16 here and 32 there"))
+    refusal = admission.refuse(make_request(), pool, 0, overdue=False)
+    assert isinstance(refusal.error, NoPairError)
+    assert (refusal.reason, refusal.counts) == ("no_pair", True)
+    assert "do not fit together: block_size is 16 here and 32 there" in str(refusal.error)
+    pool.pairs.put(Pair("p1", "d1"), PairLink(LinkState.UNREACHABLE, "nobody listens"))
+    assert admission.refuse(make_request(), pool, 0, overdue=False) is None
+    overdue = admission.refuse(make_request(), pool, 0, overdue=True)
+    assert "d1 and p1 are unreachable: nobody listens" in str(overdue.error)
+    pool.pairs.put(Pair("p1", "d1"), PairLink(LinkState.LINKED))
+    assert admission.refuse(make_request(), pool, 0, overdue=True) is None

@@ -14,7 +14,8 @@ from prelay.v1 import inference_pb2, worker_pb2
 
 from engine.router_messages import sampling_of
 from engine.sequence import TokenSampling
-from router.fake_worker import FakeModel, Hold, fake_logprobs
+from router.fake_model import FakeModel, fake_logprobs
+from router.fake_worker import Hold
 from router.requests import Stage
 
 PROMPT = "tell me"
@@ -192,7 +193,7 @@ async def test_overload_says_when_to_come_again(start_cluster):
     async with cluster.grpc() as stub:
         first, second = stub.Generate(generate()), stub.Generate(generate())
         await cluster.prefill.waiting_at(Hold.PREFILL)
-        await cluster.until(lambda: cluster.router.dispatcher.live_requests == 2)
+        await cluster.until(lambda: len(cluster.router.dispatcher.live) == 2)
         call = stub.Generate(generate())
         error, details = await refusal(call)
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -240,7 +241,7 @@ async def test_a_caller_that_cancels_frees_both_legs(cluster, hold):
         await worker.waiting_at(hold)
         call.cancel()
         await cluster.settled()
-    assert cluster.router.dispatcher.outcomes == {"cancelled": 1}
+    assert cluster.router.dispatcher.live.outcomes == {"cancelled": 1}
 
 
 async def test_health(cluster):

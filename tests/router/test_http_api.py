@@ -9,7 +9,8 @@ from importlib.metadata import version
 import pytest
 from prelay.v1 import worker_pb2
 
-from router.fake_worker import FakeModel, Hold
+from router.fake_model import FakeModel
+from router.fake_worker import Hold
 from router.requests import Outcome, Stage
 
 PROMPT = "tell me"
@@ -159,7 +160,8 @@ async def test_slo_headers_decide_the_outcome(cluster):
             assert body["prelay"]["outcome"] == expected
 
 
-async def test_an_error_in_a_stream_is_an_event_and_then_done(cluster):
+async def test_an_error_in_a_stream_is_an_event_and_then_done(start_cluster):
+    cluster = await start_cluster(max_attempts=1)
     cluster.decode.hold(Hold.DECODE)
     payload = {"prompt": PROMPT, "max_tokens": 9, "stream": True}
     async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
@@ -174,7 +176,8 @@ async def test_an_error_in_a_stream_is_an_event_and_then_done(cluster):
     assert chunks[-1] == "[DONE]"
 
 
-async def test_an_error_before_the_first_token_has_a_status(cluster):
+async def test_an_error_before_the_first_token_has_a_status(start_cluster):
+    cluster = await start_cluster(max_attempts=1)
     cluster.prefill.hold(Hold.PREFILL)
     payload = {"prompt": PROMPT, "max_tokens": 9, "stream": True}
 
@@ -189,7 +192,8 @@ async def test_an_error_before_the_first_token_has_a_status(cluster):
         assert await posting == (503, "worker_lost")
 
 
-async def test_one_choice_of_several_fails_all(cluster):
+async def test_one_choice_of_several_fails_all(start_cluster):
+    cluster = await start_cluster(max_attempts=1)
     cluster.decode.fail_next(worker_pb2.FAILURE_REASON_INTERNAL)
     async with cluster.http() as http:
         async with http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 9, "n": 3}) as response:
@@ -198,22 +202,25 @@ async def test_one_choice_of_several_fails_all(cluster):
         await cluster.settled()
 
 
-async def test_when_one_choice_fails_none_counts_as_left_by_the_client(cluster):
+async def test_when_one_choice_fails_none_counts_as_left_by_the_client(start_cluster):
+    cluster = await start_cluster(max_attempts=1)
     cluster.decode.fail_next(worker_pb2.FAILURE_REASON_INTERNAL)
     payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}
     async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
         assert response.status == 500
-    assert cluster.router.dispatcher.outcomes == {Outcome.ERROR: 3}
+    assert cluster.router.dispatcher.live.outcomes == {Outcome.ERROR: 3}
 
 
 async def test_a_large_call_fails_at_once_and_none_of_it_is_placed_any_more(start_cluster):
-    cluster = await start_cluster(max_choices=2000, max_gated_requests=2000, decode={"num_blocks": 1})
+    cluster = await start_cluster(
+        max_choices=2000, max_gated_requests=2000, max_attempts=1, decode={"num_blocks": 1}
+    )
     cluster.decode.fail_next(worker_pb2.FAILURE_REASON_INTERNAL)
     async with cluster.http() as http:
         payload = {"prompt": PROMPT, "max_tokens": 5, "n": 1500}
         async with http.post("/v1/completions", json=payload) as response:
             assert response.status == 500
-    assert cluster.router.dispatcher.outcomes == {Outcome.ERROR: 1500}
+    assert cluster.router.dispatcher.live.outcomes == {Outcome.ERROR: 1500}
     assert cluster.sample("prelay_placement_total", kind="disaggregated") == 1
     await cluster.settled()
 
@@ -223,8 +230,8 @@ async def test_a_call_is_let_in_or_refused_as_a_whole(start_cluster):
     payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}
     async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
         assert response.status == 429
-    assert cluster.router.dispatcher.outcomes == {Outcome.REJECTED: 3}
-    assert cluster.router.dispatcher.live_requests == 0
+    assert cluster.router.dispatcher.live.outcomes == {Outcome.REJECTED: 3}
+    assert len(cluster.router.dispatcher.live) == 0
 
 
 async def test_streamed_choices_are_told_apart(cluster):

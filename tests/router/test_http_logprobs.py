@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from engine.router_messages import sampling_of
-from router.fake_worker import FakeModel, fake_logprobs
+from router.fake_model import FakeModel, fake_logprobs
 
 PROMPT = "tell me"
 

@@ -55,9 +55,9 @@ async def test_two_hundred_at_once_with_random_cancellations(start_cluster):
 
         complete = await asyncio.gather(*(one(number) for number in range(200)))
         assert 100 < sum(complete) < 200
-        await cluster.until(lambda: cluster.router.dispatcher.live_requests == 0)
+        await cluster.until(lambda: len(cluster.router.dispatcher.live) == 0)
         await cluster.settled()
-    outcomes = cluster.router.dispatcher.outcomes
+    outcomes = cluster.router.dispatcher.live.outcomes
     assert sum(outcomes.values()) == 200
     assert outcomes["good"] >= sum(complete)
     assert outcomes["good"] + outcomes["cancelled"] == 200

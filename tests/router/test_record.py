@@ -113,12 +113,15 @@ def test_stages_add_up_to_the_duration_whatever_workers_report(data, make_reques
 
     for _ in range(data.draw(st.integers(0, 2))):
         record.place(later(), "p", "d")
-        record.retry(later())
+        record.lost(later())
     if data.draw(st.booleans()):
         record.place(later(), "p", "d")
         for index in range(data.draw(st.integers(0, 3))):
             times = data.draw(st.lists(REPORT[min(index, 1)], max_size=2))
             record.tokens(later(), TokenBatch(index, [97], None, times))
+            if data.draw(st.booleans()):
+                record.lost(later())
+                record.place(later(), "p", "d")
     details = record.fail(later(), Outcome.CANCELLED)
     assert sum(details.stages.values()) == pytest.approx(details.duration_s, abs=1e-6)
     assert all(seconds >= -1e-6 for seconds in details.stages.values())
@@ -127,7 +130,7 @@ def test_stages_add_up_to_the_duration_whatever_workers_report(data, make_reques
 def test_stages_of_a_request_that_was_tried_twice(make_request):
     record = RequestRecord(make_request(arrived_at=10.0), Letters())
     record.place(11.0, "p0", "d0")
-    record.retry(13.0)
+    record.lost(13.0)
     record.place(14.0, "p1", "d1")
     record.tokens(17.0, TokenBatch(0, [97], None, [(Stage.PREFILL_QUEUE, 0.5), (Stage.PREFILL, 2.0)]))
     record.tokens(20.0, TokenBatch(1, [98], None, [(Stage.TRANSFER, 1.0), (Stage.DECODE_QUEUE, 99.0)], 640))
@@ -136,6 +139,7 @@ def test_stages_of_a_request_that_was_tried_twice(make_request):
     assert details.stages == {
         Stage.GATE: 2.0, Stage.HANDOFF_RETRY: 2.0, Stage.PREFILL_QUEUE: 0.5, Stage.PREFILL: 2.0,
         Stage.FIRST_TOKEN: 0.5, Stage.TRANSFER: 1.0, Stage.DECODE_QUEUE: 6.0, Stage.DECODE: 0.0,
+        Stage.RECOVERY: 0.0,
     }  # fmt: skip
     assert (details.attempt, details.prefill_worker, details.decode_worker) == (2, "p1", "d1")
     assert (details.ttft_s, details.tpot_s, details.duration_s, details.kv_bytes) == (7.0, 3.5, 14.0, 640)
@@ -156,6 +160,52 @@ def test_outcomes(limits, outcome, make_request):
     record.tokens(1.0, TokenBatch(0, [97], None))
     finish = record.tokens(2.0, TokenBatch(1, [97, 97], StopReason.LENGTH)).finish
     assert finish.details.outcome is outcome
+
+
+@given(data=st.data())
+def test_a_lost_worker_changes_nothing_of_the_answer(data, make_request):
+    """Whatever had arrived out of order, and wherever it was cut off."""
+    text = data.draw(st.text("abc~", min_size=1, max_size=12))
+    stop = tuple(data.draw(st.lists(st.text("abc", min_size=1, max_size=3), max_size=2)))
+    reason = data.draw(st.sampled_from(StopReason))
+    request = make_request(stop=stop, min_tokens=data.draw(st.integers(0, 4)))
+    whole = batches(text, range(len(text)), reason)
+    _, *expected, finish = run(request, whole)
+    record = RequestRecord(request, Letters())
+    got = []
+    for attempt in range(data.draw(st.integers(1, 4))):
+        if attempt:
+            record.lost(1.0)
+        record.place(1.0, "p", "d")
+        rest = whole[len(record.token_ids) :]
+        arriving = data.draw(st.permutations(rest))[: data.draw(st.integers(0, len(rest)))]
+        got += [record.tokens(1.0, batch) for batch in arriving]
+        if any(delta is not None and delta.finish is not None for delta in got):
+            break
+    else:
+        record.lost(1.0)
+        record.place(1.0, "p", "d")
+        got += [record.tokens(1.0, batch) for batch in whole[len(record.token_ids) :]]
+    deltas = [delta for delta in got if delta is not None]
+    finishes = [delta.finish for delta in deltas if delta.finish is not None]
+    assert "".join(delta.text for delta in deltas) == expected[0]
+    assert [token for delta in deltas for token in delta.token_ids] == expected[1]
+    assert [one.completion_tokens for one in finishes] == [finish.completion_tokens]
+    assert finishes[0].reason is finish.reason
+
+
+def test_what_was_not_emitted_is_thrown_away_with_its_placement(make_request):
+    record = RequestRecord(make_request(), Letters())
+    record.place(0.0, "p", "d")
+    record.tokens(1.0, TokenBatch(0, [97], None, cached_tokens=3))
+    record.tokens(1.0, TokenBatch(2, [120], StopReason.STOP))
+    record.lost(2.0)
+    record.place(3.0, "p", "d")
+    delta = record.tokens(4.0, TokenBatch(1, [98], None, cached_tokens=4))
+    assert (delta.token_ids, delta.finish) == ((98,), None)
+    delta = record.tokens(5.0, TokenBatch(2, [99, 100], StopReason.LENGTH))
+    assert (delta.token_ids, delta.text) == ((99, 100), "cd")
+    assert (delta.finish.completion_tokens, delta.finish.cached_tokens) == (4, 3)
 
 
 def test_prompt_and_emitted_tokens_survive_a_failure(make_request):

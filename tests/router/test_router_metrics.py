@@ -15,6 +15,8 @@ NAMES = {
     "prelay_requests", "prelay_time_to_first_token_seconds", "prelay_request_time_per_output_token_seconds",
     "prelay_inter_token_latency_seconds", "prelay_request_duration_seconds", "prelay_stage_seconds",
     "prelay_devices", "prelay_admission", "prelay_placement", "prelay_worker_up", "prelay_worker_epoch",
+    "prelay_worker_suspected", "prelay_recoveries", "prelay_recovered_streams", "prelay_request_attempts",
+    "prelay_paused_streams",
 }  # fmt: skip
 
 
@@ -52,6 +54,8 @@ async def test_counters_are_there_before_anything_happened(cluster):
     value = cluster.router.registry.get_sample_value
     assert value("prelay_admission_total", {"decision": "rejected", "reason": "gate_full"}) == 0
     assert value("prelay_placement_total", {"kind": "disaggregated"}) == 0
+    assert value("prelay_recoveries_total", {"cause": "worker_lost"}) == 0
+    assert value("prelay_worker_suspected", {"role": "decode", "worker": "d0"}) == 0
 
 
 async def test_the_metrics_port(start_cluster):

@@ -72,6 +72,7 @@ def test_settings_that_are_wrong(checkpoint, tmp_path):
         ('{"checkpoint": "x", "model_name": "m", "port": 1}', "unknown settings port"),
         ('{"checkpoint": "x", "model_name": "m", "http": "nowhere"}', "host:port"),
         ('{"checkpoint": "x", "model_name": "m", "liveness_timeout_s": 0}', "greater than 0"),
+        ('{"checkpoint": "x", "model_name": "m", "retry_burst": -1}', "at least 0"),
         ('{"checkpoint": "x", "model_name": "m", "max_body_bytes": "big"}', "wrong type"),
         ('{"checkpoint": "x", "model_name": "m", "slo_classes": {"a": {"ttft_s": 1}}}', "tpot_s"),
     ):

@@ -84,7 +84,7 @@ def test_nothing_is_scored_that_was_not_asked_for(make_request):
 def test_the_prompts_come_with_the_first_token_of_the_attempt_that_gave_it(make_request):
     record = RequestRecord(make_request(prompt_logprobs=0), Letters())
     record.place(0.0, "p", "d")
-    record.retry(1.0)
+    record.lost(1.0)
     record.place(2.0, "p", "d")
     late = record.tokens(3.0, TokenBatch(1, [98], None))
     assert late is None
