@@ -179,22 +179,44 @@ class TransferSection(Section):
 class RouterSection(Section):
     """Where the router listens, and its limits.
 
-    liveness_timeout_s: silence after which a worker counts as dead. request_timeout_s: longest life of a
-    request. max_gated_requests: most requests that wait; more are told to come again after retry_after_s.
-    max_choices: most answers that one HTTP call may ask for. max_body_bytes: of an HTTP body or gRPC
-    message.
+    suspect_after_s: silence after which a worker gets nothing new, None is half of liveness_timeout_s;
+    liveness_timeout_s: silence after which it counts as dead and its requests are placed again.
+    max_attempts: placements of one request that may be lost. retry_budget, retry_burst: so many requests are
+    placed again for each one that is let in, and so many beyond that. recovery_wait_s: how long requests wait
+    for a pair of workers when there is none. stream_buffer_tokens: of a streamed answer that may be unread
+    before it is paused; slow_reader_timeout_s: how long they may be before it is ended. request_timeout_s:
+    longest life of a request. max_gated_requests: most requests that wait; more are told to come again after
+    retry_after_s. max_choices: most answers that one HTTP call may ask for. max_body_bytes: of an HTTP body
+    or gRPC message.
     """
 
     http: HostPort = "127.0.0.1:8000"
     grpc: HostPort = "127.0.0.1:8001"
     metrics: HostPort = "127.0.0.1:9090"
     admin: HostPort = "127.0.0.1:0"
+    suspect_after_s: Seconds | None = None
     liveness_timeout_s: Annotated[float, Field(ge=0.2, allow_inf_nan=False)] = 1.5
+    max_attempts: Count = 6
+    retry_budget: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    retry_burst: Annotated[int, Field(ge=0)] = 256
+    recovery_wait_s: Seconds = 10.0
+    stream_buffer_tokens: Count = 256
+    slow_reader_timeout_s: Seconds = 30.0
     request_timeout_s: Seconds = 600.0
     retry_after_s: Seconds = 1.0
     max_gated_requests: Count = 1024
     max_choices: Count = 64
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**20
+
+    @model_validator(mode="after")
+    def _suspicion_comes_before_death(self) -> Self:
+        longest = self.liveness_timeout_s
+        if self.suspect_after_s is not None and not longest / 3 <= self.suspect_after_s <= longest:
+            raise ValueError(
+                f"router.suspect_after_s is {self.suspect_after_s}, but it must be between a third of "
+                f"router.liveness_timeout_s ({longest}), the time of two signs of life, and all of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _listeners_differ(self) -> Self:

@@ -90,7 +90,14 @@ def test_the_models_own_limit_is_the_default() -> None:
 def test_every_key_of_the_routers_section_reaches_it() -> None:
     config = configured(
         "router.http=127.0.0.1:1",
+        "router.suspect_after_s=1.5",
         "router.liveness_timeout_s=2.0",
+        "router.max_attempts=8",
+        "router.retry_budget=0.25",
+        "router.retry_burst=9",
+        "router.recovery_wait_s=10.5",
+        "router.stream_buffer_tokens=11",
+        "router.slow_reader_timeout_s=12.0",
         "router.request_timeout_s=3.0",
         "router.retry_after_s=4.0",
         "router.max_gated_requests=5",
