@@ -101,11 +101,8 @@ class Dispatcher:
 
     def worker_suspected(self, link: CommandLink) -> None:
         """A worker shows no sign of life: until it does, nothing new goes there."""
-        view = self._pool[link.worker_id]
-        if self._links.get(link.worker_id) is link and not view.suspected:
-            view.suspected = True
-            self._metrics.suspected(link.role, link.worker_id, True)
-            _log.warning("worker=%s event=suspected epoch=%d", link.worker_id, link.epoch)
+        if self._links.get(link.worker_id) is link:
+            self._suspect(link, True)
 
     def worker_down(self, link: CommandLink, reason: str) -> None:
         """A worker is gone: what depends on it is placed again."""
@@ -139,6 +136,7 @@ class Dispatcher:
         self._pump()
 
     def _lose(self, link: CommandLink, reason: str) -> None:
+        self._suspect(link, False)  # it is certain now
         self._pool.down(link.worker_id)
         for live in self.live:
             if live.needs(link):
@@ -202,12 +200,16 @@ class Dispatcher:
         return live
 
     def _on_snapshot(self, link: CommandLink, snapshot: worker_pb2.Snapshot) -> None:
+        self._pool[link.worker_id].snapshot(commands.load(snapshot))
+        self._suspect(link, False)
+
+    def _suspect(self, link: CommandLink, suspected: bool) -> None:
         view = self._pool[link.worker_id]
-        view.snapshot(commands.load(snapshot))
-        if view.suspected:
-            view.suspected = False
-            self._metrics.suspected(link.role, link.worker_id, False)
-            _log.info("worker=%s event=no_longer_suspected epoch=%d", link.worker_id, link.epoch)
+        if view.suspected is not suspected:
+            view.suspected = suspected
+            self._metrics.suspected(link.role, link.worker_id, suspected)
+            event = "suspected" if suspected else "no_longer_suspected"
+            _log.warning("worker=%s event=%s epoch=%d", link.worker_id, event, link.epoch)
 
     def _on_reserved(self, link: CommandLink, key: RequestKey) -> None:
         live = self._find(link, key)

@@ -78,6 +78,17 @@ async def test_when_all_of_a_role_are_suspected_requests_wait(start_cluster):
     assert (await asking)[0] == cluster.answer("tell me", 6)
 
 
+async def test_who_is_given_up_is_no_longer_suspected(cluster):
+    (link,) = [link for link in cluster.router.workers.links() if link.worker_id == "d0"]
+    cluster.decode.fall_silent()
+    cluster.router.dispatcher.worker_suspected(link)
+    assert cluster.sample("prelay_worker_suspected", role="decode", worker="d0") == 1
+    cluster.decode.break_stream()
+    await cluster.until(lambda: not cluster.router.pool["d0"].up)
+    assert cluster.sample("prelay_worker_suspected", role="decode", worker="d0") == 0
+    assert cluster.sample("prelay_worker_up", role="decode", worker="d0") == 0
+
+
 async def test_a_new_life_is_not_suspected(start_cluster):
     now = [0.0]
     cluster = await start_cluster(clock=lambda: now[0], suspect_after_s=2.0, liveness_timeout_s=60.0)
