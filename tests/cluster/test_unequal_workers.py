@@ -50,7 +50,12 @@ async def test_answers_are_those_of_one_process(
     )
     for worker in ready["workers"]:
         tp_size, pp_size = splits[worker["role"]]
-        assert len(ranks_of(worker["pid"])) == tp_size * pp_size - 1
+        processes = [psutil.Process(worker["pid"]), *ranks_of(worker["pid"])]
+        assert len(processes) == tp_size * pp_size
+        # Each on the core of its one thread.
+        cores = [process.cpu_affinity() for process in processes]
+        assert [len(of_rank) for of_rank in cores] == [1] * len(processes)
+        assert {core for of_rank in cores for core in of_rank} == set(worker["cores"])
     assert await wrong_answers(ready, 8) == []
     since = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
