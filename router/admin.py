@@ -57,7 +57,12 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
         """Workers, load, and what became of the requests so far."""
         return admin_pb2.GetStatusResponse(
             workers=[
-                admin_pb2.WorkerStatus(info=link.info, up=link.up, load=link.last_snapshot)
+                admin_pb2.WorkerStatus(
+                    info=link.info,
+                    up=link.up,
+                    load=link.last_snapshot,
+                    suspected=self._workers.suspected(link),
+                )
                 for link in self._workers.links()
             ],
             gated_requests=self._live.gated,

@@ -59,6 +59,10 @@ class Workers:
         """Of all registered workers, those that are down included."""
         return list(self._links.values())
 
+    def suspected(self, link: WorkerLink) -> bool:
+        """Whether the worker has shown no sign of life for a while."""
+        return link.up and self._pool[link.worker_id].suspected
+
     async def register(self, registration: Registration) -> None:
         """Attaches a worker; a known one that is down or has a new epoch takes the place of its earlier life.
 

@@ -146,7 +146,8 @@ class PullSide:
     def link_lost(self, link: LinkId, now: float) -> list[PullAction]:
         """The link is closed. What waits for offers fails; copies go on, and are judged at their end."""
         peer, actions = self._dialling.lost(link, now)
-        return actions if peer is None else [*self._link_over(link, peer), *actions]
+        # That the pair is not linked comes first: what fails must not be placed on it again.
+        return actions if peer is None else [*actions, *self._link_over(link, peer)]
 
     def offered(self, link: LinkId, key: RequestKey, part: Part, arrived_s: float) -> list[PullAction]:
         """The KV of a part may be copied; that is under way if the blocks are lent."""

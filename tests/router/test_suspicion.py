@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
-from prelay.v1 import inference_pb2, worker_pb2
+from prelay.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, worker_pb2
 
 from router.errors import SettingsError
 from router.fake_worker import Hold
@@ -44,6 +45,10 @@ async def test_suspected_and_back(start_cluster):
         cluster.router.workers.watch()
     assert pool["d0"].up
     assert not pool["d1"].suspected
+    async with grpc.aio.insecure_channel(cluster.addresses.admin) as channel:
+        admin = admin_pb2_grpc.RouterAdminStub(channel)
+        status = await admin.GetStatus(admin_pb2.GetStatusRequest())
+    assert {worker.info.worker_id for worker in status.workers if worker.suspected} == {"d0"}
     assert cluster.sample("prelay_worker_suspected", role="decode", worker="d0") == 1
     d1.hold(Hold.RESERVE)
     asking = [asyncio.create_task(ask(cluster, prompt)) for prompt in "abc"]

@@ -59,11 +59,13 @@ class GetStatusResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gated_requests: _Optional[int] = ..., live_requests: _Optional[int] = ..., outcomes: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("info", "up", "load")
+    __slots__ = ("info", "up", "load", "suspected")
     INFO_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTED_FIELD_NUMBER: _ClassVar[int]
     info: _worker_pb2.WorkerInfo
     up: bool
     load: _worker_pb2.Snapshot
-    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ...) -> None: ...
+    suspected: bool
+    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ..., suspected: _Optional[bool] = ...) -> None: ...

@@ -62,7 +62,7 @@ class RouterAdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RemoveWorker(self, request, context):
-        """Forgets the worker; its live requests end with an error.
+        """Forgets the worker; its live requests are placed again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
