@@ -39,13 +39,23 @@ class KvMemory:
 
     def corner(self, corner: Corner, first: int, count: int) -> torch.Tensor:
         """A view [count, layers, 2, tokens, heads, head nbytes] of `count` blocks from block `first` on."""
+        self.check((first, first + count - 1))
+        return self.all_blocks(corner)[first : first + count]
+
+    def all_blocks(self, corner: Corner) -> torch.Tensor:
+        """The same of all blocks of its rank."""
         whole = self.ranks[corner.rank]
-        if not 0 <= first <= first + count <= len(whole):
-            raise TransferError(f"block {first + count - 1} is offered; the worker has {len(whole)} blocks")
         layout = self.layout.rank(corner.rank)
         *shape, head_dim = layout.block_shape
-        blocks = whole[first : first + count].view(count, *shape, head_dim * DTYPE_NBYTES[layout.dtype])
+        blocks = whole.view(len(whole), *shape, head_dim * DTYPE_NBYTES[layout.dtype])
         return blocks[:, corner.layers, :, corner.tokens, corner.heads]
+
+    def check(self, blocks: Sequence[int]) -> None:
+        """Raises TransferError if one of them does not exist."""
+        num_blocks = len(self.ranks[0])
+        if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
+            wrong = next(block for block in blocks if not 0 <= block < num_blocks)
+            raise TransferError(f"block {wrong} is offered; the worker has {num_blocks} blocks")
 
     def num_bytes(self, corner: Corner) -> int:
         """Of all its blocks."""
@@ -115,9 +125,15 @@ def copy_boxes(source: KvMemory, part: Part, boxes: Sequence[Box], target: KvMem
     relies on stores and loads keeping their order, which x86-64 promises and which elsewhere the
     interpreter's lock, taken between the copy and the comparison, sees to.
     """
+    source.check(part.blocks)
     for box in boxes:
+        source.check(box.source.blocks)
+        target.check(box.target.blocks)
+        theirs, ours = source.all_blocks(box.source), target.all_blocks(box.target)
         for at, to, count in runs(box.source.blocks, box.target.blocks):
-            target.corner(box.target, to, count).copy_(source.corner(box.source, at, count))
+            ours[to : to + count].copy_(theirs[at : at + count])
+    for device in {rank.device for rank in target.ranks if rank.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     check_generations(part, source.generations[list(part.blocks)])
 
 

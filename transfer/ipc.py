@@ -12,6 +12,8 @@ user on the same host.
     32      8                offset of the data, a multiple of the page size
     40      4 * num_blocks   generations (uint32)
     data    num_blocks * block_nbytes
+
+KV in CUDA memory is reached by its CUDA IPC handle instead of the segment's data (cuda_ipc.py).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from prelay.v1 import transfer_pb2
 
 from engine.layout import KvLayout
 from transfer.base import Generations, KvMemory, copy_boxes
+from transfer.cuda_ipc import open_cuda, share_cuda
 from transfer.errors import SegmentError
 from transfer.handoff import LinkId
 from transfer.host_id import host_id
@@ -134,9 +137,11 @@ class IpcBackend:
         return theirs.host_id == host_id()
 
     def offer(self, link: LinkId, theirs: transfer_pb2.Handshake, answer: transfer_pb2.Handshake) -> None:
-        for segment in self._segments:
+        for segment, blocks in zip(self._segments, self._memory.ranks, strict=True):
             ref = segment.ref
-            answer.ipc.ranks.add(pid=ref.pid, fd=ref.fd, num_bytes=ref.num_bytes)
+            region = answer.ipc.ranks.add(pid=ref.pid, fd=ref.fd, num_bytes=ref.num_bytes)
+            if blocks.is_cuda:
+                region.cuda_handle, region.cuda_offset = share_cuda(blocks)
 
     def end_offer(self, link: LinkId) -> None:
         """Who has mapped a segment may go on reading it: generations tell it what its copy is worth."""
@@ -150,7 +155,12 @@ class IpcBackend:
         refs = [SegmentRef(ref.pid, ref.fd, ref.num_bytes, theirs.host_id) for ref in theirs.ipc.ranks]
         if len(refs) != route.source.num_ranks:
             raise SegmentError(f"the peer has {route.source.num_ranks} ranks and {len(refs)} segments")
-        return IpcPull(map_memory(route.source, refs, theirs.epoch), self._memory)
+        source = map_memory(route.source, refs, theirs.epoch)
+        ranks = [
+            open_cuda(region.cuda_handle, region.cuda_offset, blocks.shape) if region.cuda_handle else blocks
+            for region, blocks in zip(theirs.ipc.ranks, source.ranks, strict=True)
+        ]
+        return IpcPull(replace(source, ranks=tuple(ranks)), self._memory)
 
     def close(self) -> None:
         for segment in self._segments:

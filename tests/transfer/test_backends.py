@@ -14,13 +14,16 @@ from prelay.v1 import transfer_pb2
 
 from transfer.backends import BEST_FIRST, make_backends
 from transfer.base import KvMemory, Pull
+from transfer.digest import check_digests, digests_of
 from transfer.errors import (
     BackendMissingError,
+    DigestError,
     PeerUnreachableError,
     StaleBlocksError,
     TransferError,
 )
 from transfer.layout import Route
+from transfer.memory import MemoryBackend, Pace
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kv_peer import NAMES, Worker, layout, truth
@@ -193,6 +196,46 @@ def test_an_answer_of_other_ranks_is_refused(make: MakeWorker) -> None:
     answer = theirs.offer(1, ours.handshake())
     with pytest.raises(TransferError, match="ranks"):
         ours.backend.connect(answer, Route(layout(), layout()))
+
+
+def test_a_copy_in_memory_takes_its_time_and_can_be_spoilt() -> None:
+    peers: dict[str, KvMemory] = {}
+    theirs, ours = (Worker("memory", layout(), 16, peers) for _ in range(2))
+    slept: list[float] = []
+    backend = MemoryBackend(
+        ours.memory,
+        peers,
+        after_copy=lambda part: ours.memory.ranks[0][TARGET[0]].zero_(),
+        pace=Pace(delay_s=2.0, bytes_per_s=4 * layout().rank(0).block_nbytes, sleep=slept.append),
+    )
+    route = Route(layout(), layout())
+    pull = backend.connect(theirs.handshake(), route)
+    part = theirs.part(0, 96, SOURCE)
+    part = replace(part, digests=digests_of(theirs.memory, route, part))
+    boxes = route.boxes(part, TARGET)
+    pull.pull(part, boxes)
+    assert slept == [2.0 + 6 / 4]
+    with pytest.raises(DigestError, match="block 8 holds other bytes"):
+        check_digests(ours.memory, route, part, boxes)
+    del peers["w0"]  # it dies
+    with pytest.raises(PeerUnreachableError, match="w0 is gone"):
+        pull.pull(part, boxes)
+
+
+@pytest.mark.parametrize("target", [{}, {"tp": 2, "block_size": 32}])
+def test_digests_agree_on_what_every_backend_brings(make: MakeWorker, target: Any) -> None:
+    theirs, ours = make(pp=2), make(**target)
+    theirs.write(truth(theirs.memory.layout, 96), SOURCE)
+    pull, route = connect(theirs, ours)
+    part = theirs.part(0, 96, SOURCE)
+    part = replace(part, digests=digests_of(theirs.memory, route, part))
+    boxes = route.boxes(part, TARGET, skip_tokens=32)
+    pull.pull(part, boxes)
+    check_digests(ours.memory, route, part, boxes)
+    ours.memory.ranks[0][TARGET[2], 0] ^= 1
+    with pytest.raises(DigestError):
+        check_digests(ours.memory, route, part, route.boxes(part, TARGET))
+    pull.close()
 
 
 def one_worker() -> Worker:

@@ -1,4 +1,4 @@
-"""Shared memory between two real processes: copies, staleness, other lives, dead peers, no remains."""
+"""Shared memory between two real processes: other lives, dead peers, wrong announcements, no remains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from prelay.v1 import transfer_pb2
 
-from engine.layout import KvLayout
-from transfer.base import copy_blocks
-from transfer.errors import SegmentError, StaleBlocksError, TransferError
-from transfer.ipc import IpcBackend, SegmentRef, SharedSegment, host_id
+from transfer.base import KvMemory
+from transfer.errors import SegmentError
+from transfer.host_id import host_id
+from transfer.ipc import IpcBackend, SegmentRef, SharedSegment, map_memory
+from transfer.layout import Part, Route, WorkerLayout
 
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
+LAYOUT = WorkerLayout(num_layers=1, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
+RANK = LAYOUT.rank(0)
 
 PEER = """
 import dataclasses, json, sys
@@ -31,11 +35,7 @@ for block in range(12):
     segment.blocks[block] = 10 + block
     segment.generations[block] = 100 + block
 print(json.dumps(dataclasses.asdict(segment.ref)), flush=True)
-for line in sys.stdin:
-    block, fill = map(int, line.split())
-    segment.generations[block] += 1
-    segment.blocks[block] = fill
-    print("done", flush=True)
+sys.stdin.read()
 """
 
 
@@ -44,13 +44,8 @@ class Peer:
         self.process = subprocess.Popen(
             [sys.executable, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.ref = SegmentRef(**json.loads(self._answer()))
-
-    def recycle(self, block: int, fill: int) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(f"{block} {fill}\n")
-        self.process.stdin.flush()
-        assert self._answer() == "done\n"
+        assert self.process.stdout
+        self.ref = SegmentRef(**json.loads(self.process.stdout.readline()))
 
     def kill(self) -> None:
         self.process.kill()
@@ -58,10 +53,6 @@ class Peer:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
             stream.close()
-
-    def _answer(self) -> str:
-        assert self.process.stdout
-        return self.process.stdout.readline()
 
 
 @pytest.fixture
@@ -73,50 +64,61 @@ def peer() -> Iterator[Peer]:
 
 @pytest.fixture
 def ours() -> Iterator[SharedSegment]:
-    segment = SharedSegment.create(LAYOUT, num_blocks=8, epoch=1)
+    segment = SharedSegment.create(RANK, num_blocks=8, epoch=1)
     yield segment
     segment.close()
 
 
+def backend_of(segment: SharedSegment) -> IpcBackend:
+    return IpcBackend(KvMemory(LAYOUT, (segment.blocks,), segment.generations), [segment])
+
+
+def answer_of(ref: SegmentRef, epoch: int) -> transfer_pb2.Handshake:
+    answer = transfer_pb2.Handshake(worker_id="p", epoch=epoch, host_id=ref.host_id)
+    answer.ipc.ranks.add(pid=ref.pid, fd=ref.fd, num_bytes=ref.num_bytes)
+    return answer
+
+
 def test_blocks_are_copied_in_any_order(peer: Peer, ours: SharedSegment) -> None:
-    backend = IpcBackend(peer.ref, 77, ours)
+    route = Route(LAYOUT, LAYOUT)
+    pull = backend_of(ours).connect(answer_of(peer.ref, 77), route)
     # Contiguous on both sides, on one side only, on neither, and backwards.
-    backend.pull([3, 4, 5, 9, 1, 0], [103, 104, 105, 109, 101, 100], [2, 3, 4, 5, 7, 6])
+    blocks = (3, 4, 5, 9, 1, 0)
+    part = Part(0, 24, 0, 1, blocks, tuple(100 + block for block in blocks))
+    pull.pull(part, route.boxes(part, [2, 3, 4, 5, 7, 6]))
     assert ours.blocks[:, 0].tolist() == [0, 0, 13, 14, 15, 19, 10, 11]
-    assert (ours.blocks == ours.blocks[:, :1]).all()
-
-
-def test_a_recycled_block_is_noticed(peer: Peer, ours: SharedSegment) -> None:
-    backend = IpcBackend(peer.ref, 77, ours)
-    peer.recycle(4, 255)
-    with pytest.raises(
-        StaleBlocksError, match="1 of 3 blocks were recycled: block 4 has generation 105, 104"
-    ):
-        backend.pull([3, 4, 5], [103, 104, 105], [0, 1, 2])
-    backend.pull([3, 4, 5], [103, 105, 105], [0, 1, 2])
-    assert ours.blocks[1].tolist() == [255] * LAYOUT.block_nbytes
+    assert bool((ours.blocks == ours.blocks[:, :1]).all())
+    pull.close()
 
 
 def test_the_memory_of_a_killed_peer_can_still_be_read_but_not_opened(
     peer: Peer, ours: SharedSegment
 ) -> None:
-    backend = IpcBackend(peer.ref, 77, ours)
+    backend, route = backend_of(ours), Route(LAYOUT, LAYOUT)
+    pull = backend.connect(answer_of(peer.ref, 77), route)
     peer.kill()
-    backend.pull([11], [111], [0])
+    part = Part(0, 4, 0, 1, (11,), (111,))
+    pull.pull(part, route.boxes(part, [0]))
     assert ours.blocks[0, 0] == 21
     with pytest.raises(SegmentError, match="cannot be opened"):
-        IpcBackend(peer.ref, 77, ours)
+        backend.connect(answer_of(peer.ref, 77), route)
 
 
-def test_another_life_is_not_the_peer(peer: Peer, ours: SharedSegment) -> None:
+def test_another_life_is_not_the_peer(peer: Peer) -> None:
     with pytest.raises(SegmentError, match="belongs to epoch 77 of the peer, 78 was expected"):
-        IpcBackend(peer.ref, 78, ours)
+        map_memory(LAYOUT, [peer.ref], 78)
+
+
+def test_another_host_is_not_this_one(peer: Peer, ours: SharedSegment) -> None:
+    answer = answer_of(replace(peer.ref, host_id="elsewhere"), 77)
+    assert not backend_of(ours).reaches(answer)
+    with pytest.raises(SegmentError, match="on another host"):
+        backend_of(ours).connect(answer, Route(LAYOUT, LAYOUT))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ref: replace(ref, host_id="elsewhere"), "on another host"),
         (lambda ref: replace(ref, fd=999), "cannot be opened"),
         (lambda ref: replace(ref, num_bytes=ref.num_bytes * 2), "is not shared memory of"),
         (lambda ref: replace(ref, num_bytes=ref.num_bytes // 2), "do not add up"),
@@ -124,39 +126,49 @@ def test_another_life_is_not_the_peer(peer: Peer, ours: SharedSegment) -> None:
     ],
 )
 def test_a_wrong_announcement_is_refused(
-    peer: Peer, ours: SharedSegment, change: Callable[[SegmentRef], SegmentRef], message: str
+    peer: Peer, change: Callable[[SegmentRef], SegmentRef], message: str
 ) -> None:
     with pytest.raises(SegmentError, match=message):
-        IpcBackend(change(peer.ref), 77, ours)
+        map_memory(LAYOUT, [change(peer.ref)], 77)
 
 
-def test_other_shared_memory_is_not_a_segment(ours: SharedSegment) -> None:
+def test_other_shared_memory_is_not_a_segment() -> None:
     fd = os.memfd_create("other")
     try:
         os.truncate(fd, 4096)
         with pytest.raises(SegmentError, match="is not a KV segment"):
-            IpcBackend(SegmentRef(os.getpid(), fd, 4096, host_id()), 1, ours)
+            map_memory(LAYOUT, [SegmentRef(os.getpid(), fd, 4096, host_id())], 1)
     finally:
         os.close(fd)
 
 
 def test_blocks_of_another_size_are_refused(peer: Peer) -> None:
-    other = SharedSegment.create(replace(LAYOUT, num_layers=2), 4, 1)
     with pytest.raises(SegmentError, match="has blocks of 512 bytes, ours have 1024"):
-        IpcBackend(peer.ref, 77, other)
-    other.close()
+        map_memory(replace(LAYOUT, num_layers=2), [peer.ref], 77)
+
+
+def test_every_rank_has_a_segment_and_the_first_has_the_generations() -> None:
+    layout = replace(LAYOUT, tp_size=2)
+    segments = [SharedSegment.create(layout.rank(rank), 3, 5) for rank in range(2)]
+    for rank, segment in enumerate(segments):
+        segment.blocks[:] = 40 + rank
+        segment.generations[:] = 7 + rank
+    found = map_memory(layout, [segment.ref for segment in segments], 5)
+    assert [int(rank[2, 0]) for rank in found.ranks] == [40, 41]
+    assert found.generations.tolist() == [7, 7, 7]
+    for segment in segments:
+        segment.close()
 
 
 def test_the_segment_is_closed_while_views_of_it_live(ours: SharedSegment) -> None:
     view = np.frombuffer(ours.data_buffer, np.uint8)
-    reader = IpcBackend(ours.ref, 1, SharedSegment.create(LAYOUT, 2, 2))
-    ref = ours.ref
+    found, ref = map_memory(LAYOUT, [ours.ref], 1), ours.ref
     ours.close()
     ours.close()
     view[:] = 7
-    reader.pull([0], [0], [0])
+    assert bool((found.ranks[0] == 7).all())
     with pytest.raises(SegmentError):
-        IpcBackend(ref, 1, ours)
+        map_memory(LAYOUT, [ref], 1)
 
 
 def test_nothing_is_left_behind() -> None:
@@ -164,30 +176,26 @@ def test_nothing_is_left_behind() -> None:
         with open("/proc/self/maps", encoding="ascii") as maps:
             return sum("prelay-kv" in line for line in maps)
 
+    gc.collect()
     before, files = mapped(), len(os.listdir("/proc/self/fd"))
-    segment = SharedSegment.create(LAYOUT, 4, 1)
-    backend: Any = IpcBackend(segment.ref, 1, segment)
+    segment = SharedSegment.create(RANK, 4, 1)
+    pull: Any = backend_of(segment).connect(answer_of(segment.ref, 1), Route(LAYOUT, LAYOUT))
     assert mapped() == before + 2
-    backend.close()
+    pull.close()
     segment.close()
-    del segment, backend
+    del segment, pull
     gc.collect()
     assert mapped() == before
     assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_data_begins_on_a_page_and_generations_do_not_overlap_it() -> None:
-    segment = SharedSegment.create(LAYOUT, 2000, 1)
+    segment = SharedSegment.create(RANK, 2000, 1)
     segment.blocks[:] = 0xAB
     assert not segment.generations.any()
     segment.generations[:] = 0xFFFFFFFF
-    assert (segment.blocks == 0xAB).all()
-    assert segment.data_buffer.nbytes == 2000 * LAYOUT.block_nbytes
-    assert segment.blocks.ctypes.data % 4096 == 0
+    assert bool((segment.blocks == 0xAB).all())
+    assert segment.data_buffer.nbytes == 2000 * RANK.block_nbytes
+    assert segment.blocks.data_ptr() % 4096 == 0
+    assert segment.blocks.dtype == torch.uint8
     segment.close()
-
-
-def test_an_offer_of_blocks_that_do_not_exist_is_refused() -> None:
-    blocks, generations = np.zeros((4, 8), np.uint8), np.zeros(4, np.uint32)
-    with pytest.raises(TransferError, match="block 4"):
-        copy_blocks(blocks, generations, [3, 4], [0, 0], np.zeros((4, 8), np.uint8), [0, 1])
