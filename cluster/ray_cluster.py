@@ -75,9 +75,9 @@ class RayCluster:
             await self._init(what, _JOIN_TIMEOUT_S, address=self._address)
             self._node_constraint = await self._call(self._one_node_for_all)
 
-    async def place(self, name: str, threads: int) -> PlacementGroup:
+    async def place(self, name: str, num_cpus: int) -> PlacementGroup:
         """Reserve CPUs for one worker. Raises RayError if they do not become free in time."""
-        bundle = {"CPU": float(threads), **self._node_constraint}
+        bundle = {"CPU": float(num_cpus), **self._node_constraint}
         group: PlacementGroup = await self._call(
             placement_group, [bundle], strategy="STRICT_PACK", name=f"prelay {name}"
         )
@@ -85,20 +85,20 @@ class RayCluster:
         while not await self._call(group.wait, 1):
             if time.monotonic() >= deadline:
                 raise RayError(
-                    f"no room for worker {name}: Ray found no node with {threads} free CPUs "
+                    f"no room for worker {name}: Ray found no node with {num_cpus} free CPUs "
                     f"in {_PLACE_TIMEOUT_S:.0f} s"
                 )
         return group
 
     async def spawn(
-        self, actor_class: type, group: PlacementGroup, name: str, threads: int, *args: object
+        self, actor_class: type, group: PlacementGroup, name: str, num_cpus: int, *args: object
     ) -> Any:
         """Start an actor's process in a place; returns its handle at once."""
         # mypy: ray types `remote` by overloads that do not know a class held in a variable.
         remote_class: Any = ray.remote(actor_class)
         options = remote_class.options(
             name=name,
-            num_cpus=threads,
+            num_cpus=num_cpus,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
@@ -184,7 +184,7 @@ class RayCluster:
         writer.close()
 
     def _one_node_for_all(self) -> dict[str, float]:
-        """The resource that ties all workers to one node: KV blocks move through the memory of one host."""
+        """The resource that ties all workers to one node: so far a deployment is on one host."""
         sizes = {
             node["NodeManagerAddress"]: float(node["Resources"].get("CPU", 0.0))
             for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
@@ -193,7 +193,7 @@ class RayCluster:
         address = max(sizes, key=lambda node: sizes[node], default="")
         if sizes.get(address, 0.0) < self._num_cpus:
             raise RayError(
-                f"the workers need {self._num_cpus} CPUs on one node (transfer.backend is ipc), but the "
+                f"the workers need {self._num_cpus} CPUs on one node (a deployment is on one host), but the "
                 f"largest node of the Ray cluster at {self._address} has {sizes.get(address, 0.0):g}: lower "
                 "prefill.replicas, decode.replicas or their threads, or add a node"
             )
