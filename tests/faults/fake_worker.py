@@ -9,13 +9,14 @@ longer than all the rest), and ends with its standard input. A worker dials the 
     go          never mind
     pace S      take S seconds for each step from now on
 
-It ends with that connection.
+Whatever prelay logs as an error it tells as {"defect": text}. It ends with that connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -35,9 +36,12 @@ from engine.fake import FAKE_VOCAB_SIZE, FakeRunner
 from engine.layout import KvLayout
 from engine.sequence import ScheduledChunk
 from prefill_worker.servicer import PrefillService, PrefillSettings
+from transfer.backends import make_backends
 from transfer.base import KvMemory
-from transfer.ipc import IpcBackend, SharedSegment
+from transfer.ipc import SharedSegment
 from transfer.layout import WorkerLayout
+
+PACKAGES = ("engine", "transfer", "prefill_worker", "decode_worker")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Spec:
     heartbeat_s: float = 0.1
     lease_s: float = 3.0
     pace_s: float = 0.002
+    backend: str = "ipc"
 
     def order(self, control: str) -> str:
         """For the nursery."""
@@ -99,6 +104,18 @@ class Throttle:
         self._say("ok")
 
 
+class Defects(logging.Handler):
+    """Tells the test what a log would tell an operator."""
+
+    def __init__(self, say: Callable[[object], None]) -> None:
+        super().__init__(logging.ERROR)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.partition(".")[0] in PACKAGES:
+            self._say({"defect": self.format(record)})
+
+
 def give_up(error: BaseException) -> None:
     traceback.print_exception(error)
     os._exit(1)
@@ -111,13 +128,16 @@ async def serve(spec: Spec, control: socket.socket) -> None:
         with sending:
             control.sendall(json.dumps(what).encode() + b"\n")
 
+    logging.getLogger().addHandler(Defects(say))
     layout = KvLayout(
         num_layers=2, num_kv_heads=2, head_dim=spec.head_dim, block_size=spec.block_size, dtype="float32"
     )
     segment = SharedSegment.create(layout, spec.num_blocks, spec.epoch)
     throttle = Throttle(spec.pace_s, say)
     memory = KvMemory(WorkerLayout.of(layout), (segment.blocks,), segment.generations)
-    backends = [IpcBackend(memory, [segment])]
+    backends = make_backends(
+        spec.backend, memory, [segment], "127.0.0.1", f"{spec.worker_id}-{spec.epoch}-{os.getpid()}"
+    )
     blocks = segment.blocks.numpy()
     runner = FakeRunner(blocks, layout.block_size, throttle.before_step, layout.num_layers)
     registry = CollectorRegistry()

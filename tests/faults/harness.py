@@ -215,6 +215,8 @@ class Worker:
         self.address: str = ready["address"]
         self.metrics: str = ready["metrics"]
         self.dead = False
+        self.defects: list[str] = []
+        """What it has logged as an error."""
         self._pid: int = ready["pid"]
         self._writer = writer
         self._held: asyncio.Queue[int] = asyncio.Queue()
@@ -287,10 +289,13 @@ class Worker:
         with contextlib.suppress(ConnectionError):
             async for line in reader:
                 said = json.loads(line)
-                if said == "ok":
-                    self._obeyed.put_nowait(said)
-                else:
-                    self._held.put_nowait(said["held"])
+                match said:
+                    case "ok":
+                        self._obeyed.put_nowait(said)
+                    case {"held": num_tokens}:
+                        self._held.put_nowait(num_tokens)
+                    case {"defect": text}:
+                        self.defects.append(text)
         self._writer.close()
 
 
@@ -427,7 +432,8 @@ class Cluster:
         """Until nothing is held for any request, anywhere that lives."""
         await self.eventually(lambda: self.live_requests == 0, within_s)
         await asyncio.gather(*(w.idle(within_s) for w in self.workers.values() if not w.dead))
-        assert not self._defects.seen, "\n".join(self._defects.seen)
+        defects = [*self._defects.seen, *(d for worker in self.workers.values() for d in worker.defects)]
+        assert not defects, "\n".join(defects)
 
     async def eventually(self, condition: Callable[[], bool], within_s: float = 10.0) -> None:
         async with asyncio.timeout(within_s):

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.faults.harness import Cluster, mixed
+from tests.faults.harness import Cluster, Nursery, mixed
 from tests.faults.stages import Stage, bring_to, let_go
 
 pytestmark = pytest.mark.slow
@@ -52,6 +52,22 @@ async def test_with_the_last_token_on_its_way(cluster: Cluster) -> None:
     await asyncio.gather(*(ask.reaches(1) for ask in asks))
     await cluster["decode-0"].kill()
     await cluster.all_is_well(*asks)
+
+
+@pytest.mark.parametrize("backend", ["nixl", "torchdist"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_whatever_brings_the_kv(nursery: Nursery, role: str, backend: str) -> None:
+    """F3, F4: the copies of the dead are under way or still to come, through sockets of the backend's own."""
+    async with Cluster(nursery) as cluster:
+        await cluster.add("prefill-0", "prefill-1", "decode-0", "decode-1", backend=backend)
+        await cluster.all_is_well(*cluster.ask_all(mixed(10, 32)))
+        asks = await bring_to(cluster, Stage.PREFILL)
+        await let_go(cluster)
+        await asyncio.gather(*(ask.reaches(1) for ask in asks[:2]))
+        await cluster[f"{role}-0"].kill()
+        await cluster.all_is_well(*asks)
+        await cluster.revive(f"{role}-0")
+        await cluster.all_is_well(*cluster.ask_all(mixed(10, 33)))
 
 
 async def test_both_workers_of_a_pair_at_once(cluster: Cluster) -> None:
