@@ -4,9 +4,9 @@ That is RDMA where both have a device for it, the kernel's copy between two proc
 TCP. A worker has one agent, with which its KV and its generations are registered; a link costs the offerer
 nothing but the message that says where they are.
 
-Reads are whole runs of bytes, so their number does not depend on tokens and heads: where the layouts differ,
-the layers of a block are read as they lie into a buffer, and what is wanted is copied from there. The
-generations are read last, so that a block that was recycled while it was read is found out.
+Reads are whole runs of bytes, so their number does not depend on tokens and heads: the layers of a block are
+read as they lie into a buffer, and what is wanted is copied from there (nixl_reads.py). The generations are
+read last, so that a block that was recycled while it was read is found out.
 
 The paths for CUDA memory have not been run yet.
 """
@@ -123,7 +123,7 @@ class NixlPull:
             if part.blocks:
                 self._read_generations(range(min(part.blocks), max(part.blocks) + 1))
         except BaseException:
-            self._peer.abandon([handle for handle, _ in under_way])
+            self._give_up([handle for handle, _ in under_way])
             raise
         check_generations(part, self._found[list(part.blocks)])
 
@@ -145,8 +145,14 @@ class NixlPull:
         try:
             self._peer.finish(handle)
         except BaseException:
-            self._peer.abandon([handle])
+            self._give_up([handle])
             raise
+
+    def _give_up(self, handles: Sequence[Any]) -> None:
+        """The link is done for. What is under way may yet be written, so that memory stays as it is."""
+        if self._peer.abandon(handles):
+            self._agent.keep([self._found, *self._buffers])
+            self._registered.clear()
 
     def _buffer(self, at: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], registered. Its last read is done."""

@@ -77,6 +77,7 @@ class NixlAgent:
             raise BackendMissingError(f"backend nixl: its UCX plugin does not start: {error}") from error
         self._lock = threading.Lock()
         self._peers: dict[str, NixlPeer] = {}
+        self._kept: list[object] = []
 
     def register(self, place: Place) -> Any:
         """Until what is returned is given to `deregister`, NIXL may read and write there, and so may peers
@@ -117,7 +118,7 @@ class NixlAgent:
             return peer
 
     def forget(self, peer: NixlPeer) -> None:
-        """Close the connection. Whatever was under way is over after this."""
+        """Close the connection."""
         with self._lock:
             self._forget(peer)
 
@@ -153,6 +154,11 @@ class NixlAgent:
         except self._errors as error:
             # It goes with the agent.
             _log.warning("event=nixl_read_not_released agent=%s why=%r", self.name, str(error))
+
+    def keep(self, memory: Sequence[object]) -> None:
+        """Registered memory that reads which were given up may yet write to: until we are closed."""
+        _log.warning("event=nixl_buffers_kept agent=%s", self.name)
+        self._kept += memory
 
     def close(self) -> None:
         """Of pulls that are still open only `close` may be called."""
@@ -207,11 +213,20 @@ class NixlPeer:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         self._agent.release(handle)
 
-    def abandon(self, handles: Sequence[Any]) -> None:
-        """Reads failed: close the connection, so that nothing is written behind our back any more."""
+    def abandon(self, handles: Sequence[Any]) -> bool:
+        """Reads failed: close the connection. Returns whether some were still under way, whose bytes may come
+        all the same (see NixlAgent.keep)."""
+        are_left = [self._is_left(handle) for handle in handles]
         self._agent.forget(self)
         for handle in handles:
             self._agent.release(handle)
+        return any(are_left)
+
+    def _is_left(self, handle: Any) -> bool:
+        try:
+            return self._agent.is_under_way(self, handle)
+        except PeerUnreachableError:
+            return False
 
     def leave(self) -> None:
         self._agent.leave(self)

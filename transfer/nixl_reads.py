@@ -1,11 +1,14 @@
 """Which runs of a peer's bytes are read for a part of the KV, and what is done with them then.
 
-Between equal ranks a block's layers lie the same way on both sides and go straight to where they belong.
-Otherwise they are read whole into a buffer, once for all boxes that want something of them.
+The layers of a block are read whole into a buffer, once for all boxes that want something of them, and copied
+from there. Also where they could go straight to where they belong: a read that is given up cannot be called
+back (over TCP its bytes come when a stopped peer goes on), and must not end in blocks that are somebody
+else's by then.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -16,7 +19,7 @@ import torch
 from engine.config import DTYPE_NBYTES
 from transfer.base import KvMemory, runs
 from transfer.errors import TransferError
-from transfer.layout import Box, Corner, Part, WorkerLayout
+from transfer.layout import Box, Part, WorkerLayout
 from transfer.nixl_agent import Place
 
 _Layers: TypeAlias = tuple[int, int, int]
@@ -48,34 +51,29 @@ class RemoteKv:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """theirs[i] goes to straight[i]; or, one after the other, into a buffer, and from there to `boxes`.
+    """theirs go one after the other into a buffer, and from there to `boxes`.
 
     block_view: the buffer's shape, [blocks, layers, 2, block size, heads, head nbytes]. blocks: its blocks,
     as the source counts them.
     """
 
     theirs: Sequence[Place]
-    straight: Sequence[Place]
     target: KvMemory
-    blocks: Sequence[int] = ()
-    block_view: tuple[int, ...] = ()
-    boxes: Sequence[Box] = ()
+    blocks: Sequence[int]
+    block_view: tuple[int, ...]
+    boxes: Sequence[Box]
 
     @property
     def buffer_nbytes(self) -> int:
-        return 0 if self.straight else sum(place.num_bytes for place in self.theirs)
+        return math.prod(self.block_view)
 
     def ours(self, buffer: torch.Tensor) -> Sequence[Place]:
         """buffer: uint8 [buffer_nbytes]"""
-        if self.straight:
-            return self.straight
         ends = list(accumulate(place.num_bytes for place in self.theirs))
         return [Place.of(buffer[start:end]) for start, end in pairwise([0, *ends])]
 
     def then(self, buffer: torch.Tensor) -> None:
         """The bytes have come."""
-        if self.straight:
-            return
         view = buffer.view(self.block_view)
         place = {block: at for at, block in enumerate(self.blocks)}
         for box in self.boxes:
@@ -84,9 +82,10 @@ class Read:
                 for source, target in zip(box.source.blocks, box.target.blocks, strict=True)
                 if source in place
             ]
+            wanted = view[:, :, :, box.source.tokens, box.source.heads]
+            ours = self.target.all_blocks(box.target)
             for at, to, count in runs([at for at, _ in pairs], [to for _, to in pairs]):
-                wanted = view[at : at + count, :, :, box.source.tokens, box.source.heads]
-                self.target.corner(box.target, to, count).copy_(wanted)
+                ours[to : to + count].copy_(wanted[at : at + count])
         if buffer.is_cuda:
             torch.cuda.current_stream(buffer.device).synchronize()  # the next read into it asks no stream
 
@@ -97,53 +96,18 @@ def plan_reads(
     """Each of at most limit_nbytes, or of one block. Raises TransferError if a block does not exist."""
     source.check(part.blocks)
     for box in boxes:
-        for _, to, count in runs(box.source.blocks, box.target.blocks):
-            target.corner(box.target, to, count)
-    straight = [_goes_straight(source, box, target) for box in boxes]
-    reads: list[Read] = []
-    for box, is_straight in zip(boxes, straight, strict=True):
-        if is_straight:
-            reads += _straight_reads(source, box, target, limit_nbytes)
+        target.check(box.target.blocks)
 
     def layers(box: Box) -> _Layers:
         return box.source.rank, box.source.layers.start, box.source.layers.stop
 
-    others = sorted(
-        (box for box, is_straight in zip(boxes, straight, strict=True) if not is_straight), key=layers
-    )
-    for (rank, start, stop), of_layers in groupby(others, key=layers):
-        reads += _buffered_reads(source, rank, slice(start, stop), list(of_layers), target, limit_nbytes)
+    reads: list[Read] = []
+    for (rank, start, stop), of_layers in groupby(sorted(boxes, key=layers), key=layers):
+        reads += _reads(source, rank, slice(start, stop), list(of_layers), target, limit_nbytes)
     return reads
 
 
-def _goes_straight(source: RemoteKv, box: Box, target: KvMemory) -> bool:
-    def is_whole(corner: Corner, layout: WorkerLayout) -> bool:
-        rank = layout.rank(corner.rank)
-        return corner.tokens == slice(0, rank.block_size) and corner.heads == slice(0, rank.num_kv_heads)
-
-    return is_whole(box.source, source.layout) and is_whole(box.target, target.layout)
-
-
-def _straight_reads(source: RemoteKv, box: Box, target: KvMemory, limit_nbytes: int) -> Iterator[Read]:
-    theirs = _Blocks(source.layout, box.source.rank, source.ranks[box.source.rank], box.source.layers)
-    ours = _Blocks(target.layout, box.target.rank, Place.of(target.ranks[box.target.rank]), box.target.layers)
-    step = max(1, limit_nbytes // theirs.nbytes)
-    for first in range(0, len(box.source.blocks), step):
-        stretches = [
-            stretch
-            for at, to, count in runs(
-                box.source.blocks[first : first + step], box.target.blocks[first : first + step]
-            )
-            for stretch in _joint(at, to, count, theirs.is_whole and ours.is_whole)
-        ]
-        yield Read(
-            [theirs.place(at, count) for at, _, count in stretches],
-            [ours.place(to, count) for _, to, count in stretches],
-            target,
-        )
-
-
-def _buffered_reads(
+def _reads(
     source: RemoteKv, rank: int, layers: slice, boxes: Sequence[Box], target: KvMemory, limit_nbytes: int
 ) -> Iterator[Read]:
     theirs = _Blocks(source.layout, rank, source.ranks[rank], layers)
@@ -151,17 +115,7 @@ def _buffered_reads(
     step = max(1, limit_nbytes // theirs.nbytes)
     for first in range(0, len(blocks), step):
         some = blocks[first : first + step]
-        places = [
-            theirs.place(at, count)
-            for first_block, n, num_blocks in runs(some, range(len(some)))
-            for at, _, count in _joint(first_block, n, num_blocks, theirs.is_whole)
-        ]
-        yield Read(places, (), target, some, (len(some), *theirs.shape), boxes)
-
-
-def _joint(at: int, to: int, count: int, is_joint: bool) -> list[tuple[int, int, int]]:
-    """A stretch of blocks as one, or block by block."""
-    return [(at, to, count)] if is_joint else [(at + i, to + i, 1) for i in range(count)]
+        yield Read(theirs.places(some), target, some, (len(some), *theirs.shape), boxes)
 
 
 class _Blocks:
@@ -178,8 +132,14 @@ class _Blocks:
         self._offset = layers.start * layer_nbytes
         self._in = whole
 
-    def place(self, block: int, count: int) -> Place:
-        """Of `count` blocks from `block` on; one, unless these are all layers."""
+    def places(self, blocks: Sequence[int]) -> list[Place]:
+        """In order; where these are all layers, blocks that lie together are one."""
+        stretches = [(first, count) for first, _, count in runs(blocks, range(len(blocks)))]
+        if not self.is_whole:
+            stretches = [(block, 1) for block in blocks]
+        return [self._place(block, count) for block, count in stretches]
+
+    def _place(self, block: int, count: int) -> Place:
         start = block * self._stride + self._offset
         nbytes = (count - 1) * self._stride + self.nbytes
         if not 0 <= start <= start + nbytes <= self._in.num_bytes:

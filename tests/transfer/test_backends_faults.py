@@ -109,7 +109,8 @@ def test_a_peer_killed_while_idle_is_found_out_at_once(kind: str, start_peer: St
     else:
         with pytest.raises(PeerUnreachableError) as caught:
             ours.pull(peer, pull, route)
-        assert " s" not in str(caught.value).removesuffix("stop"), "found out by a timeout"
+        assert "1.5 s" not in str(caught.value)
+        assert "1500ms" not in str(caught.value)
         with pytest.raises(PeerUnreachableError):
             ours.pull(peer, pull, route)
     pull.close()
@@ -129,15 +130,16 @@ def test_a_peer_killed_in_the_middle_is_found_out_at_once(
     else:
         with pytest.raises(PeerUnreachableError) as caught:
             ours.pull(peer, pull, route)
-        assert "1.5" not in str(caught.value)
-        assert "1500" not in str(caught.value)
+        assert "1.5 s" not in str(caught.value)
+        assert "1500ms" not in str(caught.value)
     killer.join()
     pull.close()
 
 
-def test_a_stopped_peer_is_given_up_and_writes_nothing_later(
-    kind: str, start_peer: StartPeer, ours: Ours
-) -> None:
+@pytest.mark.slow
+def test_a_stopped_peer_is_given_up_and_writes_nothing_later(kind: str, start_peer: StartPeer) -> None:
+    # Equal layouts: what comes goes straight into the KV.
+    ours = Ours(kind.split("-")[0], layout(), 16, {}, patience_s=1.5)
     peer = start_peer()
     pull, route = ours.connect(peer)
     peer.process.send_signal(signal.SIGSTOP)
@@ -147,15 +149,18 @@ def test_a_stopped_peer_is_given_up_and_writes_nothing_later(
     for rank in ours.memory.ranks:
         rank.zero_()
     peer.process.send_signal(signal.SIGCONT)
-    peer.usage()
-    assert not any(rank.any() for rank in ours.memory.ranks)
     pull.close()
     pull, route = ours.connect(peer, link=2)
-    ours.pull(peer, pull, route)
-    ours.check()
+    part, others = ours.part(peer), [4, 5, 6, 9, 10]
+    pull.pull(part, route.boxes(part, others))
+    # What was under way would have come before this.
+    assert ours.memory.ranks[0][others].any()
+    assert not ours.memory.ranks[0][TARGET[:5]].any()
     pull.close()
+    ours.close()
 
 
+@pytest.mark.slow
 def test_an_offer_that_ends_leaves_nothing_behind(kind: str, start_peer: StartPeer, ours: Ours) -> None:
     peer = start_peer()
 
@@ -204,6 +209,5 @@ def test_idle_ends_use_no_cpu(start_peer: StartPeer, ours: Ours) -> None:
     after = peer.usage(), Usage.now()
     for was, now in zip(before, after, strict=True):
         assert now.cpu_s - was.cpu_s < 0.02 * 5
-    print([(now.cpu_s - was.cpu_s) / 5 for was, now in zip(before, after, strict=True)])
     ours.pull(peer, pull, route)
     pull.close()
