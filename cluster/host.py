@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SERVER_OPTIONS = (
+    # A router or a peer whose host is gone without a word is found out within 10 s.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
 _FRACTION_IMPORTED = 0.5
 _FRACTION_ALLOCATED = 0.6
 """How far the start has come, in time on the demo model: torch is imported, KV memory is there."""
@@ -161,7 +167,7 @@ class WorkerHost(ABC):
             vocab_size=engine.model_config.vocab_size,
         )
         self._service = self._build(info, engine.runner, memory, backends, registry)
-        self._server = aio.server()
+        self._server = aio.server(options=_SERVER_OPTIONS)
         self._service.add_to(self._server)
         info.address = f"{node_address}:{self._server.add_insecure_port(f'{node_address}:0')}"
         await self._service.start()
