@@ -130,8 +130,14 @@ def copy_boxes(source: KvMemory, part: Part, boxes: Sequence[Box], target: KvMem
         source.check(box.source.blocks)
         target.check(box.target.blocks)
         theirs, ours = source.all_blocks(box.source), target.all_blocks(box.target)
+        if ours.is_cuda or theirs.is_cuda:
+            for at, to, count in runs(box.source.blocks, box.target.blocks):
+                ours[to : to + count].copy_(theirs[at : at + count])
+            continue
+        # numpy takes half of torch's time for small copies, and none of its threads.
+        to_array, from_array = ours.numpy(), theirs.numpy()
         for at, to, count in runs(box.source.blocks, box.target.blocks):
-            ours[to : to + count].copy_(theirs[at : at + count])
+            to_array[to : to + count] = from_array[at : at + count]
     for device in {rank.device for rank in target.ranks if rank.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
     check_generations(part, source.generations[list(part.blocks)])
