@@ -25,7 +25,9 @@ async def bring_to(cluster: Cluster, stage: Stage, max_tokens: int = 40) -> list
     match stage:
         case Stage.QUEUE:
             await cluster.tell("prefill", "hold")
-            plugs = cluster.ask_all([([index] * LONG, w) for index, (_, w) in enumerate(mixed(2, 1), 3)])
+            plugs = cluster.ask_all(
+                [([index] * LONG, w) for index, (_, w) in enumerate(mixed(2, 1, max_tokens), 3)]
+            )
             await _all_stand(cluster)
             return plugs + await _sent(cluster, mixed(REQUESTS - 2, 2, max_tokens), 2)
         case Stage.PREFILL:

@@ -35,8 +35,8 @@ async def test_a_client_leaves(cluster: Cluster, stage: Stage) -> None:
 
 @pytest.mark.parametrize("stage", list(Stage))
 async def test_all_clients_leave(cluster: Cluster, stage: Stage) -> None:
-    """Nothing is left to wait for: not a lease, not a peer."""
-    asks = await bring_to(cluster, stage)
+    """Nothing is left to wait for: not a lease, not a peer, nor the end of an answer."""
+    asks = await bring_to(cluster, stage, max_tokens=600)
     for ask in asks:
         ask.leave()
     await cluster.eventually(lambda: cluster.live_requests == 0)
