@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -36,6 +36,16 @@ class KvMemory:
     layout: WorkerLayout
     ranks: tuple[torch.Tensor, ...]
     generations: Generations
+    # The same memory as [num_blocks, layers, 2, tokens, heads, head nbytes]: made here, not for each copy.
+    _blocks: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        blocks = []
+        for rank, whole in enumerate(self.ranks):
+            layout = self.layout.rank(rank)
+            *shape, head_dim = layout.block_shape
+            blocks.append(whole.view(len(whole), *shape, head_dim * DTYPE_NBYTES[layout.dtype]))
+        object.__setattr__(self, "_blocks", tuple(blocks))
 
     def corner(self, corner: Corner, first: int, count: int) -> torch.Tensor:
         """A view [count, layers, 2, tokens, heads, head nbytes] of `count` blocks from block `first` on."""
@@ -44,11 +54,7 @@ class KvMemory:
 
     def all_blocks(self, corner: Corner) -> torch.Tensor:
         """The same of all blocks of its rank."""
-        whole = self.ranks[corner.rank]
-        layout = self.layout.rank(corner.rank)
-        *shape, head_dim = layout.block_shape
-        blocks = whole.view(len(whole), *shape, head_dim * DTYPE_NBYTES[layout.dtype])
-        return blocks[:, corner.layers, :, corner.tokens, corner.heads]
+        return self._blocks[corner.rank][:, corner.layers, :, corner.tokens, corner.heads]
 
     def check(self, blocks: Sequence[int]) -> None:
         """Raises TransferError if one of them does not exist."""
