@@ -75,7 +75,8 @@ class PrefillRole:
     """engine.loop.Role of a prefill worker; everything in it belongs to the engine thread.
 
     generations: the pool's own. num_layers: of the model. max_model_len: most tokens of prompt and answer
-    together. vocab_size: 0 if unknown; prompts are not checked against it then.
+    together. vocab_size: 0 if unknown; prompts are not checked against it then. layer_groups: the parts in
+    which a large chunk is offered; 0: not before all of it is computed.
     """
 
     def __init__(
@@ -92,11 +93,13 @@ class PrefillRole:
         clock: Callable[[], float],
         metrics: WorkerMetrics,
         leases: LeaseMetrics,
+        layer_groups: int = LAYER_GROUPS,
     ) -> None:
         self._runner = runner
         self._pool = pool
         self._cache = cache
         self._generations = generations
+        self._layer_groups = layer_groups
         self._num_layers = num_layers
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -141,7 +144,8 @@ class PrefillRole:
             return False
         self._changed = True
         num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
-        offering = _LayerGroups(self._num_layers, num_tokens, self._offer_layers, flush)
+        num_groups = min(self._layer_groups, self._num_layers if num_tokens >= MIN_GROUPED_TOKENS else 1)
+        offering = _LayerGroups(self._num_layers, num_groups, self._offer_layers, flush)
         results = self._runner.step(chunks, offering.on_layer)
         offering.finish()
         done_s = self._clock()
@@ -352,10 +356,9 @@ class _LayerGroups:
     """
 
     def __init__(
-        self, num_layers: int, num_tokens: int, offer: Callable[[int, int], None], flush: Callable[[], None]
+        self, num_layers: int, num_groups: int, offer: Callable[[int, int], None], flush: Callable[[], None]
     ) -> None:
-        groups = min(LAYER_GROUPS, num_layers) if num_tokens >= MIN_GROUPED_TOKENS else 1
-        self._ends = [num_layers * (group + 1) // groups for group in range(groups)]
+        self._ends = [num_layers * (group + 1) // num_groups for group in range(num_groups)]
         self._num_layers = num_layers
         self._num_offered = 0
         self._offer = offer

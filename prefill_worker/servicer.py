@@ -17,7 +17,7 @@ from engine.prefix_cache import PrefixCache
 from engine.router_messages import Command, Load, RouterBatch, RouterEvent
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
-from prefill_worker.loop import PrefillEvent, PrefillOutput, PrefillRole
+from prefill_worker.loop import LAYER_GROUPS, PrefillEvent, PrefillOutput, PrefillRole
 from transfer.base import Backend, KvMemory
 from transfer.handoff import Fence, Peer, SendComplete, SendOffer, SendWithdraw
 from transfer.handshake import our_handshake
@@ -31,12 +31,14 @@ STOP_TIMEOUT_S = 1.5
 class PrefillSettings:
     """max_batch_tokens: most prompt tokens in one step. heartbeat_s: between snapshots. lease_s: how long
     an offer stands, and how long a link may be silent. digest_share: of the requests, 0 to 1, whose KV is
-    checked by digests."""
+    checked by digests. layer_groups: the parts in which a large chunk is offered while it is computed; 0: it
+    is offered when it is computed."""
 
     max_batch_tokens: int
     heartbeat_s: float
     lease_s: float
     digest_share: float
+    layer_groups: int = LAYER_GROUPS
 
 
 class PrefillService:
@@ -76,6 +78,7 @@ class PrefillService:
             clock,
             WorkerMetrics(registry, "prefill"),
             LeaseMetrics(registry),
+            settings.layer_groups,
         )
         self._engine: EngineLoop[PrefillEvent, PrefillOutput] = EngineLoop(
             role, self._deliver, on_fatal, clock
