@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench.errors import MeasurementError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -128,6 +130,67 @@ def engine(plot: Path | None, as_json: bool, no_transformers: bool, **chosen: An
     return 0
 
 
+@bench.command(epilog=_EXIT_CODES)
+@click.option("--shape", metavar="NAME", default="smollm2-135m", show_default=True, help="A public shape.")
+@click.option(
+    "--backends",
+    "backends",
+    default="ipc,torchdist,nixl",
+    show_default=True,
+    metavar="NAME,NAME",
+    help="Which.",
+)
+@click.option("--mb", "sizes", default="1,16,64", show_default=True, metavar="N,N", help="MiB of blocks.")
+@click.option(
+    "--prompts",
+    "prompt_tokens",
+    default="128,512,1024,2048",
+    show_default=True,
+    metavar="N,N",
+    help="Lengths.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Times that everything is measured.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--plot", type=Path, metavar="FILE", help="Draw the result into a PNG.")
+def transfer(plot: Path | None, as_json: bool, rounds: int, **chosen: str) -> int:
+    """Moving KV between two processes, and what a hand-off costs a request and those beside it.
+
+    Two cores are used: one that sends (the prefill workers), one that receives (the decode worker). Beside
+    each copy its limit is measured, round by round: a memcpy for ipc, a plain TCP stream over loopback for
+    the others. Exposed is the time from the end of a prompt's prefill to the beginning of its first decode
+    step, with the KV offered while it is computed, and with all of it offered at the end.
+
+    \b
+    Examples:
+      prelay bench transfer --json --plot transfer.png
+      prelay bench transfer --backends ipc --prompts 512 --rounds 3
+    """
+    from bench.transfer import Settings, measure
+
+    _, checkpoint, load = _model({"shape": chosen["shape"], "model": None})
+    backends = _backends(chosen["backends"])
+    sizes, prompt_tokens = _sizes("--mb", chosen["sizes"]), _sizes("--prompts", chosen["prompt_tokens"])
+    if not sizes or not prompt_tokens:
+        raise click.UsageError("--mb and --prompts each need a number at least")
+    _need_matplotlib(plot)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise click.UsageError("two cores are needed, one for each side of a hand-off; there is one")
+    settings = Settings(checkpoint, load, backends, sizes, prompt_tokens, rounds, (cores[-2], cores[-1]))
+    with _progress(f"bench transfer {chosen['shape']}") as show:
+        result = {"shape": chosen["shape"], **measure(settings, show)}
+    if plot is not None:
+        from bench.plots import draw_transfer
+
+        draw_transfer(result, plot)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for table in _transfer_tables(result):
+            Console().print(table)
+    return 0
+
+
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EXIT_CODES
 )
@@ -195,6 +258,8 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
     except EngineError as error:
         _fail(str(error), 4)
+    except MeasurementError as error:
+        _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted, nothing was written", 130)
     sys.exit(code)
@@ -223,6 +288,20 @@ def _sizes(flag: str, text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise click.UsageError(f"{flag} {text!r}: numbers of at least 1 are needed, as in 1,8,32")
     return [int(part) for part in parts]
+
+
+def _backends(text: str) -> list[str]:
+    """Comma-separated names of backends between processes that can be used here."""
+    known = {"ipc": "torch", "torchdist": "torch", "nixl": "nixl"}
+    names = list(dict.fromkeys(filter(None, text.split(","))))
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"--backends {name!r}: there are {', '.join(known)}")
+        if importlib.util.find_spec(known[name]) is None:
+            raise click.UsageError(f"--backends {name}: it is not installed; pip install 'prelay[nixl]'")
+    if not names:
+        raise click.UsageError("--backends is empty: there is nothing to measure")
+    return names
 
 
 def _need_matplotlib(plot: Path | None) -> None:
@@ -285,3 +364,43 @@ def _engine_table(result: dict[str, Any]) -> Table:
                 ratio,
             )
     return table
+
+
+def _transfer_tables(result: dict[str, Any]) -> Iterator[Table]:
+    title = f"{result['shape']}, {result['dtype']}, a core for each side"
+    moved = Table(
+        "backend", "MiB", "ms", "GB/s (min - max)", "share of limit", "scattered", "unequal", title=title
+    )
+    for row in result["backends"]:
+        spread = row["gbps_spread"]
+        moved.add_row(
+            row["name"],
+            str(row["mb"]),
+            f"{row['latency_ms']:.2f}",
+            f"{row['gbps']:.2f} ({spread['min']:.2f} - {spread['max']:.2f})",
+            f"{row['share_of_limit']:.0%} of {row['limit']}",
+            f"{row['scattered']['share_of_limit']:.0%}",
+            f"{row['unequal']['share_of_limit']:.0%}",
+        )
+    yield moved
+    exposed = Table("backend", "prompt", "beside", "overlap", "at the end", "goal", "step", "prefill")
+    for row in result["exposed"]:
+        for beside, case in (("nothing", row), (f"{row['busy']['batch']} sequences", row["busy"])):
+            times = ("overlap_ms", "no_overlap_ms", "goal_ms", "decode_step_ms", "prefill_ms")
+            exposed.add_row(
+                row["backend"], str(row["prompt_tokens"]), beside, *(f"{case[time]:.1f}" for time in times)
+            )
+    exposed.title = "exposed time of a hand-off, ms"
+    yield exposed
+    slowdown = Table("backend", "step alone", "beside a prefill", "while fetching", "slowdown (min - max)")
+    for row in result["slowdown"]:
+        beside_ms, spread = row["beside_prefill_ms"], row["ratio_spread"]
+        slowdown.add_row(
+            row["backend"],
+            f"{row['alone_ms']:.1f}",
+            "" if beside_ms is None else f"{beside_ms:.1f}",
+            f"{row['fetching_ms']:.1f}",
+            f"{row['ratio']:.2f} ({spread['min']:.2f} - {spread['max']:.2f})",
+        )
+    slowdown.title = f"steps of {result['slowdown'][0]['batch']} sequences, ms"
+    yield slowdown
