@@ -45,7 +45,7 @@ class RestartPolicy:
     backoff_s: float = 0.2
     max_backoff_s: float = 10.0
     max_failures: int = 6
-    steady_s: float = 60.0
+    steady_s: float = 10.0
     unresponsive_s: float = 10.0
 
     def delay_s(self, failures: int) -> float:

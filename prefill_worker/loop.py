@@ -148,6 +148,7 @@ class PrefillRole:
         offering = _LayerGroups(self._num_layers, num_groups, self._offer_layers, flush)
         results = self._runner.step(chunks, offering.on_layer)
         offering.finish()
+        self._changed = True  # since the last flush, too
         done_s = self._clock()
         self._metrics.stepped(done_s - now, num_tokens)
         for prefilled in self._scheduler.complete(results, done_s):
@@ -303,7 +304,7 @@ class PrefillRole:
 
     def _cancel(self, key: RequestKey) -> None:
         if self._scheduler.cancel(key):
-            del self._owners[key]
+            self._owners.pop(key, None)  # gone already, if the hand-off was abandoned
         self._apply(self._offers.withdraw(key))
 
     def _from_puller(self, link: int, message: transfer_pb2.PullerMessage, arrived_s: float) -> None:

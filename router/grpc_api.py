@@ -89,6 +89,8 @@ class InferenceApi:
                     await context.write(_response(public_id, delta, self._intake.model.tokenizer))
         except RouterError as error:
             await abort(context, error)
+        except grpc.aio.InternalError:
+            return  # the client left while a message to it was on its way
         except Exception:
             _log.exception("event=defect method=Generate")
             await context.abort(grpc.StatusCode.INTERNAL, "internal error of the router; its log says more")
