@@ -98,12 +98,15 @@ class Round:
     steps: BatchSteps
 
 
-def measure_hand_offs(settings: HandoffSettings, on_round: Callable[[int], None]) -> list[Round]:
-    """A round before them warms up. on_round: told which round comes. Raises MeasurementError."""
+def measure_hand_offs(
+    settings: HandoffSettings, runner: asyncio.Runner, on_round: Callable[[int], None]
+) -> list[Round]:
+    """A round before them warms up. runner: the same each time, as gRPC wants one event loop in a process.
+    on_round: told which round comes. Raises MeasurementError."""
     workers = {spec.worker_id: _start(spec, settings) for spec in _specs(settings)}
     try:
         infos = {name: worker_pb2.WorkerInfo.FromString(each.take()) for name, each in workers.items()}
-        return asyncio.run(_measure(settings, workers, infos, on_round))
+        return runner.run(_measure(settings, workers, infos, on_round))
     finally:
         for worker in workers.values():
             worker.stop()

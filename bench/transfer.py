@@ -6,6 +6,7 @@ taken within a round.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,18 +52,21 @@ def measure(settings: Settings, on_progress: Callable[[float, str], None]) -> di
         "exposed": [],
         "slowdown": [],
     }
-    for index, backend in enumerate(settings.backends):
+    with asyncio.Runner() as runner:
+        for index, backend in enumerate(settings.backends):
 
-        def on_round(part: int, what: str, number: int, before: int = index, name: str = backend) -> None:
-            # Hand-offs take most of the time.
-            share = (part / 10, 0.8 if part == 2 else 0.1)
-            done = before + share[0] + share[1] * number / (settings.rounds + 1)
-            on_progress(done / len(settings.backends), f"{name}, {what}, round {number} of {settings.rounds}")
+            def on_round(part: int, what: str, number: int, before: int = index, name: str = backend) -> None:
+                # Hand-offs take most of the time.
+                share = (part / 10, 0.8 if part == 2 else 0.1)
+                done = before + share[0] + share[1] * number / (settings.rounds + 1)
+                on_progress(
+                    done / len(settings.backends), f"{name}, {what}, round {number} of {settings.rounds}"
+                )
 
-        result["backends"] += _backend_rows(settings, backend, whole, on_round)
-        rounds = _hand_offs(settings, backend, model, on_round)
-        result["exposed"] += [_exposed_row(backend, tokens, rounds) for tokens in settings.prompt_tokens]
-        result["slowdown"].append(_slowdown_row(backend, rounds))
+            result["backends"] += _backend_rows(settings, backend, whole, on_round)
+            rounds = _hand_offs(settings, backend, model, runner, on_round)
+            result["exposed"] += [_exposed_row(backend, tokens, rounds) for tokens in settings.prompt_tokens]
+            result["slowdown"].append(_slowdown_row(backend, rounds))
     on_progress(1.0, "done")
     # Of the first backend, which is the best one by default.
     result["decode_step_slowdown"] = result["slowdown"][0]["ratio"]
@@ -128,7 +132,11 @@ def _tp_size(num_kv_heads: int) -> int:
 
 
 def _hand_offs(
-    settings: Settings, backend: str, model: ModelConfig, on_round: Callable[[int, str, int], None]
+    settings: Settings,
+    backend: str,
+    model: ModelConfig,
+    runner: asyncio.Runner,
+    on_round: Callable[[int, str, int], None],
 ) -> list[Round]:
     return measure_hand_offs(
         HandoffSettings(
@@ -140,6 +148,7 @@ def _hand_offs(
             settings.rounds,
             settings.cores,
         ),
+        runner,
         lambda number: on_round(2, "hand-offs", number),
     )
 
@@ -177,11 +186,13 @@ def _slowdown_row(backend: str, rounds: Sequence[Round]) -> dict[str, Any]:
     steps = [found.steps for found in rounds]
     ratio = Spread.of([each.fetching_s / each.alone_s for each in steps])
     beside = [each.beside_prefill_s for each in steps if each.beside_prefill_s is not None]
+    copies = [each.fetching_s / each.beside_prefill_s for each in steps if each.beside_prefill_s is not None]
     return {
         "backend": backend,
         "batch": BATCH,
         "ratio": ratio.median,
         "ratio_spread": ratio.to_json(),
+        "ratio_to_prefill": Spread.of(copies).median if copies else None,
         "alone_ms": _ms([each.alone_s for each in steps]),
         "beside_prefill_ms": _ms(beside) if beside else None,
         "fetching_ms": _ms([each.fetching_s for each in steps]),

@@ -173,7 +173,7 @@ def test_rows_are_medians_of_rounds_in_ms() -> None:
                 for mode, times in exposed.items()
                 for is_busy in (False, True)
             },
-            BatchSteps(0.020, None if number else 0.021, (0.021, 0.022, 0.030)[number]),
+            BatchSteps(0.020, 0.021 if number else None, (0.021, 0.022, 0.030)[number]),
         )
         for number in range(3)
     ]
