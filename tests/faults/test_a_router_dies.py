@@ -59,9 +59,10 @@ async def test_what_it_had_placed_is_freed_and_nobody_else_notices(cluster: Clus
     """F4: its streams end with it; the workers cancel them at once, however they stand."""
     async with other_router(cluster) as (stub, process):
         await cluster.tell("decode", "pace 0.02")
-        theirs = [Ask(stub, *wish, DEADLINE_S) for wish in mixed(20, 40, max_tokens=600)]
+        # Few enough for all to be placed at once, and long enough for none to end before the kill.
+        theirs = [Ask(stub, *wish, DEADLINE_S) for wish in mixed(6, 40, max_tokens=600)]
+        await asyncio.gather(*(ask.reaches(5) for ask in theirs))
         ours = cluster.ask_all(mixed(20, 41, max_tokens=60))
-        await asyncio.gather(*(ask.reaches(5) for ask in theirs[:5]))
         process.kill()
         await asyncio.gather(*(ask.end() for ask in theirs))
         await cluster.all_is_well(*ours)
