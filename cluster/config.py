@@ -199,7 +199,7 @@ class RouterSection(Section):
     max_attempts: Count = 6
     retry_budget: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     retry_burst: Annotated[int, Field(ge=0)] = 256
-    recovery_wait_s: Seconds = 10.0
+    recovery_wait_s: Seconds = 60.0
     stream_buffer_tokens: Count = 256
     slow_reader_timeout_s: Seconds = 30.0
     request_timeout_s: Seconds = 600.0

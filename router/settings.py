@@ -48,7 +48,7 @@ class RouterSettings:
     max_attempts: int = 6
     retry_budget: float = 1.0
     retry_burst: int = 256
-    recovery_wait_s: float = 10.0
+    recovery_wait_s: float = 60.0
     stream_buffer_tokens: int = 256
     slow_reader_timeout_s: float = 30.0
     max_body_bytes: int = 4 * 1024 * 1024

@@ -144,7 +144,7 @@ async def connect(registration: Registration, router_id: str, timeout_s: float) 
     channel = grpc.aio.insecure_channel(registration.address, options=_CHANNEL_OPTIONS)
     try:
         async with asyncio.timeout(timeout_s):
-            call = worker_pb2_grpc.WorkerStub(channel).Attach(wait_for_ready=True)
+            call = worker_pb2_grpc.WorkerStub(channel).Attach()
             hello = worker_pb2.RouterHello(
                 router_id=router_id,
                 protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import grpc
 import grpc.aio
@@ -230,10 +231,18 @@ async def test_minor_versions_may_differ(cluster):
 
 async def test_a_worker_that_does_not_answer(cluster, monkeypatch):
     monkeypatch.setattr("router.workers.CONNECT_TIMEOUT_S", 0.05)
-    with pytest.raises(WorkerUnreachableError, match="did not answer within"):
-        await cluster.router.workers.register(
-            Registration("d1", 1, cluster.router.pool["d0"].role, "127.0.0.1:1")
-        )
+    role = cluster.router.pool["d0"].role
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(WorkerUnreachableError, match="did not answer within"):
+            await cluster.router.workers.register(Registration("d1", 1, role, address))
+
+
+async def test_nobody_at_the_address_is_known_at_once(cluster):
+    """A life that has died must not keep the next one waiting."""
+    role = cluster.router.pool["d0"].role
+    with pytest.raises(WorkerUnreachableError, match="Connection refused"):
+        await cluster.router.workers.register(Registration("d1", 1, role, "127.0.0.1:1"))
 
 
 async def test_admin(cluster):
