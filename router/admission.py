@@ -81,7 +81,7 @@ class Admission:
                 f"prompt ({prompt_tokens}) and max_tokens ({max_tokens})",
             ),
         ):
-            largest = max(pool.up(role), key=lambda worker: worker.capacity.num_blocks).capacity
+            largest = max((worker.capacity for worker in pool.up(role)), key=lambda one: one.num_tokens)
             needed = largest.blocks_for(tokens)
             if needed > largest.num_blocks:
                 return PromptTooLongError(

@@ -168,6 +168,16 @@ def test_admission(make_request):
     assert "largest prefill worker has 2: at most 32 tokens" in str(huge.error)
 
 
+def test_the_largest_worker_is_the_one_that_holds_most_tokens(make_request):
+    """Not the one with the most blocks, which may be small."""
+    pool = pool_of(decode=0)
+    pool.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 8, 4, 100)))
+    pool.add(WorkerView("d1", 1, Role.DECODE, WorkerCapacity(64, 4, 4, 100)))
+    request = make_request(prompt_tokens=56, max_tokens=200)
+    assert choose(linked(pool), request) == Pair("p0", "d1")
+    assert Admission(2, 3.0).refuse(request, pool, 0, overdue=False) is None
+
+
 def test_admission_waits_for_links_that_may_come(make_request):
     admission, pool = Admission(max_gated_requests=2, retry_after_s=3.0), pool_of()
     for pair in (Pair(p, d) for p in ("p0", "p1") for d in ("d0", "d1")):
