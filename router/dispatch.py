@@ -148,12 +148,15 @@ class Dispatcher:
     def _pool_changed(self) -> None:
         """What waits at the gate and fits no worker any more ends now; the others may find room."""
         self._outage.look()
-        if self._pool.missing_role() is None:
-            for live in self._gated():
-                misfit = self._admission.misfit(live.request, self._pool)
-                if misfit is not None:
-                    self.live.fail(live, misfit)
+        for live in self._gated():
+            self._end_misfit(live)
         self._pump()
+
+    def _end_misfit(self, live: LiveRequest) -> None:
+        """What fits no worker must not wait at the gate: nothing behind it would be placed."""
+        misfit = None if self._pool.missing_role() else self._admission.misfit(live.request, self._pool)
+        if misfit is not None:
+            self.live.fail(live, misfit)
 
     def _gated(self) -> list[LiveRequest]:
         return [live for live in self.live if live.decode is None]
@@ -254,6 +257,7 @@ class Dispatcher:
                     self._pairing.ask(live.prefill, live.decode)
                 live.avoid |= {live.record.prefill_worker, live.record.decode_worker}
                 self._recover(live, loss)
+                self._end_misfit(live)  # it has grown since it was let in
             case Verdict():
                 self._pool[link.worker_id].refuse()
                 self._to_gate(live)

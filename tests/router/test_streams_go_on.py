@@ -159,6 +159,24 @@ async def test_no_room_is_no_failed_attempt(start_cluster):
     assert (text, finish.details.attempt) == (cluster.answer(PROMPT, 9), 5)
 
 
+async def test_what_no_prefill_worker_can_read_any_more_ends_and_keeps_nobody_waiting(start_cluster):
+    """Prompt and answer so far exceed the prefill workers' KV caches, which are smaller than the decode
+    workers'."""
+    cluster = await start_cluster(prefill={"num_blocks": 2})
+    cluster.decode.hold(Hold.DECODE)
+    asking = asyncio.create_task(ask(cluster, "p" * 31))
+    await cluster.decode.waiting_at(Hold.DECODE)
+    (live,) = cluster.router.dispatcher.live
+    await cluster.until(lambda: len(live.record.token_ids) == 2)
+    await cluster.decode.fail_running(REASON.FAILURE_REASON_INTERNAL)
+    cluster.decode.let_go(Hold.DECODE)
+    assert (await ask(cluster))[1] == cluster.answer(PROMPT, 9)
+    code, message, _ = await asking
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "the 31 tokens of the prompt and the 2 of the answer so far need 3 KV blocks" in message
+    await cluster.settled()
+
+
 async def test_a_cluster_that_collapses_is_not_given_its_load_again(start_cluster):
     cluster = await start_cluster(retry_budget=0, retry_burst=2)
     cluster.decode.hold(Hold.TRANSFER)
