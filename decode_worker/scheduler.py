@@ -283,13 +283,20 @@ class DecodeScheduler:
         most = self._pool.num_blocks_for(sequence.most_tokens)
         wanted = min(most, self._pool.num_blocks_for(len(sequence.token_ids)) + HEADROOM_BLOCKS)
         self._pool.add(cached, Holder.SEQUENCE)  # first, so that the rest is not taken from them
-        if not self._pool.can_allocate(wanted - len(cached)):
+        if not self._take_from_held(wanted - len(cached)):
             self._pool.drop(cached, Holder.SEQUENCE)
             return False
         sequence.blocks = cached + self._pool.allocate(wanted - len(cached), Holder.SEQUENCE)
         sequence.num_computed = len(cached) * size
         self._num_cached_tokens += sequence.num_computed
         return True
+
+    def _take_from_held(self, num_blocks: int) -> bool:
+        """Whether so many blocks can be had, if need be from those who are held, the youngest first."""
+        held = [sequence for sequence in self._ready if sequence.is_held]
+        while held and not self._pool.can_allocate(num_blocks):
+            self._preempt(held.pop())
+        return self._pool.can_allocate(num_blocks)
 
     def _grow(self, sequence: _Sequence) -> bool:
         """Room for all tokens of a running sequence, if need be at the expense of younger ones."""

@@ -170,13 +170,36 @@ def test_blocks_that_are_leased_are_waited_for() -> None:
     assert not bench.scheduler.lacks_blocks
 
 
+def test_who_was_preempted_does_not_wait_for_one_that_is_held() -> None:
+    """The held one keeps most of the pool; nobody runs who would have to end first."""
+    bench = Bench(num_blocks=8)
+    for name in "ab":
+        bench.prompts[key(name)] = ([ord(name)] * 5, limited(20))
+        bench.arrive(name, bench.pool.allocate(2, Holder.TRANSFER))
+    while not bench.scheduler.lacks_blocks:
+        assert bench.step() == []
+    bench.scheduler.hold(key("a"), is_held=True)
+    ended: list[RequestKey] = []
+    for _ in range(40):
+        ended += bench.step()
+        bench.check()
+    assert ended == [key("b")]
+    assert not bench.scheduler.lacks_blocks
+    bench.scheduler.hold(key("a"), is_held=False)
+    for _ in range(40):
+        ended += bench.step()
+    assert ended == [key("b"), key("a")]
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     num_blocks=st.integers(8, 24),
     max_num_seqs=st.integers(1, 5),
     more_tokens=st.integers(0, 12),
     events=st.lists(
-        st.sampled_from(["reserve", "reserve", "arrive", "arrive", "lose", "step", "step", "cancel", "fail"]),
+        st.sampled_from(
+            ["reserve", "reserve", "arrive", "arrive", "lose", "step", "step", "cancel", "fail", "hold", "on"]
+        ),
         max_size=120,
     ),
     data=st.data(),
@@ -188,6 +211,7 @@ def test_any_order_of_events(
     bench = Bench(num_blocks, max_num_seqs, max_num_seqs + more_tokens)
     scheduler = bench.scheduler
     alive: list[RequestKey] = []  # in order of arrival
+    slow: set[RequestKey] = set()  # of these, those that are held
     leased: dict[str, list[int]] = {}
     num_names = 0
 
@@ -197,8 +221,10 @@ def test_any_order_of_events(
         }
         ended = bench.step()
         still = {s.key for s in (*scheduler._running.values(), *scheduler._ready)}
-        gone = held - still - set(ended)
+        assert slow.isdisjoint(ended)
+        gone = held - still - set(ended) - slow
         stay = held & still
+        assert not gone or not stay & slow, "somebody gave way to one that is held"
         assert not gone or not stay or max(map(alive.index, stay)) < min(map(alive.index, gone)), (
             "somebody gave way to a younger one"
         )
@@ -233,6 +259,13 @@ def test_any_order_of_events(
                 assert scheduler.cancel(gone)
                 assert not scheduler.cancel(gone)
                 alive.remove(gone)
+                slow.discard(gone)
+            case "hold" if alive:
+                slow.add(each := data.draw(st.sampled_from(alive)))
+                scheduler.hold(each, is_held=True)
+            case "on" if slow:
+                slow.remove(each := data.draw(st.sampled_from(sorted(slow, key=str))))
+                scheduler.hold(each, is_held=False)
             case "fail":
                 chunks = scheduler.schedule(0.0)
                 failed = scheduler.abandon()
@@ -246,6 +279,14 @@ def test_any_order_of_events(
     for name in sorted(leased):
         bench.arrive(name, leased[name])
         alive.append(key(name))
+    for _ in range(3000):
+        if not set(alive) - slow:
+            break
+        step()
+    assert set(alive) == slow, "nobody moves, or somebody waits for ever"
+    for each in slow:
+        scheduler.hold(each, is_held=False)
+    slow.clear()
     for _ in range(3000):
         if not alive:
             break
