@@ -21,9 +21,9 @@ from transfer.errors import PeerUnreachableError
 FOREVER = timedelta(days=365)
 _MEETING = timedelta(seconds=10)
 # A message is this long or, where its words do not fit, is followed by the rest of them.
-_FIRST_WORDS = 256
+_FIRST_WORDS = 1024
 # Tags. Nothing is ever sent with the last one.
-_MESSAGE, _DATA, _NOTHING = 1, 2, 3
+_MESSAGE, _DATA, _NUMBERS, _NOTHING = 1, 2, 3, 4
 
 
 @contextmanager
@@ -96,6 +96,23 @@ class PairGroup:
         words[: _FIRST_WORDS - 1] = first[1:]
         self._messages.recv([words[_FIRST_WORDS - 1 :]], self._other, _MESSAGE).wait(self._patience)
         return words
+
+    @_with_peer()
+    def send_numbers(self, numbers: torch.Tensor) -> None:
+        """numbers: int64 [n], as many as the peer's `start_receive_numbers` is for."""
+        self._messages.send([numbers], self._other, _NUMBERS).wait(self._patience)
+
+    @_with_peer()
+    def start_receive_numbers(self, numbers: torch.Tensor) -> Any:
+        """Fills `numbers`, int64 [n], until `finish_numbers` has been called with what is returned.
+
+        Called before the peer sends, it spares a round trip: gloo sends when it has heard of a receive.
+        """
+        return self._messages.recv([numbers], self._other, _NUMBERS)
+
+    @_with_peer()
+    def finish_numbers(self, started: Any) -> None:
+        started.wait(self._patience)
 
     @_with_peer()
     def start_send(self, data: torch.Tensor) -> Any:

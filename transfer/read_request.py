@@ -70,9 +70,13 @@ def decode(words: torch.Tensor, memory: KvMemory) -> ReadRequest:
     return ReadRequest(blocks, tuple(corners))
 
 
+def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
+    """Raises TransferError if a worker of so many blocks does not have one of these."""
+    if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
+        wrong = next(block for block in blocks if not 0 <= block < num_blocks)
+        raise TransferError(f"block {wrong} is asked for; the worker has {num_blocks} blocks")
+
+
 def _checked_blocks(blocks: Sequence[int], memory: KvMemory) -> tuple[int, ...]:
-    num_blocks = len(memory.generations)
-    wrong = [block for block in blocks if not 0 <= block < num_blocks]
-    if wrong:
-        raise TransferError(f"block {wrong[0]} is asked for; the worker has {num_blocks} blocks")
+    check_blocks(blocks, len(memory.generations))
     return tuple(blocks)

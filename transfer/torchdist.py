@@ -4,13 +4,15 @@ Each link has a group of two of its own (pair_group.py), torn down and rebuilt a
 store where the two meet, and a thread that waits for the puller's requests:
 
     puller                                  offerer
+    ready for bytes and generations   ->
     read request (read_request.py)    ->
-                                      <-    empty, or why it is refused
                                       <-    bytes of all corners in order, packed into messages (chunks.py)
                                       <-    generations, as they are after the bytes were handed over
 
-The generations come last, so that a block that was recycled while it was read is found out. At most WINDOW
-messages are under way: one is packed or unpacked while others travel.
+Gloo sends nothing before it has heard that the other end is ready, so the puller says that first. The
+generations come last, so that a block that was recycled while it was read is found out. At most WINDOW
+messages are under way: one is packed or unpacked while others travel. A request that cannot be served ends
+the connection; the puller asks for no block that the endpoint does not promise.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from transfer.handoff import LinkId
 from transfer.host_id import host_id
 from transfer.layout import Box, Part, Route
 from transfer.pair_group import FOREVER, GlooDevice, PairGroup
-from transfer.read_request import MAX_WORDS, ReadRequest, decode, encode
+from transfer.read_request import MAX_WORDS, ReadRequest, check_blocks, decode, encode
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +49,6 @@ PATIENCE_S = 10.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 # What the offerer waits for in the store before it joins the group, and what it may find.
 _FATE, _COME, _OVER = "fate", b"come", b"over"
-_MAX_REFUSAL = 4096
 
 
 class TorchDistBackend:
@@ -91,7 +92,7 @@ class TorchDistBackend:
             raise PeerUnreachableError(
                 f"{theirs.worker_id} is not at {endpoint.host}:{endpoint.port}: {error}"
             ) from error
-        pull = TorchDistPull(self._join(store, 1), self._memory)
+        pull = TorchDistPull(self._join(store, 1), self._memory, endpoint.num_blocks)
         pull.pull(Part(0, 0, 0, 0, (), ()), ())  # the offerer answers
         return pull
 
@@ -108,32 +109,32 @@ class TorchDistBackend:
 
 
 class TorchDistPull:
-    """Reads through one group."""
+    """Reads through one group. num_blocks: that the peer has."""
 
-    def __init__(self, group: PairGroup, memory: KvMemory) -> None:
+    def __init__(self, group: PairGroup, memory: KvMemory, num_blocks: int) -> None:
         self._group: PairGroup | None = group
         self._memory = memory
+        self._num_blocks = num_blocks
         self._slots = Slots(WINDOW, memory.ranks[0].device)
 
     def pull(self, part: Part, boxes: Sequence[Box]) -> None:
         group = self._group
         assert group is not None
+        # Looked at before anything is sent: a wrong block must not leave bytes in the connection.
+        for blocks in (part.blocks, *(box.source.blocks for box in boxes)):
+            check_blocks(blocks, self._num_blocks)
         request = encode(ReadRequest(part.blocks, tuple(box.source for box in boxes)))
-        # Looked at before anything is sent: a wrong block of ours must not leave bytes in the connection.
         targets = [
             (message, in_place(self._memory, message))
             for message in messages(self._memory, [box.target for box in boxes])
         ]
-        group.send_message(request)
-        refusal = group.receive_message(_MAX_REFUSAL)
-        if len(refusal):
-            raise TransferError(
-                f"the peer refuses to be read: {bytes(refusal.tolist()).decode(errors='replace')}"
-            )
+        found = torch.empty(len(part.blocks), dtype=torch.int64)
         try:
-            self._receive(group, targets)
-            found = group.receive_message(len(part.blocks))
+            generations = group.start_receive_numbers(found)
+            self._receive(group, request, targets)
+            group.finish_numbers(generations)
         except BaseException:
+            # What has not arrived may not be written any more.
             group.break_off()
             raise
         check_generations(part, found.numpy().astype(np.uint32))
@@ -143,16 +144,26 @@ class TorchDistPull:
             self._group.break_off()
             self._group = None
 
-    def _receive(self, group: PairGroup, targets: Sequence[tuple[Message, torch.Tensor | None]]) -> None:
+    def _receive(
+        self, group: PairGroup, request: torch.Tensor, targets: Sequence[tuple[Message, torch.Tensor | None]]
+    ) -> None:
+        # NCCL connects with the first operation, which waits for the other end's.
+        ready_before = 0 if group.on_cuda else min(WINDOW, len(targets))
         window = _Window(group)
-        for n, (message, place) in enumerate(targets):
+        for n in range(ready_before):
+            self._start(window, n, *targets[n])
+        group.send_message(request)
+        for n in range(ready_before, len(targets)):
             window.make_room()
-            if place is not None:
-                window.add(group.start_receive(place))
-            else:
-                buffer = self._slots.take(n, num_bytes(self._memory, message))
-                window.add(group.start_receive(buffer), partial(scatter, self._memory, message, buffer))
+            self._start(window, n, *targets[n])
         window.finish()
+
+    def _start(self, window: _Window, n: int, message: Message, place: torch.Tensor | None) -> None:
+        if place is not None:
+            window.receive(place)
+        else:
+            buffer = self._slots.take(n, num_bytes(self._memory, message))
+            window.receive(buffer, partial(scatter, self._memory, message, buffer))
 
 
 class _Offer:
@@ -173,7 +184,11 @@ class _Offer:
         prefix = secrets.token_hex(16)
         self._store = PrefixStore(prefix, meeting)
         self.endpoint = transfer_pb2.TorchDistEndpoint(
-            host=host, port=meeting.port, prefix=prefix, transport=_transport(memory)
+            host=host,
+            port=meeting.port,
+            prefix=prefix,
+            transport=_transport(memory),
+            num_blocks=len(memory.generations),
         )
         # A connection of its own, for `end` could not speak over one that waits.
         waiting = PrefixStore(prefix, _join_store(host, meeting.port))
@@ -200,7 +215,7 @@ class _Offer:
             store.wait([_FATE], FOREVER)
             if store.get(_FATE) == _COME:
                 self._serve(self._join_group(store, 0))
-        except (PeerUnreachableError, RuntimeError) as error:
+        except (TransferError, RuntimeError) as error:
             _log.info("event=torchdist_offer_ended offer=%r why=%r", self._name, str(error))
         except Exception:
             # The puller finds its connection closed; others have threads of their own.
@@ -217,14 +232,10 @@ class _Offer:
         finally:
             with self._lock:
                 self._group = None
+            group.break_off()
 
     def _answer(self, group: PairGroup, words: torch.Tensor) -> None:
-        try:
-            request = decode(words, self._memory)
-        except TransferError as error:
-            group.send_message(torch.tensor(list(str(error).encode()[:_MAX_REFUSAL])))
-            return
-        group.send_message(torch.empty(0, dtype=torch.int64))
+        request = decode(words, self._memory)
         window = _Window(group)
         for n, message in enumerate(messages(self._memory, request.corners)):
             window.make_room()
@@ -232,10 +243,10 @@ class _Offer:
             if data is None:
                 data = self._slots.take(n, num_bytes(self._memory, message))
                 gather(self._memory, message, data)
-            window.add(group.start_send(data))
+            window.send(data)
         window.finish()
         generations = self._memory.generations[list(request.blocks)].astype(np.int64)
-        group.send_message(torch.from_numpy(generations))
+        group.send_numbers(torch.from_numpy(generations))
 
 
 class _Window:
@@ -249,8 +260,12 @@ class _Window:
         if len(self._started) == WINDOW:
             self._finish_one()
 
-    def add(self, started: Any, then: Callable[[], None] | None = None) -> None:
-        self._started.append((started, then))
+    def send(self, data: torch.Tensor) -> None:
+        self._started.append((self._group.start_send(data), None))
+
+    def receive(self, data: torch.Tensor, then: Callable[[], None] | None = None) -> None:
+        """then: called when they are there."""
+        self._started.append((self._group.start_receive(data), then))
 
     def finish(self) -> None:
         """Of all of them."""

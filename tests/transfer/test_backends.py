@@ -159,6 +159,28 @@ def test_blocks_that_do_not_exist_are_refused_and_nothing_else_breaks(make: Make
     pull.close()
 
 
+def test_a_request_that_torchdist_cannot_serve_ends_its_connection_and_no_other() -> None:
+    peers: dict[str, KvMemory] = {}
+    theirs, ours = (Worker("torchdist", layout(), 16, peers) for _ in range(2))
+    answer = theirs.offer(1, ours.handshake())
+    answer.torchdist.num_blocks += 1  # else it would not be sent
+    route = Route(layout(), layout())
+    wrong = ours.backend.connect(answer, route)
+    other, _ = connect(theirs, ours, 2)
+    part = theirs.part(0, 80, SOURCE)
+    before = snapshot(ours)
+    beyond = replace(part, blocks=(16, *part.blocks[1:]))
+    for asked in (beyond, part):
+        with pytest.raises(PeerUnreachableError) as caught:
+            wrong.pull(asked, route.boxes(asked, TARGET))
+        assert "Timed out" not in str(caught.value)
+    np.testing.assert_array_equal(snapshot(ours), before)
+    other.pull(part, route.boxes(part, TARGET))
+    np.testing.assert_array_equal(ours.memory.ranks[0][TARGET[:5]], theirs.memory.ranks[0][SOURCE[:5]])
+    for worker in (ours, theirs):
+        worker.close()
+
+
 def test_one_worker_serves_several_links_and_pulls_as_well(make: MakeWorker) -> None:
     a, b, c = make(), make(), make(tp=2)
     kv = truth(a.memory.layout, 71)

@@ -73,16 +73,18 @@ class IpcSegment(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuda_handle: _Optional[bytes] = ..., cuda_offset: _Optional[int] = ...) -> None: ...
 
 class TorchDistEndpoint(_message.Message):
-    __slots__ = ("host", "port", "prefix", "transport")
+    __slots__ = ("host", "port", "prefix", "transport", "num_blocks")
     HOST_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     host: str
     port: int
     prefix: str
     transport: str
-    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., prefix: _Optional[str] = ..., transport: _Optional[str] = ...) -> None: ...
+    num_blocks: int
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., prefix: _Optional[str] = ..., transport: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class NixlEndpoint(_message.Message):
     __slots__ = ("agent", "metadata", "ranks", "generations")
