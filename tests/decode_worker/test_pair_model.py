@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,3 +109,48 @@ async def test_cached_prompts_and_preempted_answers_are_those_of_one_engine(pair
         assert answer.token_ids == generate(alone, prompt, wanted)
     assert decode.metric("prelay_preemptions_total") > 0
     assert sum(answer.cached_tokens for _, _, answer in answers) > 0
+
+
+@pytest.mark.parametrize(("prefill_size", "decode_size"), [(8, 12), (32, 8)])
+async def test_layers_that_travel_while_others_are_computed_into_blocks_of_another_size(
+    pair, make_router, checkpoint, prefill_size, decode_size
+):
+    """Chunks that are large enough to be offered in groups of layers; prompts that begin alike."""
+
+    def config(block_size):
+        return EngineConfig(
+            num_blocks=960 // block_size,
+            block_size=block_size,
+            max_batch_tokens=256,
+            dtype="float32",
+            threads=1,
+        )
+
+    alone = Engine.load(checkpoint, config(16), None, lambda fraction: None)
+    pair.max_batch_tokens, pair.backend = 256, "ipc"
+
+    def use(block_size):
+        pair.num_blocks, pair.layout = 960 // block_size, replace(alone.layout, block_size=block_size)
+        pair.load = lambda segment: (
+            Engine.load(checkpoint, config(block_size), segment.data_buffer, lambda fraction: None).runner
+        )
+
+    use(prefill_size)
+    prefill = await pair.prefill()
+    use(decode_size)
+    router = await make_router(prefill, await pair.decode())
+    rng = random.Random(5)
+    common = [rng.randrange(VOCAB_SIZE) for _ in range(150)]
+    cached_tokens = 0
+    for number in range(6):
+        # 144 tokens, then 120 and 132 of the same, which end with a block on one side or both.
+        prompt = common[:144] if number == 0 else common[: 120 + 12 * (number % 2)]
+        if number > 3:
+            prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(number)]
+        wanted = TokenSampling(0.9, 0, 1.0, number, 12, 0, frozenset())
+        answer = await router.submit(RequestKey(f"r{number}", 0), prompt, wanted)
+        await answer.done.wait()
+        assert answer.failed is None
+        assert answer.token_ids == generate(alone, prompt, wanted)
+        cached_tokens += answer.decode_cached_tokens
+    assert cached_tokens > 500
