@@ -39,14 +39,14 @@ async def reach(cluster, state, hold, make_request):
         await decode.until(lambda: decode.paused_requests == 1)
     elif hold is not None:
         await holder.waiting_at(hold)
-    if state == "between_attempts":
-        await decode.kill()
-        await cluster.until(lambda: live.gated == 1)
-        await cluster.prefill.until(lambda: cluster.prefill.received["cancel"] == 1)
     if hold is Hold.DECODE:
         await cluster.until(lambda: len(live["r"].record.token_ids) == 2)
     elif hold is Hold.TRANSFER:
         await cluster.until(lambda: len(live["r"].record.token_ids) == 1)
+    if state == "between_attempts":
+        await decode.kill()
+        await cluster.until(lambda: live.gated == 1)
+        await cluster.prefill.until(lambda: cluster.prefill.received["cancel"] == 1)
     return answer
 
 
