@@ -40,7 +40,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("workers", "gated_requests", "live_requests", "outcomes")
+    __slots__ = ("workers", "gated_requests", "live_requests", "outcomes", "policy", "classes", "ttft", "tpot", "tokens", "uptime_s")
     class OutcomesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,24 +48,72 @@ class GetStatusResponse(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ClassesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ClassOutcomes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ClassOutcomes, _Mapping]] = ...) -> None: ...
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GATED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    TTFT_FIELD_NUMBER: _ClassVar[int]
+    TPOT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     gated_requests: int
     live_requests: int
     outcomes: _containers.ScalarMap[str, int]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gated_requests: _Optional[int] = ..., live_requests: _Optional[int] = ..., outcomes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    policy: str
+    classes: _containers.MessageMap[str, ClassOutcomes]
+    ttft: LatencyQuantiles
+    tpot: LatencyQuantiles
+    tokens: int
+    uptime_s: float
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gated_requests: _Optional[int] = ..., live_requests: _Optional[int] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., policy: _Optional[str] = ..., classes: _Optional[_Mapping[str, ClassOutcomes]] = ..., ttft: _Optional[_Union[LatencyQuantiles, _Mapping]] = ..., tpot: _Optional[_Union[LatencyQuantiles, _Mapping]] = ..., tokens: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+
+class ClassOutcomes(_message.Message):
+    __slots__ = ("outcomes", "ttft_limit_s", "tpot_limit_s")
+    class OutcomesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    TTFT_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.ScalarMap[str, int]
+    ttft_limit_s: float
+    tpot_limit_s: float
+    def __init__(self, outcomes: _Optional[_Mapping[str, int]] = ..., ttft_limit_s: _Optional[float] = ..., tpot_limit_s: _Optional[float] = ...) -> None: ...
+
+class LatencyQuantiles(_message.Message):
+    __slots__ = ("p50_s", "p90_s", "p99_s")
+    P50_S_FIELD_NUMBER: _ClassVar[int]
+    P90_S_FIELD_NUMBER: _ClassVar[int]
+    P99_S_FIELD_NUMBER: _ClassVar[int]
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    def __init__(self, p50_s: _Optional[float] = ..., p90_s: _Optional[float] = ..., p99_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("info", "up", "load", "suspected")
+    __slots__ = ("info", "up", "load", "suspected", "live_requests")
     INFO_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     SUSPECTED_FIELD_NUMBER: _ClassVar[int]
+    LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     info: _worker_pb2.WorkerInfo
     up: bool
     load: _worker_pb2.Snapshot
     suspected: bool
-    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ..., suspected: _Optional[bool] = ...) -> None: ...
+    live_requests: int
+    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ..., suspected: _Optional[bool] = ..., live_requests: _Optional[int] = ...) -> None: ...

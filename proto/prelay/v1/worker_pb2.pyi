@@ -14,6 +14,7 @@ class ProtocolVersion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 
 class ProtocolMinor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
+    PROTOCOL_MINOR_UNSPECIFIED: _ClassVar[ProtocolMinor]
     PROTOCOL_MINOR_CURRENT: _ClassVar[ProtocolMinor]
 
 class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -21,6 +22,7 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_UNSPECIFIED: _ClassVar[Role]
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
+    ROLE_MIXED: _ClassVar[Role]
 
 class StopReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -40,10 +42,12 @@ class FailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_REASON_INTERNAL: _ClassVar[FailureReason]
 PROTOCOL_VERSION_UNSPECIFIED: ProtocolVersion
 PROTOCOL_VERSION_CURRENT: ProtocolVersion
+PROTOCOL_MINOR_UNSPECIFIED: ProtocolMinor
 PROTOCOL_MINOR_CURRENT: ProtocolMinor
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
+ROLE_MIXED: Role
 STOP_REASON_UNSPECIFIED: StopReason
 STOP_REASON_STOP: StopReason
 STOP_REASON_LENGTH: StopReason
@@ -57,7 +61,14 @@ FAILURE_REASON_INVALID: FailureReason
 FAILURE_REASON_INTERNAL: FailureReason
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "metrics_address", "model", "model_fingerprint", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_batch_tokens", "protocol_version", "pid", "vocab_size", "protocol_minor")
+    __slots__ = ("worker_id", "epoch", "role", "address", "metrics_address", "model", "model_fingerprint", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_batch_tokens", "protocol_version", "pid", "vocab_size", "protocol_minor", "latency")
+    class LatencyEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +85,7 @@ class WorkerInfo(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MINOR_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -90,7 +102,8 @@ class WorkerInfo(_message.Message):
     pid: int
     vocab_size: int
     protocol_minor: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., protocol_minor: _Optional[int] = ...) -> None: ...
+    latency: _containers.ScalarMap[str, float]
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., protocol_minor: _Optional[int] = ..., latency: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("seq", "hello", "reserve", "prefill", "cancel", "pair", "unpair", "pause", "resume")
@@ -175,6 +188,16 @@ class TokenSampling(_message.Message):
     prompt_logprobs: int
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
+class Urgency(_message.Message):
+    __slots__ = ("ttft_left_s", "tpot_s", "priority")
+    TTFT_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ttft_left_s: float
+    tpot_s: float
+    priority: int
+    def __init__(self, ttft_left_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+
 class Pair(_message.Message):
     __slots__ = ("prefill",)
     PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -188,7 +211,7 @@ class Unpair(_message.Message):
     def __init__(self, prefill: _Optional[_Union[PeerRef, _Mapping]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "prefill", "cache_salt", "num_output_tokens")
+    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "prefill", "cache_salt", "num_output_tokens", "urgency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +219,7 @@ class Reserve(_message.Message):
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    URGENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -203,10 +227,11 @@ class Reserve(_message.Message):
     prefill: PeerRef
     cache_salt: str
     num_output_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., prefill: _Optional[_Union[PeerRef, _Mapping]] = ..., cache_salt: _Optional[str] = ..., num_output_tokens: _Optional[int] = ...) -> None: ...
+    urgency: Urgency
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., prefill: _Optional[_Union[PeerRef, _Mapping]] = ..., cache_salt: _Optional[str] = ..., num_output_tokens: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class Prefill(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "decode", "cache_salt", "num_output_tokens")
+    __slots__ = ("request_id", "attempt", "token_ids", "sampling", "decode", "cache_salt", "num_output_tokens", "urgency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +239,7 @@ class Prefill(_message.Message):
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    URGENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -221,7 +247,8 @@ class Prefill(_message.Message):
     decode: PeerRef
     cache_salt: str
     num_output_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., decode: _Optional[_Union[PeerRef, _Mapping]] = ..., cache_salt: _Optional[str] = ..., num_output_tokens: _Optional[int] = ...) -> None: ...
+    urgency: Urgency
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., decode: _Optional[_Union[PeerRef, _Mapping]] = ..., cache_salt: _Optional[str] = ..., num_output_tokens: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class Pause(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -248,20 +275,22 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "reserved", "step", "failed", "snapshot", "pair")
+    __slots__ = ("hello", "reserved", "step", "failed", "snapshot", "pair", "blocks")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     PAIR_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerInfo
     reserved: Reserved
     step: StepTokens
     failed: Failed
     snapshot: Snapshot
     pair: PairState
-    def __init__(self, hello: _Optional[_Union[WorkerInfo, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepTokens, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., pair: _Optional[_Union[PairState, _Mapping]] = ...) -> None: ...
+    blocks: BlockEvents
+    def __init__(self, hello: _Optional[_Union[WorkerInfo, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepTokens, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., pair: _Optional[_Union[PairState, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
 
 class PairState(_message.Message):
     __slots__ = ("worker_id", "epoch", "linked", "backend", "reason", "message")
@@ -358,7 +387,7 @@ class Failed(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[FailureReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("seq", "commands_seen", "running_requests", "queue_requests", "queue_tokens", "free_blocks", "owned_blocks", "leased_blocks", "cached_blocks")
+    __slots__ = ("seq", "commands_seen", "running_requests", "queue_requests", "queue_tokens", "free_blocks", "owned_blocks", "leased_blocks", "cached_blocks", "decoding_requests", "decode_context", "least_tpot_s", "steps")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     COMMANDS_SEEN_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +397,10 @@ class Snapshot(_message.Message):
     OWNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DECODING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    LEAST_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     commands_seen: int
     running_requests: int
@@ -377,4 +410,36 @@ class Snapshot(_message.Message):
     owned_blocks: int
     leased_blocks: int
     cached_blocks: int
-    def __init__(self, seq: _Optional[int] = ..., commands_seen: _Optional[int] = ..., running_requests: _Optional[int] = ..., queue_requests: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
+    decoding_requests: int
+    decode_context: int
+    least_tpot_s: float
+    steps: _containers.RepeatedCompositeFieldContainer[StepTime]
+    def __init__(self, seq: _Optional[int] = ..., commands_seen: _Optional[int] = ..., running_requests: _Optional[int] = ..., queue_requests: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., decoding_requests: _Optional[int] = ..., decode_context: _Optional[int] = ..., least_tpot_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTime, _Mapping]]] = ...) -> None: ...
+
+class StepTime(_message.Message):
+    __slots__ = ("new_tokens", "cached_tokens", "decode_requests", "decode_context", "seconds")
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    new_tokens: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: _containers.RepeatedScalarFieldContainer[int]
+    decode_requests: int
+    decode_context: int
+    seconds: float
+    def __init__(self, new_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., decode_requests: _Optional[int] = ..., decode_context: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[BlockEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ...) -> None: ...
+
+class BlockEvent(_message.Message):
+    __slots__ = ("stored", "removed")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
