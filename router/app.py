@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 import socket
 import time
@@ -22,20 +23,21 @@ from prelay.v1 import admin_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from router.admin import AdminApi
-from router.admission import Admission
 from router.dispatch import Dispatcher
 from router.errors import AddressTakenError
-from router.gate_queue import FcfsGateQueue
+from router.estimates import Estimates
 from router.grpc_api import SERVICE_NAME, InferenceApi
 from router.http_api import HttpApi
 from router.http_generate import GenerateApi
 from router.http_server_log import HttpServerLog
 from router.intake import Intake, ServedModel
+from router.lengths import OutputLengths
 from router.limits import Limits
 from router.metrics import RouterMetrics
 from router.metrics_http import metrics_application
-from router.placement.least_loaded import LeastLoadedPlacement
+from router.policies import POLICIES, PolicyInputs
 from router.pool_view import PoolView
+from router.prefix_index import PrefixIndex
 from router.recovery import Recovery, RetryBudget
 from router.settings import RouterSettings, split_address
 from router.slo import SloPolicy
@@ -66,11 +68,15 @@ class Router:
         self.metrics = RouterMetrics(self.registry, settings.slo_classes)
         self.pool = PoolView()
         self._workers_changed = asyncio.Event()
+        self.prefixes = PrefixIndex()
+        self.lengths = OutputLengths()
+        estimates = Estimates(self.pool, self.prefixes, self.lengths)
+        inputs = PolicyInputs(
+            self.pool, estimates, random.Random(), settings.max_gated_requests, settings.retry_after_s
+        )
         self.dispatcher = Dispatcher(
             pool=self.pool,
-            admission=Admission(settings.max_gated_requests, settings.retry_after_s),
-            gate=FcfsGateQueue(),
-            placement=LeastLoadedPlacement(),
+            policy=POLICIES[settings.policy](inputs),
             recovery=Recovery(
                 settings.max_attempts, RetryBudget(settings.retry_budget, settings.retry_burst)
             ),

@@ -26,17 +26,16 @@ from prelay.v1 import worker_pb2
 
 from engine.sequence import RequestKey
 from router import commands
-from router.admission import Admission, shortage_of
+from router.admission.shortage import shortage_of
 from router.errors import RouterError
-from router.gate_queue import GateQueue
 from router.limits import Limits
 from router.live import CommandLink, LiveRequest
 from router.live_requests import LiveRequests
 from router.metrics import RouterMetrics
 from router.outage import Outage
-from router.pair_table import Pair
 from router.pairing import Pairing
-from router.placement.base import Placement
+from router.placement.base import Decision
+from router.policy import Policy
 from router.pool_view import PoolView, WorkerView
 from router.record import Detokenizes
 from router.recovery import Cause, Loss, Recovery, Verdict, judge_failed, reason_name, worker_lost
@@ -50,9 +49,7 @@ class Dispatcher:
     def __init__(
         self,
         pool: PoolView,
-        admission: Admission,
-        gate: GateQueue,
-        placement: Placement,
+        policy: Policy,
         recovery: Recovery,
         limits: Limits,
         metrics: RouterMetrics,
@@ -62,9 +59,7 @@ class Dispatcher:
     ) -> None:
         """on_change: called when `serving` may have changed."""
         self._pool = pool
-        self._admission = admission
-        self._gate = gate
-        self._placement = placement
+        self._admission, self._gate, self._placement = policy.admission, policy.gate, policy.placement
         self._recovery = recovery
         self._metrics = metrics
         self._clock = clock
@@ -74,7 +69,7 @@ class Dispatcher:
         self._links: dict[str, CommandLink] = {}
         self._pumping = False
         self.live = LiveRequests(
-            pool, admission, gate, recovery.budget, self._outage, limits, metrics, new_detokenizer, clock,
+            policy, recovery.budget, self._outage, limits, metrics, new_detokenizer, clock,
             leave_workers=self._leave_workers, pump=self._pump,
         )  # fmt: skip
 
@@ -154,7 +149,7 @@ class Dispatcher:
 
     def _end_misfit(self, live: LiveRequest) -> None:
         """What fits no worker must not wait at the gate: nothing behind it would be placed."""
-        misfit = None if self._pool.missing_role() else self._admission.misfit(live.request, self._pool)
+        misfit = None if self._pool.missing_role() else self._admission.misfit(live.request)
         if misfit is not None:
             self.live.fail(live, misfit)
 
@@ -168,21 +163,26 @@ class Dispatcher:
         self._on_change()
 
     def _pump(self) -> None:
-        """Places requests as long as the head of the gate finds room."""
+        """Places requests as long as one of those that are next finds room."""
         if self._pumping:  # a request that ends in here pumps again
             return
         self._pumping = True
         try:
-            while (request := self._gate.head(now := self._clock())) is not None:
-                live = self.live[request.request_id]
-                pair = self._placement.choose(request, self._pool, live.avoid, now)
-                if pair is None:
-                    return
-                self._place(live, pair, now)
+            while self._place_next(self._clock()):
+                pass
         finally:
             self._pumping = False
 
-    def _place(self, live: LiveRequest, pair: Pair, now: float) -> None:
+    def _place_next(self, now: float) -> bool:
+        for request in self._gate.next(now):
+            live = self.live[request.request_id]
+            decision = self._placement.choose(request, live.avoid, now)
+            if decision is not None:
+                self._place(live, decision, now)
+                return True
+        return False
+
+    def _place(self, live: LiveRequest, pair: Decision, now: float) -> None:
         request = live.request
         self._gate.remove(request.request_id)
         key = live.record.place(now, pair.prefill, pair.decode)

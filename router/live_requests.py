@@ -16,15 +16,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from router.admission import Admission
+from router.admission.base import Refusal
 from router.answer_stream import AnswerStream
 from router.errors import DeadlineExceededError, RouterError, SlowReaderError, StoppingError
-from router.gate_queue import GateQueue
 from router.limits import Limits
 from router.live import LiveRequest
 from router.metrics import RouterMetrics
 from router.outage import Outage
-from router.pool_view import PoolView
+from router.policy import Policy
 from router.reader_pace import ReaderPace
 from router.record import Detokenizes, RequestRecord
 from router.recovery import RetryBudget
@@ -38,9 +37,7 @@ class LiveRequests:
 
     def __init__(
         self,
-        pool: PoolView,
-        admission: Admission,
-        gate: GateQueue,
+        policy: Policy,
         budget: RetryBudget,
         outage: Outage,
         limits: Limits,
@@ -51,9 +48,7 @@ class LiveRequests:
         pump: Callable[[], None],
     ) -> None:
         """leave_workers: makes the workers forget a request. pump: called when one came or room was left."""
-        self._pool = pool
-        self._admission = admission
-        self._gate = gate
+        self._admission, self._gate = policy.admission, policy.gate
         self._budget = budget
         self._outage = outage
         self._metrics = metrics
@@ -99,9 +94,9 @@ class LiveRequests:
 
         paced: whether the reader may be slow; one who reads at once, whatever comes, is never waited for.
         """
-        self._admit(requests)
-        ids = tuple(request.request_id for request in requests)
-        return [self._take(request, ids, paced) for request in requests]
+        admitted = self._admit(requests)
+        ids = tuple(request.request_id for request in admitted)
+        return [self._take(request, ids, paced) for request in admitted]
 
     def cancel(self, request_id: str) -> None:
         """The client no longer wants the answer; a request that has ended is left alone."""
@@ -138,15 +133,18 @@ class LiveRequests:
             for live in self:
                 self.fail(live, StoppingError())
 
-    def _admit(self, requests: Sequence[Request]) -> None:
+    def _admit(self, requests: Sequence[Request]) -> list[Request]:
         if self.stopping:
             raise StoppingError
-        waiting = len(self._gate)
-        refusals = (
-            self._admission.refuse(request, self._pool, waiting + ahead, overdue=self._outage.overdue)
-            for ahead, request in enumerate(requests)
-        )
-        refusal = next((refusal for refusal in refusals if refusal is not None), None)
+        now, overdue = self._clock(), self._outage.overdue
+        admitted: list[Request] = []
+        refusal: Refusal | None = None
+        for request in requests:
+            verdict = self._admission.judge(request, now, len(admitted), overdue=overdue)
+            if isinstance(verdict, Refusal):
+                refusal = verdict
+                break
+            admitted.append(verdict)
         for request in requests:
             if refusal is None:
                 self._metrics.admission("accepted", "none")
@@ -157,6 +155,7 @@ class LiveRequests:
                 self._metrics.rejected(request.slo.slo_class)
         if refusal is not None:
             raise refusal.error
+        return admitted
 
     def _take(self, request: Request, call: tuple[str, ...], paced: bool) -> AnswerStream:
         request_id = request.request_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from router.admission import shortage_of
+from router.admission.shortage import shortage_of
 from router.errors import RouterError
 from router.pool_view import PoolView
 

@@ -24,6 +24,17 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def writes(self) -> bool:
+        """Whether such a worker writes answers."""
+        return self is not Role.PREFILL
+
+    @property
+    def reads(self) -> bool:
+        """Whether such a worker reads prompts."""
+        return self is not Role.DECODE
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +218,14 @@ class PoolView:
 
     def why_no_pair(self) -> tuple[bool, str] | None:
         """`PairTable.why_none` of the workers that are up; there must be some of both roles."""
-        prefills, decodes = ({worker.worker_id: None for worker in self.up(role)} for role in Role)
+        prefills, decodes = (
+            {worker.worker_id: None for worker in self.up(role)} for role in (Role.PREFILL, Role.DECODE)
+        )
         return self.pairs.why_none(prefills, decodes)
 
     def missing_role(self) -> Role | None:
         """A role that has no worker that is up."""
-        return next((role for role in Role if not self.up(role)), None)
+        return next((role for role in (Role.PREFILL, Role.DECODE) if not self.up(role)), None)
 
     def largest_decode_tokens(self) -> int | None:
         """Tokens that the roomiest decode worker can hold; None when none is up."""

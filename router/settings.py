@@ -17,6 +17,7 @@ class RouterSettings:
     checkpoint: directory with the model's config and tokenizer. model_name: what clients call it.
     max_model_len: most tokens of prompt and answer; None means what the checkpoint's config says.
     slo_classes, default_slo_class: limits by class name, and the class of requests that name none.
+    policy: a name of `policies.POLICIES`.
     suspect_after_s: a worker without a snapshot for this long gets nothing new; None means half of
     liveness_timeout_s, after which it is down and what it had is placed again.
     max_attempts: placements of one request that may be lost until it ends with an error.
@@ -43,6 +44,7 @@ class RouterSettings:
     admin: str = "127.0.0.1:0"
     slo_classes: dict[str, SloLimits] = field(default_factory=lambda: {"default": SloLimits(2.0, 0.2)})
     default_slo_class: str = "default"
+    policy: str = "least_loaded"
     suspect_after_s: float | None = None
     liveness_timeout_s: float = 1.5
     max_attempts: int = 6

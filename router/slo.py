@@ -19,10 +19,17 @@ class SloLimits:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What one request is judged by: its class (a metrics label) and the limits in force for it."""
+    """What one request is judged by: its class (a metrics label) and the limits in force for it.
+
+    priority: the greater goes first. is_own: the client gave limits itself, so that it is told if they cannot
+    be met. may_downgrade: rather than be refused, be served as its class's `downgrade_to`.
+    """
 
     slo_class: str
     limits: SloLimits
+    priority: int = 0
+    is_own: bool = False
+    may_downgrade: bool = False
 
 
 class SloPolicy:

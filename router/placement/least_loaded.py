@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from router.pair_table import Pair
+from router.placement.base import Decision, Kind
 from router.pool_view import PoolView, Role, WorkerView
 from router.requests import Request
 
@@ -18,7 +18,11 @@ class LeastLoadedPlacement:
     (engine/reservation.py), and fewer requests than two full batches.
     """
 
-    def choose(self, request: Request, pool: PoolView, avoid: Collection[str], now: float) -> Pair | None:
+    def __init__(self, pool: PoolView) -> None:
+        self._pool = pool
+
+    def choose(self, request: Request, avoid: Collection[str], now: float) -> Decision | None:
+        pool = self._pool
         decodes = sorted(
             (worker for worker in pool.placeable(Role.DECODE) if _decode_has_room(worker, request)),
             key=lambda worker: (worker.worker_id in avoid, worker.requests, worker.worker_id),
@@ -31,7 +35,7 @@ class LeastLoadedPlacement:
             if linked := pool.pairs.linked_with(prefill.worker_id):
                 decode = next((one.worker_id for one in decodes if one.worker_id in linked), None)
                 if decode is not None:
-                    return Pair(prefill.worker_id, decode)
+                    return Decision(Kind.DISAGGREGATED, prefill.worker_id, decode)
         return None
 
 

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.sequence import RequestKey
-from router.admission import Admission
 from router.errors import NoPairError, NoWorkersError, OverloadedError, PromptTooLongError
-from router.gate_queue import FcfsGateQueue
+from router.gate.fcfs import FcfsGateQueue
 from router.pair_table import LinkState, Pair, PairLink
 from router.placement.least_loaded import LeastLoadedPlacement
 from router.pool_view import PoolView, Role, WorkerCapacity, WorkerView
@@ -32,7 +31,7 @@ def linked(pool):
 
 
 def choose(pool, request, avoid=()):
-    return LeastLoadedPlacement().choose(request, pool, avoid, now=0.0)
+    return LeastLoadedPlacement(pool).choose(request, avoid, now=0.0)
 
 
 @given(

@@ -1,26 +1,11 @@
-"""Requests that wait in the router, because no worker has a slot for them yet (late binding)."""
+"""First come, first served."""
 
 from __future__ import annotations
 
 import heapq
-from typing import Protocol
+from collections.abc import Iterable
 
 from router.requests import Request
-
-
-class GateQueue(Protocol):
-    """Decides who goes next. A core: told `now`, holds no clock."""
-
-    def add(self, request: Request) -> None:
-        """Takes a request in; one that comes back after a placement that failed is added again."""
-
-    def remove(self, request_id: str) -> None:
-        """Takes a request out (placed or ended); one that is not here is ignored."""
-
-    def head(self, now: float) -> Request | None:
-        """The request to place next, which stays in the queue; None when nothing waits."""
-
-    def __len__(self) -> int: ...
 
 
 class FcfsGateQueue:
@@ -41,10 +26,10 @@ class FcfsGateQueue:
             self._order = [(request.arrived_at, request.request_id) for request in self._waiting.values()]
             heapq.heapify(self._order)
 
-    def head(self, now: float) -> Request | None:
+    def next(self, now: float) -> Iterable[Request]:
         while self._order and self._order[0][1] not in self._waiting:
             heapq.heappop(self._order)
-        return self._waiting[self._order[0][1]] if self._order else None
+        return (self._waiting[self._order[0][1]],) if self._order else ()
 
     def __len__(self) -> int:
         return len(self._waiting)

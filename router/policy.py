@@ -1,0 +1,21 @@
+"""A policy: how requests are admitted, in which order they wait, and where they are placed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.admission.base import Admission
+from router.gate.base import GateQueue
+from router.placement.base import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """name: by which it is selected (`policies.py`). tells_urgency: whether workers are told how urgent a
+    request is; those that are not told serve first come first served, in steps of fixed size."""
+
+    name: str
+    admission: Admission
+    gate: GateQueue
+    placement: Placement
+    tells_urgency: bool
