@@ -1,14 +1,10 @@
-"""Who goes next, where to, and who is not let in."""
+"""Where a request goes when the least loaded workers are taken, and when there is no room."""
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from engine.sequence import RequestKey
-from router.errors import NoPairError, NoWorkersError, OverloadedError, PromptTooLongError
-from router.gate.fcfs import FcfsGateQueue
 from router.pair_table import LinkState, Pair, PairLink
+from router.placement.base import Kind
 from router.placement.least_loaded import LeastLoadedPlacement
 from router.pool_view import PoolView, Role, WorkerCapacity, WorkerView
 
@@ -31,28 +27,12 @@ def linked(pool):
 
 
 def choose(pool, request, avoid=()):
-    return LeastLoadedPlacement(pool).choose(request, avoid, now=0.0)
-
-
-@given(
-    operations=st.lists(
-        st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 5)),
-        max_size=120,
-    )
-)
-def test_the_gate_is_a_queue_by_arrival(operations, make_request):
-    gate, waiting = FcfsGateQueue(), {}
-    for add, number, arrived_at in operations:
-        request_id = f"r{number:02d}"
-        if add and request_id not in waiting:
-            waiting[request_id] = make_request(request_id, arrived_at=float(arrived_at))
-            gate.add(waiting[request_id])
-        elif not add:
-            waiting.pop(request_id, None)
-            gate.remove(request_id)
-        first = min(waiting.values(), key=lambda one: (one.arrived_at, one.request_id), default=None)
-        assert gate.head(0.0) == first
-        assert len(gate) == len(waiting)
+    """The pair that is chosen, if there is one."""
+    decision = LeastLoadedPlacement(pool).choose(request, avoid, now=0.0)
+    if decision is None:
+        return None
+    assert decision.kind is Kind.DISAGGREGATED
+    return Pair(decision.prefill, decision.decode)
 
 
 def test_the_least_loaded_pair_wins(make_request):
@@ -134,8 +114,6 @@ def test_room_is_for_the_prompt_and_what_there_is_of_the_answer(make_request):
     linked(small)
     assert choose(small, request.going_on(range(16))) is not None
     assert choose(small, request.going_on(range(17))) is None
-    message = str(Admission(2, 3.0).misfit(request.going_on(range(17)), small))
-    assert "the 16 tokens of the prompt and the 17 of the answer so far need 3 KV blocks" in message
 
 
 def test_a_prompt_is_not_placed_where_it_could_never_fit(make_request):
@@ -146,48 +124,8 @@ def test_a_prompt_is_not_placed_where_it_could_never_fit(make_request):
     assert choose(pool, make_request(prompt_tokens=33)).prefill == "p0"
 
 
-def test_admission(make_request):
-    admission = Admission(max_gated_requests=2, retry_after_s=3.0)
-    assert admission.refuse(make_request(), pool_of(), gated_requests=1, overdue=False) is None
-    full = admission.refuse(make_request(), pool_of(), gated_requests=2, overdue=False)
-    assert isinstance(full.error, OverloadedError)
-    assert (full.reason, full.counts, full.error.retry_after_s) == ("gate_full", True, 3.0)
-    alone = admission.refuse(make_request(), pool_of(decode=0), gated_requests=0, overdue=False)
-    assert isinstance(alone.error, NoWorkersError)
-    assert "no decode worker" in str(alone.error)
-    huge = admission.refuse(
-        make_request(prompt_tokens=65, max_tokens=64), pool_of(num_blocks=8), 0, overdue=False
-    )
-    assert isinstance(huge.error, PromptTooLongError)
-    assert (huge.reason, huge.counts) == ("never_fits", False)
-    assert "largest decode worker has 8: at most 128 tokens" in str(huge.error)
-    pool = pool_of(decode=0, num_blocks=2)
-    pool.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 64, 4, 100)))
-    huge = admission.refuse(make_request(prompt_tokens=33, max_tokens=1), linked(pool), 0, overdue=False)
-    assert "largest prefill worker has 2: at most 32 tokens" in str(huge.error)
-
-
-def test_the_largest_worker_is_the_one_that_holds_most_tokens(make_request):
-    """Not the one with the most blocks, which may be small."""
+def test_the_answer_goes_where_it_fits_though_another_has_more_blocks(make_request):
     pool = pool_of(decode=0)
     pool.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 8, 4, 100)))
     pool.add(WorkerView("d1", 1, Role.DECODE, WorkerCapacity(64, 4, 4, 100)))
-    request = make_request(prompt_tokens=56, max_tokens=200)
-    assert choose(linked(pool), request) == Pair("p0", "d1")
-    assert Admission(2, 3.0).refuse(request, pool, 0, overdue=False) is None
-
-
-def test_admission_waits_for_links_that_may_come(make_request):
-    admission, pool = Admission(max_gated_requests=2, retry_after_s=3.0), pool_of()
-    for pair in (Pair(p, d) for p in ("p0", "p1") for d in ("d0", "d1")):
-        pool.pairs.put(pair, PairLink(LinkState.MISMATCHED, "block_size is 16 here and 32 there"))
-    refusal = admission.refuse(make_request(), pool, 0, overdue=False)
-    assert isinstance(refusal.error, NoPairError)
-    assert (refusal.reason, refusal.counts) == ("no_pair", True)
-    assert "do not fit together: block_size is 16 here and 32 there" in str(refusal.error)
-    pool.pairs.put(Pair("p1", "d1"), PairLink(LinkState.UNREACHABLE, "nobody listens"))
-    assert admission.refuse(make_request(), pool, 0, overdue=False) is None
-    overdue = admission.refuse(make_request(), pool, 0, overdue=True)
-    assert "d1 and p1 are unreachable: nobody listens" in str(overdue.error)
-    pool.pairs.put(Pair("p1", "d1"), PairLink(LinkState.LINKED))
-    assert admission.refuse(make_request(), pool, 0, overdue=True) is None
+    assert choose(linked(pool), make_request(prompt_tokens=56, max_tokens=200)) == Pair("p0", "d1")
