@@ -1,9 +1,6 @@
 """Which prompt's KV lies in which block, so that a prompt that begins alike need not be computed. A core.
 
-A full block is known by a digest over all tokens from the beginning of its sequence to its end: blake2b of
-the digest before it and its own tokens. The chain begins with the model's identity and the request's salt, so
-that neither another model nor another tenant ever finds it. 128 bits make a collision, by chance or by
-intent, a matter of 2**64 blocks (cf. Zheng et al. 2023, who compare the tokens themselves, in a tree).
+Blocks are known by their digests (prefix_digests.py).
 
 The pool keeps the order in which blocks are given up; here is only what they hold. A block that holds a
 prefix is held together with those before it by whoever uses it (`insert` sees to that), and `BlockPool.drop`
@@ -13,13 +10,9 @@ leaves the end of a sequence to be taken first, so a block is never given up bef
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
-
-import numpy as np
 
 from engine.block_pool import BlockPool, Holder
-
-_DIGEST_NBYTES = 16
+from engine.prefix_digests import prefix_digests
 
 
 class PrefixCache:
@@ -30,7 +23,7 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool, identity: str) -> None:
         self._pool = pool
-        self._identity = identity.encode()
+        self._identity = identity
         self._blocks: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
         pool.tell(self._forget)
@@ -41,16 +34,7 @@ class PrefixCache:
 
     def digests(self, token_ids: Sequence[int], salt: str) -> list[bytes]:
         """What the full blocks of these tokens are known by: to be worked out once for a sequence."""
-        size = self._pool.block_size
-        tokens = np.asarray(token_ids, dtype=np.uint32)
-        digest = blake2b(self._identity, digest_size=_DIGEST_NBYTES).digest()
-        digest = blake2b(digest + salt.encode(), digest_size=_DIGEST_NBYTES).digest()
-        digests: list[bytes] = []
-        for start in range(0, len(tokens) - size + 1, size):
-            data = digest + tokens[start : start + size].tobytes()
-            digest = blake2b(data, digest_size=_DIGEST_NBYTES).digest()
-            digests.append(digest)
-        return digests
+        return prefix_digests(self._identity, salt, self._pool.block_size, token_ids)
 
     def match(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning that is known; the caller adds its reference at once.
