@@ -16,7 +16,8 @@ import numpy as np
 
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.latency import LatencyModel, Sample, StepShape, fit, relative_errors
+from engine.latency import LatencyModel, StepShape
+from engine.latency_fit import Sample, fit, relative_errors
 from engine.profiler import Limits, choose_steps, measure, num_blocks_of
 
 

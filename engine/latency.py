@@ -1,4 +1,4 @@
-"""How long a step will take: fitted to measured steps, corrected by what workers report. No torch here.
+"""How long a step will take: a model fitted to measurements, corrected by what is seen. No torch here.
 
 The formulas are those of DistServe (Zhong et al. 2024, section 5) and of Sarathi-Serve's mixed steps, for a
 step with prompt chunks of n_i new tokens after c_i cached ones, and B decoding sequences of K tokens of
@@ -8,25 +8,24 @@ context together:
 
 T = B + sum(n_i) are the rows of the step's matrix products, whose cost per row falls as they fill the device
 and depends on the kernel that is chosen by their number. So a1 * T is a sum of min(T, knot) and
-max(0, T - knot) over powers of two. No coefficient is negative: more work never takes less time.
+max(0, T - knot) over powers of two: a line between each power of two and the next. No coefficient is
+negative: more work never takes less time.
 
-`LatencyModel` is the fit, a value. `OnlineLatency` corrects it while it is used, and makes promises.
+`LatencyModel` is the fit (latency_fit.py), a value. `OnlineLatency` corrects it while it is used, and makes
+promises. A router asks either many times for each request, so an answer costs well under a microsecond: a
+look at the line that T lies on, and a few products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
 
 _VERSION = 1
 _MAX_CORRECTION = 5.0
+_KNOTS = tuple(2**exponent for exponent in range(1, 13))
 
 
 class ProfileError(ValueError):
@@ -50,40 +49,107 @@ class StepShape:
         return self.decode_batch + sum(new for new, _ in self.prefill)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A measured step."""
+def features(shape: StepShape) -> dict[str, float]:
+    """The terms of the formula by the names of their coefficients."""
+    rows = shape.num_tokens
+    return {
+        "step": 1.0,
+        "rows": rows,
+        **{f"rows_to_{knot}": min(rows, knot) for knot in _KNOTS},
+        **{f"rows_from_{knot}": max(0, rows - knot) for knot in _KNOTS},
+        "prefill_attention": sum(new * (cached + new / 2) for new, cached in shape.prefill),
+        "prefill_context": sum(new + cached for new, cached in shape.prefill),
+        "prefill_chunks": len(shape.prefill),
+        "decode_sequences": shape.decode_batch,
+        "decode_context": shape.decode_context,
+    }
 
-    shape: StepShape
-    seconds: float
+
+_NAMES = frozenset(features(StepShape()))
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyModel:
-    """Seconds that a step takes; coefficients by the name of their feature, none negative."""
+    """Seconds that a step takes; coefficients by the name of their feature, none negative.
+
+    Without any (`unknown`) every step takes no time at all.
+    """
 
     coefficients: Mapping[str, float]
+    # By the number of bits of T: where its line begins, seconds there, seconds a row from there on.
+    _lines: tuple[tuple[int, float, float], ...] = field(init=False, repr=False, compare=False)
+    # Of sum(n * (c + n / 2)), sum(c + n), the number of chunks, B and K.
+    _weights: tuple[float, float, float, float, float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        get = self.coefficients.get
+        object.__setattr__(self, "_lines", _lines(self.coefficients))
+        weights = tuple(
+            get(name, 0.0)
+            for name in (
+                "prefill_attention",
+                "prefill_context",
+                "prefill_chunks",
+                "decode_sequences",
+                "decode_context",
+            )
+        )
+        object.__setattr__(self, "_weights", weights)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it says anything."""
+        return bool(self.coefficients)
 
     def step_s(self, shape: StepShape) -> float:
         """Any mixture; 0.0 for an empty step."""
-        if shape.num_tokens == 0:
-            return 0.0
-        return math.fsum(self.coefficients.get(name, 0.0) * value for name, value in _features(shape))
+        rows, attention, context = shape.decode_batch, 0.0, 0
+        for new, cached in shape.prefill:
+            rows += new
+            attention += new * (cached + 0.5 * new)
+            context += cached + new
+        return self._seconds(
+            rows, attention, context, len(shape.prefill), shape.decode_batch, shape.decode_context
+        )
 
     def prefill_s(self, new: int, cached: int = 0) -> float:
         """One prompt chunk of `new` tokens after `cached` ones."""
-        return self.step_s(StepShape(prefill=((new, cached),)))
+        return self._seconds(new, new * (cached + 0.5 * new), cached + new, 1, 0, 0)
 
     def decode_s(self, batch: int, context: int) -> float:
         """One token for each of `batch` sequences that have `context` tokens together."""
-        return self.step_s(StepShape(decode_batch=batch, decode_context=context))
+        return self._seconds(batch, 0.0, 0, 0, batch, context)
 
     def mixed_s(self, batch: int, context: int, new: int, cached: int = 0) -> float:
         """A decode step that also computes one prompt chunk."""
-        return self.step_s(StepShape(((new, cached),), batch, context))
+        return self._seconds(batch + new, new * (cached + 0.5 * new), cached + new, 1, batch, context)
+
+    def _seconds(
+        self, rows: int, attention: float, chunk_context: int, num_chunks: int, batch: int, context: int
+    ) -> float:
+        if rows == 0:
+            return 0.0
+        lines = self._lines
+        bits = rows.bit_length()
+        first, seconds, a_row = lines[bits if bits < len(lines) else -1]
+        a2, a3, a4, b1, b2 = self._weights
+        return (
+            seconds
+            + a_row * (rows - first)
+            + a2 * attention
+            + a3 * chunk_context
+            + a4 * num_chunks
+            + b1 * batch
+            + b2 * context
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"version": _VERSION, "coefficients": dict(self.coefficients)}
+
+    @classmethod
+    def unknown(cls) -> LatencyModel:
+        """Of a worker that has not said how long its steps take."""
+        return cls({})
 
     @classmethod
     def from_json(cls, raw: object) -> LatencyModel:
@@ -96,40 +162,22 @@ class LatencyModel:
         coefficients = raw.get("coefficients")
         if not isinstance(coefficients, dict):
             raise ProfileError(f"coefficients is {coefficients!r}; it must be an object of numbers")
-        known = set(_NAMES)
-        for name, value in coefficients.items():
-            if name not in known:
+        for name in coefficients:
+            if name not in _NAMES:
                 raise ProfileError(f"coefficient {name!r} is not one of this version: profile again")
+        return cls.from_coefficients(coefficients)
+
+    @classmethod
+    def from_coefficients(cls, coefficients: Mapping[str, Any]) -> LatencyModel:
+        """What a worker says of itself (WorkerInfo.latency); `unknown` if it says nothing.
+
+        A name that is not one of this version is ignored: the worker may be of a later minor one. Raises
+        ProfileError.
+        """
+        for name, value in coefficients.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ProfileError(f"coefficient {name} is {value!r}; it must be a number of at least 0")
-        return cls({name: float(value) for name, value in coefficients.items()})
-
-
-def fit(samples: Sequence[Sample]) -> LatencyModel:
-    """The model whose relative errors over the samples have the least squares. Raises ProfileError."""
-    if not samples:
-        raise ProfileError("there are no samples to fit")
-    for sample in samples:
-        if not 0 < sample.seconds < math.inf or sample.shape.num_tokens < 1:
-            raise ProfileError(f"a step of {sample.shape} that took {sample.seconds} s cannot be fitted")
-    # Every row is divided by its time, so that residuals are relative; every column by its largest entry, so
-    # that coefficients of seconds and of nanoseconds are found alike.
-    rows = np.array([[value for _, value in _features(sample.shape)] for sample in samples])
-    rows /= np.array([sample.seconds for sample in samples])[:, None]
-    scales = rows.max(axis=0)
-    used = scales > 0
-    solution = np.zeros(len(scales))
-    solution[used] = (
-        _nonnegative_least_squares(rows[:, used] / scales[used], np.ones(len(rows))) / scales[used]
-    )
-    return LatencyModel(
-        {name: float(value) for name, value in zip(_NAMES, solution, strict=True) if value > 0}
-    )
-
-
-def relative_errors(model: LatencyModel, samples: Sequence[Sample]) -> Array:
-    """|predicted / measured - 1| of each sample."""
-    return np.array([abs(model.step_s(sample.shape) / sample.seconds - 1) for sample in samples])
+        return cls({name: float(value) for name, value in coefficients.items() if name in _NAMES})
 
 
 class OnlineLatency:
@@ -142,6 +190,21 @@ class OnlineLatency:
     forgetting: weight of an observation against the next. rate: how far one observation moves q.
     """
 
+    __slots__ = (
+        "_c00",
+        "_c01",
+        "_c11",
+        "_forgetting",
+        "_margin",
+        "_offset_s",
+        "_q",
+        "_quantile",
+        "_rate",
+        "_scale",
+        "_unit_s",
+        "model",
+    )
+
     def __init__(
         self, model: LatencyModel, forgetting: float = 0.995, quantile: float = 0.9, rate: float = 0.02
     ) -> None:
@@ -149,92 +212,89 @@ class OnlineLatency:
             raise ValueError(
                 f"forgetting {forgetting}, quantile {quantile}, rate {rate}: each is a share of 1"
             )
-        self._model = model
+        self.model = model
         self._forgetting = forgetting
         self._quantile = quantile
         self._rate = rate
         self._q = 0.0
-        # offset (in units of a typical step, so that both parameters are of order 1) and scale.
-        self._unit_s: float | None = None
-        self._parameters: Array = np.array([0.0, 1.0])
-        self._covariance: Array = np.eye(2) * 0.1
+        self._margin = 1.0
+        # The offset is counted in units of a typical step, so that both parameters are of order 1.
+        self._unit_s = 0.0
+        self._offset_s, self._scale = 0.0, 1.0
+        # Of the covariance, which is symmetric.
+        self._c00, self._c01, self._c11 = 0.1, 0.0, 0.1
+
+    def corrected_s(self, model_s: float) -> float:
+        """What is to be expected where the model alone says `model_s`: for who asks `model` directly."""
+        if model_s == 0.0:
+            return 0.0
+        corrected = self._offset_s + self._scale * model_s
+        # Corrections are learned where the load has been; far from there they must not turn absurd.
+        if corrected < (least := model_s / _MAX_CORRECTION):
+            return least
+        return corrected if corrected < (most := model_s * _MAX_CORRECTION) else most
+
+    @property
+    def margin(self) -> float:
+        """A promise is the expectation times this."""
+        return self._margin
 
     def expect_s(self, shape: StepShape) -> float:
         """How long the step will take, half of the time."""
-        predicted = self._model.step_s(shape)
-        if self._unit_s is None or predicted == 0:
-            return predicted
-        offset, scale = self._parameters
-        # Corrections are learned where the load has been; far from there they must not turn absurd.
-        corrected = offset * self._unit_s + scale * predicted
-        return float(np.clip(corrected, predicted / _MAX_CORRECTION, predicted * _MAX_CORRECTION))
+        return self.corrected_s(self.model.step_s(shape))
 
     def promise_s(self, shape: StepShape) -> float:
         """How long the step will take at most, in `quantile` of the cases."""
-        return self.expect_s(shape) * math.exp(self._q)
+        return self.expect_s(shape) * self._margin
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Take a step into account; what is not a time is ignored."""
-        predicted = self._model.step_s(shape)
+        predicted = self.model.step_s(shape)
         if not 0 < seconds < math.inf or predicted <= 0:
             return
-        if self._unit_s is None:
-            self._unit_s = predicted
-        is_above = seconds > self.promise_s(shape)
+        unit_s = self._unit_s = self._unit_s or predicted
+        is_above = seconds > self.corrected_s(predicted) * self._margin
         self._q += self._rate * (self._quantile if is_above else self._quantile - 1)
+        self._margin = math.exp(self._q)
         # Errors are relative to what is observed, so one time that is far too short would outweigh thousands.
-        row = np.array([self._unit_s, predicted]) / max(seconds, predicted / _MAX_CORRECTION)
-        gain = self._covariance @ row / (self._forgetting + row @ self._covariance @ row)
-        self._parameters = self._parameters + gain * (1 - row @ self._parameters)
-        covariance = (self._covariance - np.outer(gain, row @ self._covariance)) / self._forgetting
+        weight = 1.0 / max(seconds, predicted / _MAX_CORRECTION)
+        x0, x1 = unit_s * weight, predicted * weight
+        # Covariance times x, and the gain that follows from it.
+        p0, p1 = self._c00 * x0 + self._c01 * x1, self._c01 * x0 + self._c11 * x1
+        denominator = self._forgetting + x0 * p0 + x1 * p1
+        error = 1.0 - (self._offset_s * weight + self._scale * x1)
+        self._offset_s += p0 / denominator * error * unit_s
+        self._scale += p1 / denominator * error
+        c00 = max(0.0, self._c00 - p0 * p0 / denominator) / self._forgetting
+        c11 = max(0.0, self._c11 - p1 * p1 / denominator) / self._forgetting
+        c01 = (self._c01 - p0 * p1 / denominator) / self._forgetting
+        # Rounding must not make it the covariance of nothing that can be.
+        most = math.sqrt(c00 * c11)
         # Without news in one direction, forgetting alone would let the uncertainty there grow for ever.
-        self._covariance = covariance * min(1.0, 1.0 / float(np.trace(covariance)))
+        shrink = 1.0 / max(1.0, c00 + c11)
+        self._c00, self._c11 = c00 * shrink, c11 * shrink
+        self._c01 = min(max(c01, -most), most) * shrink
 
 
-_KNOTS = tuple(2**exponent for exponent in range(1, 13))
+def _lines(coefficients: Mapping[str, float]) -> tuple[tuple[int, float, float], ...]:
+    """What of the formula depends on T alone, and the step itself; see LatencyModel._lines."""
 
+    def at(rows: int) -> float:
+        terms = features(StepShape(decode_batch=rows))
+        return math.fsum(
+            coefficients.get(name, 0.0) * value
+            for name, value in terms.items()
+            if not name.startswith("decode")
+        )
 
-def _features(shape: StepShape) -> list[tuple[str, float]]:
-    """Name and value of every term of the formula."""
-    rows = shape.num_tokens
-    return [
-        ("step", 1.0),
-        ("rows", rows),
-        *((f"rows_to_{knot}", min(rows, knot)) for knot in _KNOTS),
-        *((f"rows_from_{knot}", max(0, rows - knot)) for knot in _KNOTS),
-        ("prefill_attention", sum(new * (cached + new / 2) for new, cached in shape.prefill)),
-        ("prefill_context", sum(new + cached for new, cached in shape.prefill)),
-        ("prefill_chunks", len(shape.prefill)),
-        ("decode_sequences", shape.decode_batch),
-        ("decode_context", shape.decode_context),
-    ]
-
-
-_NAMES = tuple(name for name, _ in _features(StepShape()))
-
-
-def _nonnegative_least_squares(matrix: Array, target: Array) -> Array:
-    """argmin |matrix @ x - target| over x >= 0: the active-set method of Lawson and Hanson (1974)."""
-    num_columns = matrix.shape[1]
-    solution = np.zeros(num_columns)
-    passive = np.zeros(num_columns, dtype=bool)
-    # A column joins while the residual still falls along it; the bound ends what rounding would keep going.
-    for _ in range(3 * num_columns):
-        gradient = matrix.T @ (target - matrix @ solution)
-        gradient[passive] = -np.inf
-        if gradient.max() <= 1e-9 * len(target):
-            break
-        passive[gradient.argmax()] = True
-        while True:
-            trial = np.zeros(num_columns)
-            trial[passive] = np.linalg.lstsq(matrix[:, passive], target, rcond=None)[0]
-            wrong = passive & (trial <= 0)
-            if not wrong.any():
-                break
-            # As far towards the trial as no coefficient turns negative; those that reach 0 leave.
-            steps = solution[wrong] / (solution[wrong] - trial[wrong])
-            solution += steps.min() * (trial - solution)
-            passive &= solution > 1e-12
-            solution[~passive] = 0
-        solution = trial
-    return solution
+    lines = [(0, 0.0, 0.0)]
+    for first in (1, *_KNOTS):
+        slope = math.fsum(
+            [
+                coefficients.get("rows", 0.0),
+                *(coefficients.get(f"rows_to_{knot}", 0.0) for knot in _KNOTS if knot > first),
+                *(coefficients.get(f"rows_from_{knot}", 0.0) for knot in _KNOTS if knot <= first),
+            ]
+        )
+        lines.append((first, at(first), slope))
+    return tuple(lines)

@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.latency import Sample, StepShape
+from engine.latency import StepShape
+from engine.latency_fit import Sample
 from engine.runner import StepRunner
 from engine.sequence import ScheduledChunk, TokenSampling
 

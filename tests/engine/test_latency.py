@@ -12,15 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.latency import (
-    LatencyModel,
-    OnlineLatency,
-    ProfileError,
-    Sample,
-    StepShape,
-    fit,
-    relative_errors,
-)
+from engine.latency import LatencyModel, OnlineLatency, ProfileError, StepShape, features
+from engine.latency_fit import Sample, fit, relative_errors
 
 SHAPES = st.builds(
     lambda prefill, batch, context: StepShape(tuple(prefill), batch, batch * context),
@@ -88,6 +81,36 @@ def test_an_empty_step_takes_no_time_and_a_mixed_one_less_than_its_parts() -> No
     assert max(parts) < model.mixed_s(16, 16 * 512, 256, 128) < sum(parts)
 
 
+@given(SHAPES, st.dictionaries(st.sampled_from(sorted(features(StepShape()))), st.floats(0, 1e-3)))
+def test_a_step_is_the_sum_of_its_features(shape: StepShape, coefficients: dict[str, float]) -> None:
+    model = LatencyModel(coefficients)
+    terms = (coefficients.get(name, 0.0) * value for name, value in features(shape).items())
+    expected = math.fsum(terms) if shape.num_tokens else 0.0
+    assert model.step_s(shape) == pytest.approx(expected, rel=1e-12, abs=0)
+    (new, cached), *more = shape.prefill or ((0, 0),)
+    if new and not more:
+        batch, context = shape.decode_batch, shape.decode_context
+        assert model.mixed_s(batch, context, new, cached) == pytest.approx(expected, rel=1e-12, abs=0)
+        assert model.prefill_s(new, cached) == model.step_s(StepShape(((new, cached),)))
+        assert model.decode_s(batch, context) == model.step_s(StepShape((), batch, context))
+
+
+def test_an_unknown_model_expects_nothing_and_learns_nothing() -> None:
+    model = LatencyModel.unknown()
+    online = OnlineLatency(model)
+    online.observe(StepShape(((8, 0),)), 3.0)
+    assert not model.is_known
+    assert online.expect_s(StepShape(((8, 0),))) == model.step_s(StepShape(((8, 0),))) == 0.0
+
+
+def test_what_a_worker_says_of_itself_is_read_as_far_as_it_is_known() -> None:
+    said = {"rows": 2.0, "step": 1, "phase_of_the_moon": 3.0}
+    assert LatencyModel.from_coefficients(said) == LatencyModel({"rows": 2.0, "step": 1.0})
+    assert LatencyModel.from_coefficients({}) == LatencyModel.unknown()
+    with pytest.raises(ProfileError, match="phase_of_the_moon is nan"):
+        LatencyModel.from_coefficients(said | {"phase_of_the_moon": math.nan})
+
+
 def test_json_and_back() -> None:
     model = fit(samples(60, seed=1, noise=0.02))
     assert LatencyModel.from_json(json.loads(json.dumps(model.to_json()))) == model
@@ -138,8 +161,29 @@ def test_a_drift_is_followed_and_promises_hold_nine_times_of_ten(scale: float, o
         online.observe(shape, observed(shape))
     errors = [online.expect_s(shape) / (truth(shape) * scale + offset_s) - 1 for shape in shapes]
     assert abs(np.median(errors)) < 0.06
+    assert online.corrected_s(online.model.step_s(shapes[0])) == online.expect_s(shapes[0])
+    assert online.expect_s(shapes[0]) * online.margin == online.promise_s(shapes[0])
     kept = np.mean([observed(shape) <= online.promise_s(shape) for shape in shapes for _ in range(10)])
     assert 0.84 < kept < 0.96
+
+
+def test_corrections_are_those_of_recursive_least_squares() -> None:
+    """In matrices, as the textbooks have it."""
+    model = fit(samples(120, seed=1, noise=0))
+    online = OnlineLatency(model, forgetting=0.99)
+    parameters, covariance = np.array([0.0, 1.0]), np.eye(2) * 0.1
+    dice = random.Random(6)
+    shapes = [sample.shape for sample in samples(200, seed=7, noise=0)]
+    unit_s = model.step_s(shapes[0])
+    for shape in shapes:
+        seconds = 1.3 * model.step_s(shape) * math.exp(dice.gauss(0, 0.2)) + 0.01
+        online.observe(shape, seconds)
+        row = np.array([unit_s, model.step_s(shape)]) / seconds
+        gain = covariance @ row / (0.99 + row @ covariance @ row)
+        parameters = parameters + gain * (1 - row @ parameters)
+        covariance = (covariance - np.outer(gain, row @ covariance)) / 0.99
+        covariance *= min(1.0, 1.0 / np.trace(covariance))
+        assert online.expect_s(shape) == pytest.approx(parameters @ [unit_s, model.step_s(shape)], rel=1e-9)
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 5e-324, 1e9])
