@@ -16,8 +16,11 @@ _STOP_REASONS = {
 }
 
 
-def reserve(key: RequestKey, request: Request, prefill: worker_pb2.PeerRef) -> worker_pb2.RouterMessage:
-    """To the decode worker, before anything else."""
+def reserve(
+    key: RequestKey, request: Request, prefill: worker_pb2.PeerRef | None
+) -> worker_pb2.RouterMessage:
+    """To the decode worker, before anything else. prefill: None if it is a mixed one that reads the prompt
+    itself."""
     return worker_pb2.RouterMessage(
         reserve=worker_pb2.Reserve(
             request_id=key.request_id,

@@ -182,18 +182,22 @@ class Dispatcher:
                 return True
         return False
 
-    def _place(self, live: LiveRequest, pair: Decision, now: float) -> None:
+    def _place(self, live: LiveRequest, decision: Decision, now: float) -> None:
         request = live.request
         self._gate.remove(request.request_id)
-        key = live.record.place(now, pair.prefill, pair.decode)
-        live.prefill, live.decode = self._links[pair.prefill], self._links[pair.decode]
-        decode_view = self._pool[pair.decode]
+        reader = decision.prefill or decision.decode
+        key = live.record.place(now, reader, decision.decode, decision.kind)
+        live.prefill = None if decision.prefill is None else self._links[decision.prefill]
+        live.decode = self._links[decision.decode]
+        decode_view = self._pool[decision.decode]
         blocks = decode_view.capacity.reserved_blocks(request.num_tokens, request.tokens_left)
-        self._pool[pair.prefill].credit(key, tokens=request.num_tokens, blocks=0)
-        decode_view.credit(key, tokens=0, blocks=blocks)
-        number = live.decode.send(commands.reserve(key, request, commands.peer(live.prefill.info)))
+        if live.prefill is not None:
+            self._pool[reader].credit(key, tokens=request.num_tokens, blocks=0)
+        decode_view.credit(key, tokens=0 if live.prefill else request.num_tokens, blocks=blocks)
+        peer = None if live.prefill is None else commands.peer(live.prefill.info)
+        number = live.decode.send(commands.reserve(key, request, peer))
         decode_view.sent(key, number)
-        self._metrics.placement("disaggregated")
+        self._metrics.placement(decision.kind)
 
     def _find(self, link: CommandLink, key: RequestKey) -> LiveRequest | None:
         """The live request that `link` speaks of; None when it has ended, or that attempt of it has."""

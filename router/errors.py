@@ -2,9 +2,11 @@
 
 RouterError
 ├── InvalidRequestError          the request is wrong; `param` names the field
-│   └── PromptTooLongError       prompt (plus answer) does not fit the model, or any worker
+│   ├── PromptTooLongError       prompt (plus answer) does not fit the model, or any worker
+│   └── SloImpossibleError       the client's own limits, which an idle cluster could not keep
 ├── ModelNotFoundError           another model than the one served
 ├── OverloadedError              gate full; `retry_after_s` says when to come again
+│   └── LateError                the request would be late; `ttft_s` says by what prediction
 ├── NoWorkersError               a role has no worker that is up
 ├── NoPairError                  there are workers, but none that are linked to each other
 ├── WorkerLostError              a worker that the request was on went down, and it is not placed again
@@ -41,6 +43,11 @@ class PromptTooLongError(InvalidRequestError):
     """Prompt and answer need more positions or KV blocks than there are."""
 
 
+class SloImpossibleError(InvalidRequestError):
+    """The client gave limits that no pair of workers could keep if nothing else were there; the message says
+    what is possible."""
+
+
 class ModelNotFoundError(RouterError):
     """The client asked for a model that is not the one served."""
 
@@ -54,6 +61,17 @@ class OverloadedError(RouterError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LateError(OverloadedError):
+    """The cluster has more to do than it can do in time, and this request would be late.
+
+    ttft_s: its time to first token, as predicted. retry_after_s: when it may well be in time.
+    """
+
+    def __init__(self, message: str, retry_after_s: float, ttft_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.ttft_s = ttft_s
 
 
 class NoWorkersError(RouterError):

@@ -19,7 +19,7 @@ from router.intake import Intake
 from router.live_requests import LiveRequests
 from router.requests import Delta, Details, FinishReason, Request
 from router.sampling import SamplingWish
-from router.slo import Slo, SloPolicy
+from router.slo import Slo, SloPolicy, SloWish
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_ID_CHARS = 128
@@ -126,11 +126,14 @@ class InferenceApi:
                 raise InvalidRequestError("no prompt is given; set text, token_ids or chat", "prompt")
 
     def _slo_of(self, slo: inference_pb2.Slo) -> Slo:
-        return self._slo.resolve(
-            slo.slo_class or None,
-            _seconds(slo.ttft) if slo.HasField("ttft") else None,
-            _seconds(slo.tpot) if slo.HasField("tpot") else None,
+        wish = SloWish(
+            slo_class=slo.slo_class or None,
+            ttft_s=_seconds(slo.ttft) if slo.HasField("ttft") else None,
+            tpot_s=_seconds(slo.tpot) if slo.HasField("tpot") else None,
+            priority=slo.priority if slo.HasField("priority") else None,
+            may_downgrade=slo.allow_downgrade,
         )
+        return self._slo.resolve(wish)
 
 
 def _parse_generate(data: bytes) -> inference_pb2.GenerateRequest | DecodeError:
@@ -222,6 +225,10 @@ def _details(details: Details) -> inference_pb2.RequestDetails:
         duration=_duration(details.duration_s),
         stages={stage.value: _duration(seconds) for stage, seconds in details.stages.items()},
         outcome=details.outcome.value,
+        slo_class=details.slo_class,
+        ttft_limit=_duration(details.limits.ttft_s),
+        tpot_limit=_duration(details.limits.tpot_s),
+        placement=details.placement,
     )
 
 

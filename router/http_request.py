@@ -10,10 +10,13 @@ import pydantic_core
 from aiohttp import web
 
 from router.errors import InvalidRequestError
-from router.slo import Slo, SloPolicy
+from router.slo import Slo, SloFields, SloPolicy, SloWish
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """The client's x-request-id, or one of ours."""
+
+_SLO_HEADERS = SloFields("x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-priority")
+_ALLOW_DOWNGRADE = "x-slo-allow-downgrade"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -47,11 +50,16 @@ def tenant_of(http: web.Request) -> str:
 
 
 def slo_of(http: web.Request, policy: SloPolicy) -> Slo:
-    """The SLO in the headers x-slo-class, x-slo-ttft-ms and x-slo-tpot-ms. Raises InvalidRequestError."""
-    names = ("x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms")
-    return policy.resolve(
-        http.headers.get(names[0]), _seconds(http, names[1]), _seconds(http, names[2]), names=names
+    """The SLO in the headers x-slo-class, x-slo-ttft-ms, x-slo-tpot-ms, x-slo-priority and
+    x-slo-allow-downgrade. Raises InvalidRequestError."""
+    wish = SloWish(
+        slo_class=http.headers.get(_SLO_HEADERS.slo_class),
+        ttft_s=_seconds(http, _SLO_HEADERS.ttft),
+        tpot_s=_seconds(http, _SLO_HEADERS.tpot),
+        priority=_whole_number(http, _SLO_HEADERS.priority),
+        may_downgrade=_switch(http, _ALLOW_DOWNGRADE),
     )
+    return policy.resolve(wish, _SLO_HEADERS)
 
 
 def _seconds(http: web.Request, header: str) -> float | None:
@@ -64,3 +72,20 @@ def _seconds(http: web.Request, header: str) -> float | None:
         raise InvalidRequestError(
             f"{header} must be a number of milliseconds, got {value[:40]!r}", header
         ) from error
+
+
+def _whole_number(http: web.Request, header: str) -> int | None:
+    value = http.headers.get(header)
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise InvalidRequestError(f"{header} must be a whole number, got {value[:40]!r}", header) from error
+
+
+def _switch(http: web.Request, header: str) -> bool:
+    value = http.headers.get(header, "0")
+    if value not in ("0", "1"):
+        raise InvalidRequestError(f"{header} must be 1 (yes) or 0 (no), got {value[:40]!r}", header)
+    return value == "1"

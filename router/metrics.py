@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from router.pool_view import Role
 from router.recovery import Cause
 from router.requests import Details, Outcome, Stage
-from router.slo import SloLimits
+from router.slo import SloClass
 
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -30,7 +30,7 @@ _ADMISSIONS = (
 class RouterMetrics:
     """Counts and times requests; every method is one event."""
 
-    def __init__(self, registry: CollectorRegistry, slo_classes: Mapping[str, SloLimits]) -> None:
+    def __init__(self, registry: CollectorRegistry, slo_classes: Mapping[str, SloClass]) -> None:
         """slo_classes: their limits become bucket edges, so that attainment can be read off."""
         ttft = _edges(_TTFT_BUCKETS, (limits.ttft_s for limits in slo_classes.values()))
         per_token = _edges(_PER_TOKEN_BUCKETS, (limits.tpot_s for limits in slo_classes.values()))

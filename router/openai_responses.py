@@ -114,4 +114,8 @@ def details_object(details: Details) -> dict[str, Any]:
         "duration_s": details.duration_s,
         "stages": {stage.value: seconds for stage, seconds in details.stages.items()},
         "outcome": details.outcome.value,
+        "slo_class": details.slo_class,
+        "ttft_limit_s": details.limits.ttft_s,
+        "tpot_limit_s": details.limits.tpot_s,
+        "placement": details.placement,
     }

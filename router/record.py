@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.sequence import RequestKey, StopReason, TokenLogprobs
+from router.placement.base import Kind
 from router.requests import Delta, Details, Finish, FinishReason, Outcome, Request, Stage
 from router.stages import StageClock
 from router.stop_strings import StopStrings
@@ -60,6 +61,7 @@ class RequestRecord:
         self.attempt = 0
         self.prefill_worker = ""
         self.decode_worker = ""
+        self.placement = ""
         self.token_ids: list[int] = []
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.stop)
@@ -81,11 +83,14 @@ class RequestRecord:
         """Names the placement in force; what carries another attempt is not about it."""
         return RequestKey(self.request.request_id, self.attempt)
 
-    def place(self, now: float, prefill_worker: str, decode_worker: str) -> RequestKey:
-        """The request leaves the gate for a pair of workers, as a new attempt."""
+    def place(
+        self, now: float, prefill_worker: str, decode_worker: str, kind: Kind = Kind.DISAGGREGATED
+    ) -> RequestKey:
+        """The request leaves the gate for its workers, which may be one, as a new attempt."""
         self.attempt += 1
         self.prefill_worker = prefill_worker
         self.decode_worker = decode_worker
+        self.placement = kind.value
         self._stages.placed(now)
         return self.key
 
@@ -194,6 +199,9 @@ class RequestRecord:
             duration_s=now - self.request.arrived_at,
             stages=self._stages.finish(now),
             outcome=self._judge(ttft_s, tpot_s) if failed is None else failed,
+            slo_class=self.request.slo.slo_class,
+            limits=self.request.slo.limits,
+            placement=self.placement,
         )
         return self._details
 

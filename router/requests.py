@@ -8,7 +8,7 @@ from enum import StrEnum
 from itertools import chain
 
 from engine.sequence import TokenLogprobs, TokenSampling
-from router.slo import Slo
+from router.slo import Slo, SloLimits
 from router.text_alignment import ScoredToken
 
 
@@ -85,7 +85,11 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """How a request was served. Times in seconds; ttft_s is None when no token came."""
+    """How a request was served. Times in seconds; ttft_s is None when no token came.
+
+    slo_class, limits: what it was judged by. placement: how it was placed last (`placement.base.Kind`); empty
+    if it never was.
+    """
 
     request_id: str
     prefill_worker: str
@@ -97,6 +101,9 @@ class Details:
     duration_s: float
     stages: Mapping[Stage, float]
     outcome: Outcome
+    slo_class: str
+    limits: SloLimits
+    placement: str
 
 
 class FinishReason(StrEnum):

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from router.errors import SettingsError
-from router.slo import SloLimits
+from router.policies import POLICIES
+from router.slo import SloClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class RouterSettings:
 
     checkpoint: directory with the model's config and tokenizer. model_name: what clients call it.
     max_model_len: most tokens of prompt and answer; None means what the checkpoint's config says.
-    slo_classes, default_slo_class: limits by class name, and the class of requests that name none.
+    slo_classes, default_slo_class: SLO classes by name, and the class of requests that name none.
     policy: a name of `policies.POLICIES`.
     suspect_after_s: a worker without a snapshot for this long gets nothing new; None means half of
     liveness_timeout_s, after which it is down and what it had is placed again.
@@ -42,7 +43,7 @@ class RouterSettings:
     grpc: str = "127.0.0.1:8001"
     metrics: str = "127.0.0.1:9090"
     admin: str = "127.0.0.1:0"
-    slo_classes: dict[str, SloLimits] = field(default_factory=lambda: {"default": SloLimits(2.0, 0.2)})
+    slo_classes: dict[str, SloClass] = field(default_factory=lambda: {"default": SloClass(2.0, 0.2)})
     default_slo_class: str = "default"
     policy: str = "least_loaded"
     suspect_after_s: float | None = None
@@ -106,6 +107,8 @@ class RouterSettings:
                     f"suspect_after_s is {self.suspect_after_s!r}, but liveness_timeout_s is "
                     f"{self.liveness_timeout_s!r}: a worker must be suspected before it is given up"
                 )
+        if self.policy not in POLICIES:
+            raise SettingsError(f"policy is {self.policy!r}; give one of {', '.join(sorted(POLICIES))}")
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise SettingsError(f"log_level is {self.log_level!r}; give DEBUG, INFO, WARNING or ERROR")
         if self.max_model_len is not None:
@@ -129,13 +132,22 @@ def _require(name: str, value: Any, kind: type | tuple[type, ...], *, zero: bool
         raise SettingsError(f"{name} is {value!r}; it must be {'at least' if zero else 'greater than'} 0")
 
 
-def _slo_classes(given: Any) -> dict[str, SloLimits]:
+def _slo_classes(given: Any) -> dict[str, SloClass]:
     try:
-        return {
-            name: SloLimits(float(limits["ttft_s"]), float(limits["tpot_s"]))
-            for name, limits in given.items()
-        }
+        return {name: _slo_class(one) for name, one in given.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SettingsError(
-            f"slo_classes is {given!r}; give {{name: {{ttft_s: seconds, tpot_s: seconds}}}}"
+            f"slo_classes is {given!r}; give {{name: {{ttft_s: seconds, tpot_s: seconds, priority: whole "
+            "number, downgrade_to: name or null}}, the last two if you like"
         ) from error
+
+
+def _slo_class(given: Any) -> SloClass:
+    if unknown := given.keys() - {entry.name for entry in fields(SloClass)}:
+        raise ValueError(f"unknown: {sorted(unknown)}")
+    priority, downgrade_to = given.get("priority", 0), given.get("downgrade_to")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise TypeError(f"priority is {priority!r}")
+    if not (downgrade_to is None or isinstance(downgrade_to, str)):
+        raise TypeError(f"downgrade_to is {downgrade_to!r}")
+    return SloClass(float(given["ttft_s"]), float(given["tpot_s"]), priority, downgrade_to)

@@ -1,12 +1,15 @@
-"""SLO classes: the limits on TTFT and TPOT that a request is judged by."""
+"""SLO classes: the limits on TTFT and TPOT that a request is judged by, and how urgent it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.errors import InvalidRequestError, SettingsError
+
+MAX_PRIORITY = 2**31 - 1
+"""An int32 on the wire; the least is one below its negative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,69 +21,139 @@ class SloLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class SloClass:
+    """A class as it is configured. priority: the greater goes first. downgrade_to: the class as which a
+    request of this one may be served that would have to be refused otherwise, if its client allows that."""
+
+    ttft_s: float
+    tpot_s: float
+    priority: int = 0
+    downgrade_to: str | None = None
+
+    @property
+    def limits(self) -> SloLimits:
+        return SloLimits(self.ttft_s, self.tpot_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Slo:
     """What one request is judged by: its class (a metrics label) and the limits in force for it.
 
     priority: the greater goes first. is_own: the client gave limits itself, so that it is told if they cannot
-    be met. may_downgrade: rather than be refused, be served as its class's `downgrade_to`.
+    be met. downgraded: as what it may be served rather than be refused: only if the client allows it.
     """
 
     slo_class: str
     limits: SloLimits
     priority: int = 0
     is_own: bool = False
+    downgraded: Slo | None = None
+
+    @property
+    def may_downgrade(self) -> bool:
+        """Whether there is something else as which it may be served."""
+        return self.downgraded is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SloWish:
+    """What a client asks for; None is what its class says."""
+
+    slo_class: str | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    priority: int | None = None
     may_downgrade: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SloFields:
+    """What the fields of a wish are called where the client wrote them, for errors."""
+
+    slo_class: str = "slo.slo_class"
+    ttft: str = "slo.ttft"
+    tpot: str = "slo.tpot"
+    priority: str = "slo.priority"
 
 
 class SloPolicy:
     """Resolves what a client asked for into an `Slo`."""
 
-    def __init__(self, classes: Mapping[str, SloLimits], default: str) -> None:
-        """Raises SettingsError when the default is not a class or a limit is not a positive number."""
+    def __init__(self, classes: Mapping[str, SloClass], default: str) -> None:
+        """Raises SettingsError when the default is not a class, a limit is not a positive number, or classes
+        downgrade to one that is not there or back to themselves."""
         if default not in classes:
             raise SettingsError(f"default_slo_class is {default!r}, which is not one of {sorted(classes)}")
-        for name, limits in classes.items():
+        for name, one in classes.items():
             for field in ("ttft_s", "tpot_s"):
-                value = getattr(limits, field)
+                value = getattr(one, field)
                 if not (math.isfinite(value) and value > 0):
                     raise SettingsError(
                         f"slo_classes.{name}.{field} is {value!r}; give a positive number of seconds"
                     )
+            if abs(one.priority) > MAX_PRIORITY:
+                raise SettingsError(
+                    f"slo_classes.{name}.priority is {one.priority}; give a number from {-MAX_PRIORITY} to "
+                    f"{MAX_PRIORITY}"
+                )
         self._classes = dict(classes)
         self._default = default
+        self._slos = {name: Slo(name, one.limits, one.priority) for name, one in classes.items()}
+        self._downgraded = {name: self._downgrade(name) for name in classes}
 
     @property
-    def classes(self) -> Mapping[str, SloLimits]:
+    def classes(self) -> Mapping[str, SloClass]:
         """The configured classes."""
         return self._classes
 
-    def resolve(
-        self,
-        slo_class: str | None,
-        ttft_s: float | None,
-        tpot_s: float | None,
-        *,
-        names: tuple[str, str, str] = ("slo.slo_class", "slo.ttft", "slo.tpot"),
-    ) -> Slo:
-        """The class that was named (or the default), with the limits that were given in place of the class's
-        own.
+    def resolve(self, wish: SloWish, fields: SloFields | None = None) -> Slo:
+        """The class that was named (or the default), with what was given in place of the class's own.
 
-        names: what the three arguments are called where the client wrote them, for the error.
         Raises InvalidRequestError for an unknown class, and for a limit that is not a positive finite number.
         """
-        name = slo_class or self._default
-        known = self._classes.get(name)
+        fields = fields or SloFields()
+        name = wish.slo_class or self._default
+        known = self._slos.get(name)
         if known is None:
             raise InvalidRequestError(
-                f"unknown SLO class {name!r}; known: {', '.join(sorted(self._classes))}", names[0]
+                f"unknown SLO class {name!r}; known: {', '.join(sorted(self._classes))}", fields.slo_class
             )
-        for value, param in ((ttft_s, names[1]), (tpot_s, names[2])):
+        for value, param in ((wish.ttft_s, fields.ttft), (wish.tpot_s, fields.tpot)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InvalidRequestError(f"{param} must be a positive duration, got {value!r} s", param)
+        priority = known.priority if wish.priority is None else wish.priority
+        if abs(priority) > MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"{fields.priority} must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}",
+                fields.priority,
+            )
         return Slo(
             slo_class=name,
             limits=SloLimits(
-                ttft_s=known.ttft_s if ttft_s is None else ttft_s,
-                tpot_s=known.tpot_s if tpot_s is None else tpot_s,
+                ttft_s=known.limits.ttft_s if wish.ttft_s is None else wish.ttft_s,
+                tpot_s=known.limits.tpot_s if wish.tpot_s is None else wish.tpot_s,
             ),
+            priority=priority,
+            is_own=wish.ttft_s is not None or wish.tpot_s is not None,
+            downgraded=self._downgraded[name] if wish.may_downgrade else None,
         )
+
+    def _downgrade(self, name: str) -> Slo | None:
+        """As what requests of that class may be served instead, and these in turn."""
+        chain = [name]
+        while (target := self._classes[chain[-1]].downgrade_to) is not None:
+            if target not in self._classes:
+                raise SettingsError(
+                    f"slo_classes.{chain[-1]}.downgrade_to is {target!r}, which is not one of "
+                    f"{sorted(self._classes)}"
+                )
+            if target in chain:
+                raise SettingsError(
+                    f"slo_classes.{chain[-1]}.downgrade_to is {target!r}, so classes downgrade in a circle: "
+                    f"{' -> '.join([*chain, target])}"
+                )
+            chain.append(target)
+        downgraded: Slo | None = None
+        for below in reversed(chain[1:]):
+            downgraded = replace(self._slos[below], downgraded=downgraded)
+        return downgraded

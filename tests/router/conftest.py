@@ -27,7 +27,7 @@ from router.pair_table import LinkState, Pair, PairLink
 from router.pool_view import Role
 from router.requests import Request
 from router.settings import RouterSettings
-from router.slo import Slo, SloLimits
+from router.slo import Slo, SloClass, SloLimits
 from router.worker_link import ROLE_OF_PROTO, Registration
 
 EOS = 256
@@ -149,7 +149,7 @@ async def start_cluster(checkpoint: Path) -> AsyncIterator[StartCluster]:
         base = RouterSettings(
             checkpoint=str(checkpoint), model_name="fake", http="127.0.0.1:0", grpc="127.0.0.1:0",
             metrics="127.0.0.1:0", admin="127.0.0.1:0", stop_grace_s=0.05, liveness_timeout_s=60.0,
-            slo_classes={"default": SloLimits(30.0, 30.0), "strict": SloLimits(1e-9, 1e-9)},
+            slo_classes={"default": SloClass(30.0, 30.0), "strict": SloClass(1e-9, 1e-9)},
         )  # fmt: skip
         router = Router(replace(base, **settings), clock)
         fleet = FakeFleet(

@@ -259,7 +259,10 @@ async def test_tokenize_and_detokenize(cluster):
 async def test_health_follows_the_pools(cluster):
     async with cluster.http() as http:
         async with http.get("/health") as response:
-            assert (response.status, (await response.json())["workers"]) == (200, {"prefill": 1, "decode": 1})
+            assert (response.status, (await response.json())["workers"]) == (
+                200,
+                {"prefill": 1, "decode": 1, "mixed": 0},
+            )
         assert cluster.router.workers.remove("d0", 1)
         async with http.get("/health") as response:
             assert (response.status, (await response.json())["status"]) == (503, "unavailable")

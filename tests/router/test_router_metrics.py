@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.requests import Stage
-from router.slo import SloLimits
+from router.slo import SloClass
 
 NAMES = {
     "prelay_requests", "prelay_time_to_first_token_seconds", "prelay_request_time_per_output_token_seconds",
@@ -59,7 +59,7 @@ async def test_counters_are_there_before_anything_happened(cluster):
 
 
 async def test_the_metrics_port(start_cluster):
-    cluster = await start_cluster(slo_classes={"default": SloLimits(0.333, 0.0444)})
+    cluster = await start_cluster(slo_classes={"default": SloClass(0.333, 0.0444)})
     await complete(cluster)
     async with aiohttp.ClientSession(f"http://{cluster.addresses.metrics}") as http:
         async with http.get("/metrics") as response:

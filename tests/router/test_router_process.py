@@ -15,7 +15,7 @@ import pytest
 import router
 from router.errors import SettingsError
 from router.settings import RouterSettings
-from router.slo import SloLimits
+from router.slo import SloClass
 
 FREE = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0", "metrics": "127.0.0.1:0", "admin": "127.0.0.1:0"}
 
@@ -91,7 +91,7 @@ def test_settings_survive_the_command_line(checkpoint):
         checkpoint="/c",
         model_name="m",
         max_model_len=7,
-        slo_classes={"a": SloLimits(1.0, 2.0)},
+        slo_classes={"a": SloClass(1.0, 2.0)},
         default_slo_class="a",
     )
     assert RouterSettings.from_json(settings.to_json()) == settings

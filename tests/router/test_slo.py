@@ -5,41 +5,72 @@ from __future__ import annotations
 import pytest
 
 from router.errors import InvalidRequestError, SettingsError
-from router.slo import Slo, SloLimits, SloPolicy
+from router.slo import Slo, SloClass, SloLimits, SloPolicy, SloWish
 
-POLICY = SloPolicy({"fast": SloLimits(0.5, 0.05), "slow": SloLimits(5.0, 0.5)}, default="slow")
+POLICY = SloPolicy(
+    {
+        "fast": SloClass(0.5, 0.05, priority=2, downgrade_to="slow"),
+        "slow": SloClass(5.0, 0.5, downgrade_to="any"),
+        "any": SloClass(60.0, 1.0, priority=-1),
+    },
+    default="slow",
+)
+ANY = Slo("any", SloLimits(60.0, 1.0), priority=-1)
+SLOW = Slo("slow", SloLimits(5.0, 0.5), downgraded=ANY)
 
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ((None, None, None), Slo("slow", SloLimits(5.0, 0.5))),
-        (("fast", None, None), Slo("fast", SloLimits(0.5, 0.05))),
-        (("fast", 1.0, None), Slo("fast", SloLimits(1.0, 0.05))),
-        ((None, None, 0.1), Slo("slow", SloLimits(5.0, 0.1))),
+        (SloWish(), Slo("slow", SloLimits(5.0, 0.5))),
+        (SloWish("fast"), Slo("fast", SloLimits(0.5, 0.05), 2)),
+        (SloWish("fast", 1.0), Slo("fast", SloLimits(1.0, 0.05), 2, is_own=True)),
+        (SloWish(tpot_s=0.1, priority=7), Slo("slow", SloLimits(5.0, 0.1), 7, is_own=True)),
+        (SloWish("fast", priority=0), Slo("fast", SloLimits(0.5, 0.05), 0)),
+        (SloWish("fast", may_downgrade=True), Slo("fast", SloLimits(0.5, 0.05), 2, downgraded=SLOW)),
+        (SloWish("any", may_downgrade=True), ANY),
     ],
 )
-def test_limits_given_stand_in_for_the_class_s_own(asked, expected):
-    assert POLICY.resolve(*asked) == expected
+def test_what_is_given_stands_in_for_the_class_s_own(asked, expected):
+    assert POLICY.resolve(asked) == expected
+    assert POLICY.resolve(asked).may_downgrade is (expected.downgraded is not None)
 
 
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        (("gold", None, None), "slo.slo_class"),
-        ((None, 0.0, None), "slo.ttft"),
-        ((None, float("inf"), None), "slo.ttft"),
-        ((None, None, float("nan")), "slo.tpot"),
+        (SloWish("gold"), "slo.slo_class"),
+        (SloWish(ttft_s=0.0), "slo.ttft"),
+        (SloWish(ttft_s=float("inf")), "slo.ttft"),
+        (SloWish(tpot_s=float("nan")), "slo.tpot"),
+        (SloWish(priority=2**31), "slo.priority"),
     ],
 )
 def test_refused(asked, param):
     with pytest.raises(InvalidRequestError) as caught:
-        POLICY.resolve(*asked)
+        POLICY.resolve(asked)
     assert caught.value.param == param
 
 
-def test_classes_that_make_no_sense():
-    with pytest.raises(SettingsError, match="not one of"):
-        SloPolicy({"a": SloLimits(1.0, 1.0)}, default="b")
-    with pytest.raises(SettingsError, match=r"slo_classes\.a\.tpot_s is -1"):
-        SloPolicy({"a": SloLimits(1.0, -1.0)}, default="a")
+@pytest.mark.parametrize(
+    ("classes", "default", "message"),
+    [
+        ({"a": SloClass(1.0, 1.0)}, "b", "not one of"),
+        ({"a": SloClass(1.0, -1.0)}, "a", r"slo_classes\.a\.tpot_s is -1"),
+        ({"a": SloClass(1.0, 1.0, priority=2**31)}, "a", r"slo_classes\.a\.priority is 2147483648"),
+        ({"a": SloClass(1.0, 1.0, downgrade_to="b")}, "a", r"slo_classes\.a\.downgrade_to is 'b'"),
+        ({"a": SloClass(1.0, 1.0, downgrade_to="a")}, "a", "a -> a"),
+        (
+            {
+                "a": SloClass(1.0, 1.0, downgrade_to="b"),
+                "b": SloClass(1.0, 1.0, downgrade_to="c"),
+                "c": SloClass(1.0, 1.0, downgrade_to="b"),
+            },
+            "a",
+            "a -> b -> c -> b",
+        ),
+    ],
+)
+def test_classes_that_make_no_sense(classes, default, message):
+    with pytest.raises(SettingsError, match=message):
+        SloPolicy(classes, default)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19prelay/v1/inference.proto\x12\tprelay.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.prelay.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.prelay.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.prelay.v1.SamplingParams\x12\x1b\n\x03slo\x18\x06 \x01(\x0b\x32\x0e.prelay.v1.Slo\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.prelay.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa2\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0e \x03(\x0b\x32(.prelay.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"j\n\x03Slo\x12\x11\n\tslo_class\x18\x01 \x01(\t\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12!\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x11.prelay.v1.Finish\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.prelay.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.prelay.v1.TokenLogprob\"q\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.prelay.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"~\n\x06\x46inish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.prelay.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.prelay.v1.Usage\x12*\n\x07\x64\x65tails\x18\x03 \x01(\x0b\x32\x19.prelay.v1.RequestDetails\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xf3\x02\n\x0eRequestDetails\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\'\n\x04ttft\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x06stages\x18\x08 \x03(\x0b\x32%.prelay.v1.RequestDetails.StagesEntry\x12\x0f\n\x07outcome\x18\t \x01(\t\x1aH\n\x0bStagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration:\x02\x38\x01\"\x15\n\x13GetModelInfoRequest\"g\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa3\x01\n\tInference\x12\x45\n\x08Generate\x12\x1a.prelay.v1.GenerateRequest\x1a\x1b.prelay.v1.GenerateResponse0\x01\x12O\n\x0cGetModelInfo\x12\x1e.prelay.v1.GetModelInfoRequest\x1a\x1f.prelay.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19prelay/v1/inference.proto\x12\tprelay.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.prelay.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.prelay.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.prelay.v1.SamplingParams\x12\x1b\n\x03slo\x18\x06 \x01(\x0b\x32\x0e.prelay.v1.Slo\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.prelay.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa2\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0e \x03(\x0b\x32(.prelay.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa7\x01\n\x03Slo\x12\x11\n\tslo_class\x18\x01 \x01(\t\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08priority\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\x0f\x61llow_downgrade\x18\x05 \x01(\x08\x42\x0b\n\t_priority\"\xc7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12!\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x11.prelay.v1.Finish\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.prelay.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.prelay.v1.TokenLogprob\"q\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.prelay.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"~\n\x06\x46inish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.prelay.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.prelay.v1.Usage\x12*\n\x07\x64\x65tails\x18\x03 \x01(\x0b\x32\x19.prelay.v1.RequestDetails\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xf7\x03\n\x0eRequestDetails\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\'\n\x04ttft\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x06stages\x18\x08 \x03(\x0b\x32%.prelay.v1.RequestDetails.StagesEntry\x12\x0f\n\x07outcome\x18\t \x01(\t\x12\x11\n\tslo_class\x18\n \x01(\t\x12-\n\nttft_limit\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntpot_limit\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tplacement\x18\r \x01(\t\x1aH\n\x0bStagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration:\x02\x38\x01\"\x15\n\x13GetModelInfoRequest\"g\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa3\x01\n\tInference\x12\x45\n\x08Generate\x12\x1a.prelay.v1.GenerateRequest\x1a\x1b.prelay.v1.GenerateResponse0\x01\x12O\n\x0cGetModelInfo\x12\x1e.prelay.v1.GetModelInfoRequest\x1a\x1f.prelay.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_REQUESTDETAILS_STAGESENTRY']._loaded_options = None
   _globals['_REQUESTDETAILS_STAGESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2316
-  _globals['_FINISHREASON']._serialized_end=2411
+  _globals['_FINISHREASON']._serialized_start=2510
+  _globals['_FINISHREASON']._serialized_end=2605
   _globals['_GENERATEREQUEST']._serialized_start=73
   _globals['_GENERATEREQUEST']._serialized_end=316
   _globals['_TOKENIDS']._serialized_start=318
@@ -50,26 +50,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_end=1114
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=882
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=930
-  _globals['_SLO']._serialized_start=1116
-  _globals['_SLO']._serialized_end=1222
-  _globals['_GENERATERESPONSE']._serialized_start=1225
-  _globals['_GENERATERESPONSE']._serialized_end=1424
-  _globals['_TOKENLOGPROB']._serialized_start=1426
-  _globals['_TOKENLOGPROB']._serialized_end=1539
-  _globals['_TOPLOGPROB']._serialized_start=1541
-  _globals['_TOPLOGPROB']._serialized_end=1602
-  _globals['_FINISH']._serialized_start=1604
-  _globals['_FINISH']._serialized_end=1730
-  _globals['_USAGE']._serialized_start=1732
-  _globals['_USAGE']._serialized_end=1812
-  _globals['_REQUESTDETAILS']._serialized_start=1815
-  _globals['_REQUESTDETAILS']._serialized_end=2186
-  _globals['_REQUESTDETAILS_STAGESENTRY']._serialized_start=2114
-  _globals['_REQUESTDETAILS_STAGESENTRY']._serialized_end=2186
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2188
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2209
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2211
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2314
-  _globals['_INFERENCE']._serialized_start=2414
-  _globals['_INFERENCE']._serialized_end=2577
+  _globals['_SLO']._serialized_start=1117
+  _globals['_SLO']._serialized_end=1284
+  _globals['_GENERATERESPONSE']._serialized_start=1287
+  _globals['_GENERATERESPONSE']._serialized_end=1486
+  _globals['_TOKENLOGPROB']._serialized_start=1488
+  _globals['_TOKENLOGPROB']._serialized_end=1601
+  _globals['_TOPLOGPROB']._serialized_start=1603
+  _globals['_TOPLOGPROB']._serialized_end=1664
+  _globals['_FINISH']._serialized_start=1666
+  _globals['_FINISH']._serialized_end=1792
+  _globals['_USAGE']._serialized_start=1794
+  _globals['_USAGE']._serialized_end=1874
+  _globals['_REQUESTDETAILS']._serialized_start=1877
+  _globals['_REQUESTDETAILS']._serialized_end=2380
+  _globals['_REQUESTDETAILS_STAGESENTRY']._serialized_start=2308
+  _globals['_REQUESTDETAILS_STAGESENTRY']._serialized_end=2380
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2382
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2403
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2405
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2508
+  _globals['_INFERENCE']._serialized_start=2608
+  _globals['_INFERENCE']._serialized_end=2771
 # @@protoc_insertion_point(module_scope)
