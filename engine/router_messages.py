@@ -18,7 +18,9 @@ from typing import TypeAlias
 
 from prelay.v1 import worker_pb2
 
+from engine.latency import StepShape
 from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
+from engine.step_log import Step
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class Load:
 
     queue_requests: accepted but not in the batch. queue_tokens: prompt tokens not yet computed.
     free_blocks: what a new request can have, cached_blocks of them held by the prefix cache.
+    decoding_requests: of running_requests, those that decode; decode_context: their tokens together.
+    least_tpot_s: the tightest of what they can still afford for each token to come; 0 if none has a limit.
     """
 
     running_requests: int
@@ -82,19 +86,24 @@ class Load:
     owned_blocks: int
     leased_blocks: int
     cached_blocks: int = 0
+    decoding_requests: int = 0
+    decode_context: int = 0
+    least_tpot_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class RouterBatch:
     """What one turn of the engine has to say to its routers; all of it took effect together.
 
-    messages, commands_seen: by stream. push: tell the load now instead of on the next beat.
+    messages, commands_seen: by stream. push: tell the load now instead of on the next beat. steps: that were
+    run, in order.
     """
 
     messages: dict[int, list[worker_pb2.WorkerMessage]]
     commands_seen: dict[int, int]
     load: Load
     push: bool
+    steps: Sequence[Step] = ()
 
 
 class Outbox:
@@ -106,9 +115,14 @@ class Outbox:
         self._tokens: dict[int, worker_pb2.StepTokens] = {}
         self._seen: dict[int, int] = {}
         self._push = False
+        self._steps: list[Step] = []
 
     def seen(self, command: Command) -> None:
         self._seen[command.owner.stream] = command.message.seq
+
+    def stepped(self, shape: StepShape, seconds: float) -> None:
+        """A step was run: routers learn from it how long the next ones will take."""
+        self._steps.append(Step(shape, seconds))
 
     def reserved(self, owner: Owner, key: RequestKey, cached_tokens: int) -> None:
         message = worker_pb2.Reserved(
@@ -166,8 +180,8 @@ class Outbox:
         """Everything since the last call, and the load after it."""
         for stream, step in self._tokens.items():
             self._messages.setdefault(stream, []).append(worker_pb2.WorkerMessage(step=step))
-        batch = RouterBatch(self._messages, self._seen, load, self._push)
-        self._messages, self._tokens, self._seen, self._push = {}, {}, {}, False
+        batch = RouterBatch(self._messages, self._seen, load, self._push, self._steps)
+        self._messages, self._tokens, self._seen, self._push, self._steps = {}, {}, {}, False, []
         return batch
 
     def _add(self, owner: Owner, message: worker_pb2.WorkerMessage) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import grpc
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine.router_messages import Command, Load, Owner, RouterBatch, RouterEvent, RouterGone
+from engine.step_log import StepLog
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class _Stream:
     commands_seen: int = 1
     snapshots: int = 0
     push: bool = True
+    steps: StepLog = field(default_factory=lambda: StepLog(random.Random(0)))
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Future[tuple[grpc.StatusCode, str]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -108,6 +111,9 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
             stream.wake.set()
             if len(stream.unsent) > MAX_UNSENT:
                 stream.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{len(stream.unsent)} messages are unread")
+        for stream in self._streams.values():
+            for step in batch.steps:
+                stream.steps.add(step)
         if batch.push:
             for stream in self._streams.values():
                 stream.push = True
@@ -182,5 +188,9 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
                 owned_blocks=load.owned_blocks,
                 leased_blocks=load.leased_blocks,
                 cached_blocks=load.cached_blocks,
+                decoding_requests=load.decoding_requests,
+                decode_context=load.decode_context,
+                least_tpot_s=load.least_tpot_s,
+                steps=stream.steps.take(),
             )
         )

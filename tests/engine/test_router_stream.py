@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ import pytest
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine import router_stream
+from engine.latency import StepShape
 from engine.router_messages import Command, Load, Outbox, Owner, RouterEvent, RouterGone
 from engine.router_stream import RouterStreams
 from engine.sequence import RequestKey, StopReason
@@ -160,6 +162,24 @@ async def test_snapshots_come_on_a_beat_with_the_figures_that_the_engine_told(
         assert now.free_blocks == 8
     assert (now.running_requests, now.queue_requests, now.queue_tokens) == (1, 2, 3)
     assert (now.free_blocks, now.owned_blocks, now.leased_blocks) == (4, 2, 2)
+
+
+async def test_a_snapshot_tells_of_decoding_and_of_the_steps_since_the_last_one(
+    worker: Worker, router: Router
+) -> None:
+    await router.attach()
+    await worker.owner(router)
+    outbox = Outbox()
+    outbox.stepped(StepShape(((5, 16),), 2, 90), 0.5)
+    busy = replace(BUSY, decoding_requests=2, decode_context=90, least_tpot_s=0.125)
+    worker.streams.deliver(outbox.take(busy))
+    while not (now := await router.read("snapshot")).steps:
+        pass
+    assert (now.decoding_requests, now.decode_context, now.least_tpot_s) == (2, 90, 0.125)
+    (step,) = now.steps
+    assert (list(step.new_tokens), list(step.cached_tokens), step.seconds) == ([5], [16], 0.5)
+    assert not (await router.read("snapshot")).steps
+    assert not outbox.take(busy).steps
 
 
 async def test_a_step_is_one_message_for_each_router(worker: Worker, router: Router) -> None:
