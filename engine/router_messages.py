@@ -12,6 +12,7 @@ router.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from prelay.v1 import worker_pb2
 from engine.latency import StepShape
 from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
 from engine.step_log import Step
+from engine.urgency import Urgency
 
 _log = logging.getLogger(__name__)
 
@@ -206,6 +208,18 @@ def sampling_of(message: worker_pb2.TokenSampling) -> TokenSampling:
         logit_bias=tuple(sorted(message.logit_bias.items())),
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def urgency_of(message: worker_pb2.Prefill | worker_pb2.Reserve, arrived_s: float) -> Urgency | None:
+    """As schedulers take it; None if the router does not tell. arrived_s: when the message came."""
+    if not message.HasField("urgency"):
+        return None
+    told = message.urgency
+    return Urgency(
+        arrived_s + told.ttft_left_s if told.HasField("ttft_left_s") else None,
+        told.tpot_s if told.HasField("tpot_s") else math.inf,
+        told.priority,
     )
 
 
