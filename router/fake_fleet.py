@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from prelay.v1 import worker_pb2
 
@@ -29,12 +30,17 @@ class FakeFleet:
         heartbeat_s: float = 0.02,
         fingerprint: str | None = None,
         vocab_size: int | None = None,
+        latency: Mapping[str, float] | None = None,
         protocol: tuple[int, int] = (
             worker_pb2.PROTOCOL_VERSION_CURRENT,
             worker_pb2.PROTOCOL_MINOR_CURRENT,
         ),
     ) -> FakeWorker:
-        """Starts a worker on a port of its own. protocol: version and minor version that it says."""
+        """Starts a worker on a port of its own.
+
+        latency: how long it says that its steps take (`LatencyModel.coefficients`); nothing, if not given.
+        protocol: version and minor version that it says.
+        """
         info = worker_pb2.WorkerInfo(
             worker_id=worker_id,
             epoch=epoch,
@@ -50,6 +56,7 @@ class FakeFleet:
             max_batch_tokens=max_batch_tokens,
             protocol_version=protocol[0],
             protocol_minor=protocol[1],
+            latency=latency,
         )
         worker = FakeWorker(self.model, self.workers, info, heartbeat_s)
         await worker.start()

@@ -81,3 +81,8 @@ class FakeJob:
         if tuple(answer[: len(answered)]) != answered or len(answered) >= len(answer):
             return None
         return cls(prompt, answered, tuple(answer), reason)
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether the token that is drawn next is the last one."""
+        return len(self.answer) == len(self.answered) + 1

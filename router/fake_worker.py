@@ -2,22 +2,23 @@
 
 They hand requests over to each other in memory (`fake_fleet.py` starts them). Answers are a function of the
 prompt (`fake_model.py`), so a test knows what a client must get, and a request that goes on after a loss must
-bring exactly the tokens that it had. Requests wait at gates, which are open until somebody closes them:
+bring exactly the tokens that it had. Requests pass these places (`fake_holds.py`), all open until one is
+closed:
 
-    decode    RESERVE: before Reserved; TRANSFER: before its first token; DECODE: before each later token
-    prefill   PREFILL: before the prompt is read; FIRST_TOKEN: before its token is sent, after the hand-off
+    decode, mixed   RESERVE, then after the hand-off TRANSFER and for every later token DECODE
+    prefill         PREFILL, the hand-off, FIRST_TOKEN
+    mixed           PREFILL, FIRST_TOKEN and for every later token DECODE, if it reads the prompt itself
 
 Workers misbehave on demand: `kill`, `break_stream`, `fall_silent`, `freeze` (a stopped process), `fail_next`,
-`fail_handoffs`, `refuse_pairs`.
+`fail_handoffs`, `refuse_pairs`. They say on demand how long steps took and what came into their caches:
+`say_steps`, `say_blocks`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import grpc
 import grpc.aio
@@ -25,33 +26,9 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
-from router.fake_model import FakeJob, FakeModel, fake_logprobs
-
-_GOES_ON = worker_pb2.STOP_REASON_UNSPECIFIED
-
-
-class Hold(Enum):
-    """The places at which a fake worker can be made to wait."""
-
-    RESERVE = "reserve"
-    PREFILL = "prefill"
-    FIRST_TOKEN = "first_token"
-    TRANSFER = "transfer"
-    DECODE = "decode"
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A request on one worker. arrived: at a decode worker, that the hand-off is over. running: not
-    paused."""
-
-    key: RequestKey
-    sampling: worker_pb2.TokenSampling
-    num_blocks: int
-    job: FakeJob
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    running: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
+from router.fake_holds import Hold, Holds
+from router.fake_model import FakeJob, FakeModel
+from router.fake_sequence import FakeSequence
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
@@ -73,12 +50,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._model = model
         self._peers = peers
         self._heartbeat_s = heartbeat_s
-        self._gates = {hold: asyncio.Event() for hold in Hold}
-        for gate in self._gates.values():
-            gate.set()
-        self._waiting: Counter[Hold] = Counter()
-        self._changed = asyncio.Condition()
-        self._sequences: dict[RequestKey, _Sequence] = {}
+        self._holds = Holds()
+        self._steps: list[worker_pb2.StepTime] = []
+        self._cached: dict[int, None] = {}
+        self._sequences: dict[RequestKey, FakeSequence] = {}
         self._failures: list[worker_pb2.FailureReason] = []
         self._handoff_failures: list[worker_pb2.FailureReason] = []
         self._pairs: dict[str, worker_pb2.PeerRef] = {}
@@ -137,20 +112,19 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     def hold(self, hold: Hold) -> None:
         """Requests that come to this place wait there."""
-        self._gates[hold].clear()
+        self._holds.hold(hold)
 
     def let_go(self, hold: Hold) -> None:
         """Requests pass this place again."""
-        self._gates[hold].set()
+        self._holds.let_go(hold)
 
     async def waiting_at(self, hold: Hold, count: int = 1) -> None:
         """Returns when `count` requests wait at this place."""
-        await self.until(lambda: self._waiting[hold] >= count)
+        await self.until(lambda: self._holds.waiting(hold) >= count)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Returns when `holds()` is true of this worker."""
-        async with self._changed:
-            await self._changed.wait_for(holds)
+        await self._holds.until(holds)
 
     def break_stream(self) -> None:
         """Ends the stream to the router, which counts as the worker's death."""
@@ -185,7 +159,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         for sequence in list(self._sequences.values()):
             self._drop(sequence)
             self._fail(sequence.key, reason)
-        await self._notify()
+        await self._holds.notify()
 
     def refuse_pairs(self, reason: worker_pb2.FailureReason, message: str) -> None:
         """From now on no pair is linked; the router is told."""
@@ -200,6 +174,19 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         """All pairs are linked again; the router is told."""
         self._pair_refusal = None
         self._say_pairs()
+
+    def say_steps(self, *steps: worker_pb2.StepTime) -> None:
+        """The next snapshot says that these steps were run."""
+        self._steps.extend(steps)
+
+    def say_blocks(self, stored: Iterable[int] = (), removed: Iterable[int] = ()) -> None:
+        """Blocks came into the prefix cache, and others left it; a router that attaches later is told what is
+        there."""
+        event = worker_pb2.BlockEvent(stored=stored, removed=removed)
+        self._cached.update(dict.fromkeys(event.stored))
+        for digest in event.removed:
+            self._cached.pop(digest, None)
+        self._outgoing.put_nowait(worker_pb2.WorkerMessage(blocks=worker_pb2.BlockEvents(events=[event])))
 
     async def Attach(  # the name that the interface gives it
         self,
@@ -216,6 +203,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._broken.clear()
         self._outgoing = asyncio.Queue()
         yield worker_pb2.WorkerMessage(hello=self.info)
+        if self._cached:
+            self.say_blocks(stored=self._cached)
         tasks = [asyncio.create_task(self._obey(request_iterator)), asyncio.create_task(self._beat())]
         broken = asyncio.create_task(self._broken.wait())
         try:
@@ -266,7 +255,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                         del self._pairs[known.worker_id]
             self.received[str(kind)] += 1
             self.commands.append(message)
-            await self._notify()
+            await self._holds.notify()
 
     def _begin(self, command: worker_pb2.Reserve | worker_pb2.Prefill, num_blocks: int, room: bool) -> None:
         key = RequestKey(command.request_id, command.attempt)
@@ -277,16 +266,30 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._fail(key, self._failures.pop(0))
         elif job is None:
             self._fail(key, worker_pb2.FAILURE_REASON_INVALID, "these are not the tokens of the answer")
+        elif (why := self._not_mine(command)) is not None:
+            self._fail(key, worker_pb2.FAILURE_REASON_INVALID, why)
         else:
-            sequence = _Sequence(key, command.sampling, num_blocks, job)
+            sequence = FakeSequence(key, command.sampling, command.urgency, num_blocks, job)
             sequence.running.set()
             self._sequences[key] = sequence
-            if isinstance(command, worker_pb2.Reserve):
-                sequence.task = asyncio.create_task(self._decode(sequence))
+            if isinstance(command, worker_pb2.Prefill):
+                life = self._prefill(sequence, command.decode.address)
+            elif command.HasField("prefill"):
+                life = self._decode(sequence)
             else:
-                sequence.task = asyncio.create_task(self._prefill(sequence, command.decode.address))
+                life = self._serve_alone(sequence)
+            sequence.task = asyncio.create_task(life)
 
-    def _steer(self, sequence: _Sequence, kind: str) -> None:
+    def _not_mine(self, command: worker_pb2.Reserve | worker_pb2.Prefill) -> str | None:
+        """Why a worker of this role does not take the command."""
+        reads = isinstance(command, worker_pb2.Prefill)
+        if reads != (self.info.role == worker_pb2.ROLE_PREFILL):
+            return "not what a worker of this role does"
+        if not reads and not command.HasField("prefill") and self.info.role != worker_pb2.ROLE_MIXED:
+            return "a decode worker reads no prompts: name a prefill worker"
+        return None
+
+    def _steer(self, sequence: FakeSequence, kind: str) -> None:
         match kind:
             case "cancel":
                 self._drop(sequence)
@@ -295,19 +298,24 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             case "resume":
                 sequence.running.set()
 
-    async def _prefill(self, sequence: _Sequence, decode_address: str) -> None:
-        await self._pass(Hold.PREFILL)
-        job = sequence.job
-        index = len(job.answered)
-        last = len(job.answer) == index + 1
+    async def _prefill(self, sequence: FakeSequence, decode_address: str) -> None:
+        await self._read(sequence)
         peer = self._peers.get(decode_address)
-        if not last and peer is not None:
+        if not sequence.job.ends_at_once and peer is not None:
             peer.take_over(sequence.key)
+        await self._first_token(sequence)
+        self._drop(sequence)
+        await self._holds.notify()
+
+    async def _read(self, sequence: FakeSequence) -> None:
+        sequence.unread = sequence.context
+        await self._pass(Hold.PREFILL)
+        sequence.unread = 0
+
+    async def _first_token(self, sequence: FakeSequence) -> None:
         await self._pass(Hold.FIRST_TOKEN)
         times = worker_pb2.StageTimes(prefill_queue_s=1e-6, prefill_s=1e-6)
-        self._send(sequence, index, job.reason if last else _GOES_ON, times, prefilled=True)
-        self._drop(sequence)
-        await self._notify()
+        self._send(sequence, len(sequence.job.answered), times, prefilled=True)
 
     def take_over(self, key: RequestKey) -> None:
         """The hand-off; a request that is not (or no longer) expected is ignored."""
@@ -320,30 +328,33 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         else:
             sequence.arrived.set()
 
-    async def _decode(self, sequence: _Sequence) -> None:
+    async def _decode(self, sequence: FakeSequence) -> None:
         await self._pass(Hold.RESERVE)
         reserved = worker_pb2.Reserved(request_id=sequence.key.request_id, attempt=sequence.key.attempt)
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(reserved=reserved))
         await sequence.arrived.wait()
+        await self._write(sequence, handed_over=True)
+
+    async def _serve_alone(self, sequence: FakeSequence) -> None:
+        await self._read(sequence)
+        await self._first_token(sequence)
+        await self._write(sequence, handed_over=False)
+
+    async def _write(self, sequence: FakeSequence, *, handed_over: bool) -> None:
+        """All tokens but the first."""
         job = sequence.job
         first = len(job.answered) + 1
         for index in range(first, len(job.answer)):
-            await self._pass(Hold.TRANSFER if index == first else Hold.DECODE)
+            after_transfer = handed_over and index == first
+            await self._pass(Hold.TRANSFER if after_transfer else Hold.DECODE)
             await sequence.running.wait()
             times = worker_pb2.StageTimes(transfer_s=1e-6, decode_queue_s=1e-6, kv_bytes=len(job.prompt))
-            last = index == len(job.answer) - 1
-            self._send(sequence, index, job.reason if last else _GOES_ON, times if index == first else None)
+            self._send(sequence, index, times if after_transfer else None)
         self._drop(sequence)
-        await self._notify()
+        await self._holds.notify()
 
     async def _pass(self, hold: Hold) -> None:
-        if not self._gates[hold].is_set():
-            self._waiting[hold] += 1
-            try:
-                await self._notify()
-                await self._gates[hold].wait()
-            finally:
-                self._waiting[hold] -= 1
+        await self._holds.pass_by(hold)
         await asyncio.sleep(0)  # each token is a step of its own
         while not self._outgoing.empty():  # and no step is faster than the stream
             self._all_out.clear()
@@ -352,31 +363,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     def _send(
         self,
-        sequence: _Sequence,
+        sequence: FakeSequence,
         index: int,
-        reason: worker_pb2.StopReason,
         times: worker_pb2.StageTimes | None,
         *,
         prefilled: bool = False,
     ) -> None:
-        sampling, job, logprobs, prompt_logprobs = sequence.sampling, sequence.job, [], []
-        if sampling.HasField("logprobs"):
-            logprobs = [fake_logprobs(job.answer[index], index, sampling.logprobs)]
-        if prefilled and sampling.HasField("prompt_logprobs"):
-            scored = list(enumerate(job.prompt))[1:]
-            prompt_logprobs = [fake_logprobs(token, at, sampling.prompt_logprobs) for at, token in scored]
-        tokens = worker_pb2.SequenceTokens(
-            request_id=sequence.key.request_id,
-            attempt=sequence.key.attempt,
-            first_index=index,
-            token_ids=[job.answer[index]],
-            stop_reason=reason,
-            times=times,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            # As if all of a prompt but its last token had been cached.
-            cached_tokens=max(0, len(job.prompt) - 1) if prefilled and self._model.caches else 0,
-        )
+        tokens = sequence.token(index, times, prefilled=prefilled, caches=self._model.caches)
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(step=worker_pb2.StepTokens(sequences=[tokens])))
 
     def _fail(self, key: RequestKey, reason: worker_pb2.FailureReason, message: str = "") -> None:
@@ -397,7 +390,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             state.reason, state.message = self._pair_refusal
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(pair=state))
 
-    def _drop(self, sequence: _Sequence) -> None:
+    def _drop(self, sequence: FakeSequence) -> None:
         self._sequences.pop(sequence.key, None)
         if sequence.task is not None and sequence.task is not asyncio.current_task():
             sequence.task.cancel()
@@ -412,16 +405,23 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             await self._thawed.wait()
             beat += 1
             if self._beating:
-                snapshot = worker_pb2.Snapshot(
-                    seq=beat,
-                    commands_seen=self._seen,
-                    running_requests=len(self._sequences),
-                    free_blocks=self.free_blocks,
-                    owned_blocks=self.info.num_blocks - self.free_blocks,
-                )
-                self._outgoing.put_nowait(worker_pb2.WorkerMessage(snapshot=snapshot))
+                self._outgoing.put_nowait(worker_pb2.WorkerMessage(snapshot=self._snapshot(beat)))
             await asyncio.sleep(self._heartbeat_s)
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _snapshot(self, seq: int) -> worker_pb2.Snapshot:
+        writes = self.info.role != worker_pb2.ROLE_PREFILL
+        decoding = [one for one in self._sequences.values() if writes and one.decodes]
+        limits = [one.urgency.tpot_s for one in decoding if one.urgency.HasField("tpot_s")]
+        steps, self._steps = self._steps, []
+        return worker_pb2.Snapshot(
+            seq=seq,
+            commands_seen=self._seen,
+            running_requests=len(self._sequences),
+            queue_tokens=sum(one.unread for one in self._sequences.values()),
+            free_blocks=self.free_blocks,
+            owned_blocks=self.info.num_blocks - self.free_blocks,
+            decoding_requests=len(decoding),
+            decode_context=sum(one.context for one in decoding),
+            least_tpot_s=min(limits, default=0.0),
+            steps=steps,
+        )

@@ -8,7 +8,7 @@ import pytest
 from prelay.v1 import worker_pb2
 
 from router.errors import DeadlineExceededError
-from router.fake_worker import Hold
+from router.fake_holds import Hold
 from router.requests import Outcome
 
 BOTH = {"p0", "d0"}

@@ -14,8 +14,8 @@ from prelay.v1 import inference_pb2, worker_pb2
 
 from engine.router_messages import sampling_of
 from engine.sequence import TokenSampling
+from router.fake_holds import Hold
 from router.fake_model import FakeModel, fake_logprobs
-from router.fake_worker import Hold
 from router.requests import Stage
 
 PROMPT = "tell me"

@@ -9,8 +9,8 @@ from importlib.metadata import version
 import pytest
 from prelay.v1 import worker_pb2
 
+from router.fake_holds import Hold
 from router.fake_model import FakeModel
-from router.fake_worker import Hold
 from router.requests import Outcome, Stage
 
 PROMPT = "tell me"

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from prelay.v1 import inference_pb2, worker_pb2
 
-from router.fake_worker import Hold
+from router.fake_holds import Hold
 
 
 async def test_two_hundred_at_once_with_random_cancellations(start_cluster):

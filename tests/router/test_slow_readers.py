@@ -14,8 +14,8 @@ import pytest
 from prelay.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 
 from router.errors import SlowReaderError
+from router.fake_holds import Hold
 from router.fake_model import FakeModel
-from router.fake_worker import Hold
 
 LENGTH = 16384
 MAX_TOKENS = 4000

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from prelay.v1 import inference_pb2, worker_pb2
 
-from router.fake_worker import Hold
+from router.fake_holds import Hold
 from router.requests import Outcome, Stage
 
 PROMPT = "tell me"

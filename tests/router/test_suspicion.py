@@ -9,7 +9,7 @@ import pytest
 from prelay.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, worker_pb2
 
 from router.errors import SettingsError
-from router.fake_worker import Hold
+from router.fake_holds import Hold
 from router.settings import RouterSettings
 
 DECODE = worker_pb2.ROLE_DECODE
