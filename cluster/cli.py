@@ -34,10 +34,12 @@ _KEY_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
     ("--max-model-len", "model.max_model_len", int, "N", "Longest prompt and answer together, in tokens."),
     ("--prefill", "prefill.replicas", int, "N", "Prefill workers (default 1)."),
     ("--decode", "decode.replicas", int, "N", "Decode workers (default 1)."),
+    ("--mixed", "mixed.replicas", int, "N", "Workers that decode and can also prefill (default 0)."),
+    ("--policy", "router.policy", str, "NAME", "How requests are admitted, ordered and placed."),
     ("--http", "router.http", str, "HOST:PORT", "OpenAI-compatible HTTP (default 127.0.0.1:8000)."),
     ("--grpc", "router.grpc", str, "HOST:PORT", "gRPC (default 127.0.0.1:8001)."),
     ("--metrics", "router.metrics", str, "HOST:PORT", "Prometheus metrics (default 127.0.0.1:9090)."),
-    ("--admin", "router.admin", str, "HOST:PORT", "Operators' gRPC (default 127.0.0.1, a free port)."),
+    ("--admin", "router.admin", str, "HOST:PORT", "Operators' gRPC (default 127.0.0.1:9091)."),
     ("--slo-class", "slo.default", str, "NAME", "SLO class of requests that name none (default standard)."),
     ("--ray-address", "ray.address", str, "HOST:PORT", "Join this Ray cluster instead of starting one."),
 )
@@ -99,6 +101,7 @@ def serve(config_file: Path | None, as_json: bool, debug: bool, **settings: Any)
       prelay serve
       prelay serve --model ~/models/SmolLM2-135M --dtype bfloat16 --http 0.0.0.0:8000
       prelay serve prelay.yaml --prefill 2 --set decode.max_num_seqs=32
+      prelay serve --prefill 1 --decode 0 --mixed 1
     """
     config = _load(config_file, settings)
     return _run_guarded("serve", config, as_json, debug)

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
+from cluster.sections import SloClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,12 @@ class Override:
 def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> ServeConfig:
     """The configuration of a file (None: the defaults) with the overrides applied. Raises ConfigError.
 
-    A relative `model.path` in a file counts from the file's directory, on the command line from the current
-    one.
+    A relative `model.path` or `model.profile` in a file counts from the file's directory, on the command line
+    from the current one.
     """
     raw = {} if path is None else _read_mapping(path)
     if path is not None:
-        _anchor_model_path(raw, path.absolute().parent)
+        _anchor_paths(raw, path.absolute().parent)
     defaults = ServeConfig().model_dump()
     for override in overrides:
         _apply(raw, defaults, override)
@@ -107,10 +108,13 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     }
 
 
-def _anchor_model_path(raw: dict[str, Any], directory: Path) -> None:
+def _anchor_paths(raw: dict[str, Any], directory: Path) -> None:
     model = raw.get("model")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        model["path"] = str(directory / Path(model["path"]).expanduser())
+    if not isinstance(model, dict):
+        return
+    for key in ("path", "profile"):
+        if isinstance(model.get(key), str):
+            model[key] = str(directory / Path(model[key]).expanduser())
 
 
 def _apply(raw: dict[str, Any], defaults: Any, override: Override) -> None:
@@ -182,7 +186,7 @@ def _keys_at(path: tuple[str, ...]) -> list[str]:
     node: Any = ServeConfig().model_dump()
     for depth, part in enumerate(path):
         if path[:depth] == ("slo", "classes"):
-            return ["ttft_s", "tpot_s"]
+            return list(SloClass.model_fields)
         node = node.get(part)
         if not isinstance(node, dict):
             return []

@@ -1,4 +1,4 @@
-"""A deployment: the router, Ray, and the workers of both pools; started in that order, watched, and stopped.
+"""A deployment: the router, Ray, and the workers of all pools; started in that order, watched, and stopped.
 
 The router comes first because it takes the public ports, and a port in use must be known at once. Stopping
 goes the same way: first the router, which ends its clients' streams with a clear error, then the workers,
@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prelay.v1 import worker_pb2
+
 from cluster.config import ServeConfig
 from cluster.errors import ClusterError, WorkerError
-from cluster.host import DecodeHost, HostSpec, PrefillHost, WorkerHost
+from cluster.host import DecodeHost, MixedHost, PrefillHost, WorkerHost
+from cluster.host_spec import HostSpec
+from cluster.latency_profile import read_profile
 from cluster.ray_cluster import RayCluster
 from cluster.reporter import Reporter
 from cluster.router_process import RouterAddresses, RouterProcess
 from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
 from router.settings import RouterSettings
-from router.slo import SloLimits
+from router.slo import SloClass
 
 T = TypeVar("T")
 
@@ -77,7 +81,8 @@ class Deployment:
         return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
 
     async def run(self) -> None:
-        """Keep the workers alive. Ends by a ClusterError only: no router, or no worker left in a pool."""
+        """Keep the workers alive. Ends by a ClusterError only: no router, or no workers left that can serve
+        together."""
         assert self._router is not None
         tasks = {asyncio.create_task(life.keep_alive()): life for life in self._lives}
         try:
@@ -129,17 +134,17 @@ class Deployment:
                 await asyncio.gather(*(life.attach_again() for life in lost))
 
     async def _watch(self, tasks: dict[asyncio.Task[None], WorkerLife]) -> None:
-        """Wait until a pool has lost its last worker for good."""
+        """Wait until so many workers are lost for good that the others cannot serve."""
         left = dict(tasks)
         while True:
             done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                lost = left.pop(task)
+                left.pop(task)
                 error = task.exception()
                 if not isinstance(error, ClusterError):
                     task.result()
-                if not any(life.role == lost.role for life in left.values()):
-                    raise WorkerError(f"{error}; it was the last of its pool") from error
+                if not can_serve({life.role for life in left.values()}):
+                    raise WorkerError(f"{error}; {_who_is_left(left.values())}") from error
                 self._reporter.event(f"{error}; going on without it")
 
 
@@ -154,8 +159,12 @@ def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
         grpc=router.grpc,
         metrics=router.metrics,
         admin=router.admin,
-        slo_classes={name: SloLimits(slo.ttft_s, slo.tpot_s) for name, slo in config.slo.classes.items()},
+        slo_classes={
+            name: SloClass(slo.ttft_s, slo.tpot_s, slo.priority, slo.downgrade_to)
+            for name, slo in config.slo.classes.items()
+        },
         default_slo_class=config.slo.default,
+        policy=router.policy,
         suspect_after_s=router.suspect_after_s,
         liveness_timeout_s=router.liveness_timeout_s,
         max_attempts=router.max_attempts,
@@ -174,19 +183,24 @@ def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
 
 
 def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]:
-    """Every worker of a resolved configuration, prefill first, with the slots of cores in that order."""
+    """Every worker of a checked configuration, pool by pool, with the slots of cores in that order.
+
+    Raises ConfigError if model.profile cannot be used.
+    """
     model, block_size = config.model, config.kv.block_size
     assert model.path is not None
     assert model.name is not None
     assert model.max_model_len is not None
     specs: list[tuple[type[WorkerHost], HostSpec]] = []
+    latency = {} if model.profile is None else dict(read_profile(model.profile).coefficients)
     slot = 0
-    for host_class, pool, role, max_batch_tokens, max_num_seqs in (
-        (PrefillHost, config.prefill, "prefill", config.prefill.max_batch_tokens, 0),
-        (DecodeHost, config.decode, "decode", config.decode.max_batch_tokens, config.decode.max_num_seqs),
+    for host_class, pool, role, max_num_seqs in (
+        (PrefillHost, config.prefill, "prefill", 0),
+        (DecodeHost, config.decode, "decode", config.decode.max_num_seqs),
+        (MixedHost, config.mixed, "mixed", config.mixed.max_num_seqs),
     ):
-        assert pool.kv_cache_tokens is not None
         for index in range(pool.replicas):
+            assert pool.kv_cache_tokens is not None
             spec = HostSpec(
                 worker_id=f"{role}-{index}",
                 epoch=0,
@@ -202,16 +216,27 @@ def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]
                 threads=pool.threads,
                 first_slot=slot,
                 slots=config.num_cpus,
-                max_batch_tokens=max_batch_tokens,
+                max_batch_tokens=pool.max_batch_tokens,
                 max_num_seqs=max_num_seqs,
                 heartbeat_s=config.router.liveness_timeout_s / _BEATS_PER_TIMEOUT,
                 lease_s=config.transfer.lease_s,
                 digest_share=config.transfer.digest_share,
                 backend=config.transfer.backend,
+                latency=latency,
             )
             specs.append((host_class, spec))
             slot += spec.num_cpus
     return specs
+
+
+def can_serve(roles: Set[worker_pb2.Role]) -> bool:
+    """Whether workers of these roles can read prompts and write answers together."""
+    return worker_pb2.ROLE_MIXED in roles or {worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE} <= roles
+
+
+def _who_is_left(lives: Iterable[WorkerLife]) -> str:
+    names = ", ".join(life.worker_id for life in lives)
+    return f"{names} cannot serve without it" if names else "it was the last worker"
 
 
 async def _end_of(part: RouterProcess | RayCluster) -> None:

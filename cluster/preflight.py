@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from cluster.config import PoolSection, ServeConfig
+from cluster.config import ServeConfig
 from cluster.errors import ConfigError, ModelError
+from cluster.latency_profile import read_profile
+from cluster.sections import PoolSection
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError, KvMemoryError
+from engine.fake import FAKE_VOCAB_SIZE
 from engine.kv_sizing import blocks_of_share
 from engine.layout import KvLayout
 from engine.shard import Shard
@@ -32,6 +35,11 @@ def check_model(config: ServeConfig) -> ServeConfig:
             f"the model cannot be served: its tokenizer has {tokenizer.vocab_size} tokens, "
             f"its config.json a vocab_size of only {model.vocab_size}"
         )
+    if config.model.load == "simulated" and tokenizer.vocab_size < FAKE_VOCAB_SIZE:
+        raise ModelError(
+            f"the model cannot be simulated: made-up answers take {FAKE_VOCAB_SIZE} tokens, the tokenizer in "
+            f"{path} has {tokenizer.vocab_size}"
+        )
     if config.model.load == "weights" and not any(path.glob("*.safetensors")):
         raise ModelError(f"the model cannot be served: {path} holds no .safetensors file with weights")
     if limit is not None and limit > model.max_position_embeddings:
@@ -39,7 +47,15 @@ def check_model(config: ServeConfig) -> ServeConfig:
             f"model.max_model_len is {limit}, but {path.name} was made for sequences of at most "
             f"{model.max_position_embeddings} tokens: lower it, or leave it out"
         )
+    if config.model.profile is not None:
+        read_profile(config.model.profile)
     for name, pool in config.pools.items():
+        if config.model.load == "simulated" and pool.num_ranks > 1:
+            raise ConfigError(
+                f"{name}.tensor_parallel is {pool.tensor_parallel} and {name}.pipeline_parallel is "
+                f"{pool.pipeline_parallel}, but model.load is simulated: a simulated worker is one process; "
+                "leave both at 1, and give a profile of the split model"
+            )
         try:
             Shard(0, pool.tensor_parallel, 0, pool.pipeline_parallel).check(model)
         except EngineError as error:
@@ -54,7 +70,7 @@ def check_model(config: ServeConfig) -> ServeConfig:
         raise ConfigError(str(error)) from error
     available = available_bytes()
     config = with_kv_sizes(config, model, max_model_len, available)
-    if config.ray.address is None:
+    if config.ray.address is None and config.model.load != "simulated":
         _check_memory(config, model, available)
     section = config.model.model_copy(update={"max_model_len": max_model_len})
     return config.model_copy(update={"model": section})
@@ -63,10 +79,13 @@ def check_model(config: ServeConfig) -> ServeConfig:
 def with_kv_sizes(config: ServeConfig, model: ModelConfig, max_model_len: int, available: int) -> ServeConfig:
     """kv_cache_tokens filled in where it is not given. Raises ConfigError if a worker's part is too small.
 
-    available: bytes of this machine, which in a Ray cluster stands for all of them.
+    available: bytes of this machine, which in a Ray cluster stands for all of them. Simulated workers get the
+    room that those of the model would have, although they take next to nothing of it.
     """
     size = config.kv.block_size
-    missing = {name: pool for name, pool in config.pools.items() if pool.kv_cache_tokens is None}
+    missing = {
+        name: pool for name, pool in config.pools.items() if pool.replicas and pool.kv_cache_tokens is None
+    }
     num_workers = sum(pool.replicas for pool in missing.values())
     sized: dict[str, PoolSection] = {}
     for name, pool in missing.items():
@@ -105,10 +124,11 @@ def _check_memory(config: ServeConfig, model: ModelConfig, available: int) -> No
         tokens = pool.replicas * (pool.kv_cache_tokens or 0)
         nbytes = token_nbytes(config, pool, model)
         needed += tokens * nbytes
-        parts.append(f"{name} {tokens:,} tokens of {nbytes / 1024:,.1f} KiB")
+        if tokens:
+            parts.append(f"{name} {tokens:,} tokens of {nbytes / 1024:,.1f} KiB")
     if needed > available:
         raise ConfigError(
             f"the KV caches of all workers need {needed / 2**30:,.1f} GiB ({' and '.join(parts)}), but this "
-            f"machine has {available / 2**30:,.1f} GiB left: lower prefill.kv_cache_tokens, "
-            "decode.kv_cache_tokens or the replicas"
+            f"machine has {available / 2**30:,.1f} GiB left: lower their "
+            "kv_cache_tokens or the replicas"
         )

@@ -23,9 +23,9 @@ import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.config import parse_host_port
 from cluster.errors import RayError
 from cluster.process_tree import descendants
+from cluster.sections import parse_host_port
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -195,7 +195,7 @@ class RayCluster:
             raise RayError(
                 f"the workers need {self._num_cpus} CPUs on one node (a deployment is on one host), but the "
                 f"largest node of the Ray cluster at {self._address} has {sizes.get(address, 0.0):g}: lower "
-                "prefill.replicas, decode.replicas or their threads, or add a node"
+                "replicas or threads of the pools, or add a node"
             )
         return {f"node:{address}": 0.001}
 

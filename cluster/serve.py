@@ -17,7 +17,11 @@ from cluster.orders import Order
 from cluster.reporter import reporter_for
 from cluster.worker_life import LiveWorker
 
-_ROLE_NAMES = {worker_pb2.ROLE_PREFILL: "prefill", worker_pb2.ROLE_DECODE: "decode"}
+ROLE_NAMES = {
+    worker_pb2.ROLE_PREFILL: "prefill",
+    worker_pb2.ROLE_DECODE: "decode",
+    worker_pb2.ROLE_MIXED: "mixed",
+}
 
 
 async def serve(order: Order, run_directory: Path) -> None:
@@ -62,7 +66,7 @@ def _worker_json(worker: LiveWorker) -> dict[str, Any]:
     info = worker.info
     return {
         "worker_id": info.worker_id,
-        "role": _ROLE_NAMES[info.role],
+        "role": ROLE_NAMES[info.role],
         "epoch": info.epoch,
         "pid": info.pid,
         "cores": list(worker.report.cores),

@@ -25,7 +25,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from cluster.errors import ClusterError, ModelError, WorkerError
-from cluster.host import HostSpec, Progress, StartReport, WorkerHost
+from cluster.host import Progress, StartReport, WorkerHost
+from cluster.host_spec import HostSpec
 from cluster.ray_cluster import RayCluster
 from cluster.reporter import Reporter
 from cluster.router_process import RouterProcess
@@ -108,6 +109,8 @@ class WorkerLife:
         info = worker_pb2.WorkerInfo.FromString(report.info)
         await self._router.register(info)
         self._reporter.progress(self.worker_id, "ready", 1.0)
+        # Its next life need not measure its steps again, perhaps beside those that serve on while it is away.
+        self._template = replace(self._template, latency=dict(info.latency))
         self.live = LiveWorker(info, report)
         return self.live
 

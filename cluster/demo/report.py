@@ -11,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import SloClass
 from cluster.demo.clients import Answer
 from cluster.demo.prompts import DemoPrompt
+from cluster.sections import SloClass
 
 _STAGES = (
     ("gate", "gate"),

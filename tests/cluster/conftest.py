@@ -23,7 +23,8 @@ import pytest
 STOP_LIMIT_S = 10.0
 """Within this everything must be gone, whatever happened."""
 
-FREE_PORTS = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+_FREE = "127.0.0.1:0"
+FREE_PORTS = ("--http", _FREE, "--grpc", _FREE, "--metrics", _FREE, "--admin", _FREE)
 _MARK = "PRELAY_TEST_TREE"
 
 

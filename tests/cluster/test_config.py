@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ServeConfig, child_environment, parse_host_port
+from cluster.config import ServeConfig, child_environment
 from cluster.config_file import Override, dump_config, load_config, parse_assignment
 from cluster.errors import ConfigError
+from cluster.sections import parse_host_port
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "prelay.example.yaml"
 
@@ -56,6 +57,10 @@ def test_a_models_path_counts_from_where_it_was_written(file: Path) -> None:
     config = load_config(file, [Override(("model", "path"), "here", "--model here")]).resolved()
     assert config.model.path == Path.cwd() / "here"
     assert config.model.name == "here"
+    file.write_text("model: {profile: steps.json}")
+    assert load_config(file).model.profile == file.parent / "steps.json"
+    config = load_config(file, [Override(("model", "profile"), "steps.json", "--set")]).resolved()
+    assert config.model.profile == Path.cwd() / "steps.json"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,35 @@ def test_a_models_path_counts_from_where_it_was_written(file: Path) -> None:
         ("replicas: 2", "replicas: there is no such key here; did you mean prefill.replicas?"),
         ("kv: {size_of_all: 2}", "kv.size_of_all: there is no such key; there are block_size"),
         ("slo: {classes: {a: {ttft_s: 1, tpot: 2}}}", "did you mean slo.classes.a.tpot_s?"),
-        ("decode: {replicas: 0}", "decode.replicas: 0 is too small; it must be at least 1"),
+        ("decode: {replicas: -1}", "decode.replicas: -1 is too small; it must be at least 0"),
+        ("prefill: {replicas: 0}", "prefill.replicas and mixed.replicas are both 0, so no worker could read"),
+        ("decode: {replicas: 0}", "decode.replicas and mixed.replicas are both 0, so no worker could write"),
+        ("prefill: {replicas: 0}\nmixed: {replicas: 1}", "decode.replicas is 1, but prefill.replicas is 0"),
+        ("prefill: {replicas: 0}\ndecode: {replicas: 0}\nmixed: {replicas: 2}", None),
+        ("decode: {replicas: 0}\nmixed: {replicas: 1}", None),
+        (
+            "mixed: {max_num_seqs: 600}",
+            "mixed.max_batch_tokens is 512, less than one token for each of",
+        ),
+        ("router: {policy: least_load}", "'least_load' is not a policy; did you mean least_loaded?"),
+        ("router: {policy: fastest}", "'fastest' is not a policy; there are "),
+        ("router: {policy: colocated}", "colocated, which uses mixed workers only, but mixed.replicas is 0"),
+        ("model: {load: simulated}", "model.load is simulated, but model.profile is not given"),
+        ("slo: {classes: {standard: {ttft_s: 1, tpot_s: 1, priority: 0.5}}}", "0.5 is not a whole number"),
+        (
+            "slo: {classes: {standard: {ttft_s: 1, tpot_s: 1, downgrade_to: slow}}}",
+            "slo.classes.standard.downgrade_to is 'slow', which is not a class under slo.classes: use one of",
+        ),
+        (
+            "slo: {classes: {standard: {ttft_s: 1, tpot_s: 1, downgrade_to: standard}}}",
+            "slo.classes.standard.downgrade_to is 'standard', from which it comes (standard -> standard)",
+        ),
+        (
+            "slo:\n  default: a\n  classes:\n"
+            "    {c: {ttft_s: 1, tpot_s: 1, downgrade_to: a}, a: {ttft_s: 1, tpot_s: 1, downgrade_to: b},"
+            " b: {ttft_s: 1, tpot_s: 1, downgrade_to: a}}",
+            "slo.classes.b.downgrade_to is 'a', from which it comes (c -> a -> b -> a)",
+        ),
         ("kv: {block_size: 2000}", "kv.block_size: 2000 is too large; it must be at most 1024"),
         ("transfer: {lease_s: 0}", "transfer.lease_s: 0 is too small; it must be greater than 0"),
         ("transfer: {lease_s: .inf}", "transfer.lease_s: inf is not a finite number"),
@@ -110,7 +143,7 @@ def test_a_mistake_is_named_with_its_key_and_remedy(file: Path, text: str, compl
 
 
 def test_all_mistakes_are_told_at_once(file: Path) -> None:
-    message = refusal(file, "decode: {replicas: 0}\nkv: {block_sise: 4}")
+    message = refusal(file, "decode: {replicas: -1}\nkv: {block_sise: 4}")
     assert "decode.replicas" in message
     assert "did you mean kv.block_size?" in message
 

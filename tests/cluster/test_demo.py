@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.config import SloClass
 from cluster.demo.clients import Answer, Served
 from cluster.demo.prompts import FrontEnd, demo_prompts
 from cluster.demo.reference import Reference
 from cluster.demo.report import Typewriter, answers_json, print_answers
 from cluster.demo.run import complaints_about, demo_config
+from cluster.sections import SloClass
 
 SERVED = Served("prefill-0", "decode-0", 4096, 0.1, 0.01, 0.2, {"prefill": 0.1, "decode": 0.1}, "good")
 REFERENCE = Reference(prompt_tokens=3, token_ids=(5, 6, 1), text="One day", finish_reason="stop")

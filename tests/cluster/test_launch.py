@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from cluster.config import ServeConfig
 from cluster.config_file import load_config, parse_assignment
 from cluster.errors import ConfigError
-from cluster.host import DecodeHost, PrefillHost
-from cluster.launch import router_settings, worker_specs
+from cluster.host import DecodeHost, MixedHost, PrefillHost
+from cluster.launch import can_serve, router_settings, worker_specs
 from cluster.orders import Order
 from cluster.preflight import check_model, token_nbytes, with_kv_sizes
 from engine.config import ModelConfig
@@ -30,6 +32,66 @@ def test_every_worker_has_slots_of_its_own() -> None:
     ]
     assert {spec.slots for _, spec in specs} == {6}
     assert [host_class for host_class, _ in specs] == [PrefillHost, PrefillHost, DecodeHost, DecodeHost]
+
+
+def test_mixed_workers_come_last_and_pools_without_workers_take_no_memory() -> None:
+    (_, prefill), (host_class, mixed) = worker_specs(
+        configured(
+            "decode.replicas=0", "mixed.replicas=1", "mixed.max_num_seqs=7", "mixed.max_batch_tokens=70"
+        )
+    )
+    assert (host_class, mixed.worker_id, mixed.first_slot) == (MixedHost, "mixed-0", 1)
+    assert (mixed.max_num_seqs, mixed.max_batch_tokens) == (7, 70)
+    # Two share what is there.
+    assert mixed.num_blocks == pytest.approx(prefill.num_blocks, rel=0.01)
+    only = worker_specs(configured("prefill.replicas=0", "decode.replicas=0", "mixed.replicas=2"))
+    assert [(spec.worker_id, spec.slots) for _, spec in only] == [("mixed-0", 2), ("mixed-1", 2)]
+
+
+@pytest.mark.parametrize(
+    ("roles", "can"),
+    [("PD", True), ("M", True), ("PM", True), ("DM", True), ("P", False), ("D", False), ("", False)],
+)
+def test_workers_can_serve_together_if_somebody_reads_for_somebody_who_writes(roles: str, can: bool) -> None:
+    by_letter = {"P": PrefillHost.role, "D": DecodeHost.role, "M": MixedHost.role}
+    assert can_serve({by_letter[letter] for letter in roles}) is can
+
+
+def test_a_profile_saves_the_workers_measuring(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"latency": {"version": 1, "coefficients": {"step": 0.25}}}))
+    assert [dict(spec.latency) for _, spec in worker_specs(configured())] == [{}, {}]
+    specs = worker_specs(configured(f"model.profile={profile}"))
+    assert [dict(spec.latency) for _, spec in specs] == [{"step": 0.25}] * 2
+    profile.write_text(json.dumps({"version": 1, "coefficients": {"step": 0.5}}))
+    assert worker_specs(configured(f"model.profile={profile}"))[0][1].latency == {"step": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "a latency model of version 1 is needed"),
+        ('{"latency": {"version": 99}}', "version 1 is needed, not 99"),
+        ('{"version": 1, "coefficients": {"step": -1}}', "coefficient step is -1"),
+        ('{"version": 1, "coefficients": {}}', "has no coefficients"),
+    ],
+)
+def test_a_profile_that_says_nothing_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(content)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        configured(f"model.profile={profile}")
+    assert str(caught.value).startswith(f"model.profile is {profile}, which ")
+
+
+def test_simulated_workers_take_no_memory_and_are_never_split(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"version": 1, "coefficients": {"step": 0.25}}))
+    simulated = ("model.load=simulated", f"model.profile={profile}")
+    configured(*simulated, "decode.kv_cache_tokens=1000000000000")
+    with pytest.raises(ConfigError, match=r"decode\.tensor_parallel is 2 .* leave both at 1"):
+        configured(*simulated, "decode.tensor_parallel=2")
 
 
 def test_a_worker_of_several_ranks_has_slots_for_the_threads_of_each() -> None:
@@ -104,11 +166,18 @@ def test_every_key_of_the_routers_section_reaches_it() -> None:
         "router.max_choices=6",
         "router.max_body_bytes=7000",
         "slo.default=batch",
+        "slo.classes.standard.priority=3",
+        "router.policy=round_robin",
     )
     settings = asdict(router_settings(config, "ERROR"))
     assert config.router.model_dump().items() <= settings.items()
     assert settings["default_slo_class"] == "batch"
-    assert settings["slo_classes"]["batch"] == {"ttft_s": 30.0, "tpot_s": 1.0}
+    assert settings["slo_classes"]["standard"] == {
+        "ttft_s": 2.0,
+        "tpot_s": 0.2,
+        "priority": 3,
+        "downgrade_to": "batch",
+    }
 
 
 def test_kv_caches_that_no_memory_could_hold_are_refused_before_anything_starts() -> None:

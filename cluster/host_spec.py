@@ -1,0 +1,52 @@
+"""What one life of one worker is made from; it travels from the launcher to the worker's process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """Everything that one life of one worker needs to know.
+
+    threads: of each rank. first_slot, slots: which of its node's cores are its own (`cores.share_cores`).
+    max_num_seqs: 0 for prefill. backend: see transfer.backends.make_backends. latency: coefficients of
+    engine.latency.LatencyModel; empty if it is to measure its steps itself.
+    """
+
+    worker_id: str
+    epoch: int
+    checkpoint: Path
+    model_name: str
+    max_model_len: int
+    dtype: str
+    load: str
+    block_size: int
+    num_blocks: int
+    tp_size: int
+    pp_size: int
+    threads: int
+    first_slot: int
+    slots: int
+    max_batch_tokens: int
+    max_num_seqs: int
+    heartbeat_s: float
+    lease_s: float
+    digest_share: float
+    backend: str
+    latency: Mapping[str, float]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+    @property
+    def num_cpus(self) -> int:
+        return self.num_ranks * self.threads
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether its steps only take their time."""
+        return self.load == "simulated"
