@@ -1,6 +1,6 @@
-"""The decode role on the engine thread.
+"""The decode role on the engine thread, and the mixed one, which also reads prompts.
 
-The life of a request here:
+The life of a request here, after a hand-off:
   1. `Reserve` arrives: blocks for the prompt and a little more are set aside (leased), or it is refused at
      once; it is the router that queues. What the prefix cache has of the prompt is part of them, and is not
      sent. When the link to the prefill worker is up the router gets `Reserved`.
@@ -10,10 +10,14 @@ The life of a request here:
      the next step, or waits for a place in it. Its first input is the token that the prefill worker drew.
   4. Each step gives every running sequence one token; all tokens of a step go to a router in one message.
      A sequence takes another block when it needs one. If there is none, the one that arrived last gives up
-     its blocks, waits, and is computed again from its tokens (scheduler.py); its answer goes on unchanged.
+     its blocks, waits, and is computed again from its tokens (places.py); its answer goes on unchanged.
      A router whose client reads slowly can hold a sequence, and let it go on.
   5. A stop token or max_tokens ends the sequence: its full blocks stay in the prefix cache until somebody
      needs their room.
+On a mixed worker there are also requests that no prefill worker reads. Of these the life begins with
+  1. `Reserve` without a prefill worker: blocks are set aside as before, now the sequence's own.
+  2. Steps that decode take chunks of its tokens beside, as many as the others can bear (scheduler.py).
+  3. The last chunk draws the first token of its answer, and it goes on with 4.
 Cancel and the end of the router's stream are legal at any point: blocks are freed at the border of the
 step, or of the copy, that is under way.
 
@@ -28,12 +32,13 @@ from typing import TypeAlias
 
 from prelay.v1 import transfer_pb2, worker_pb2
 
-from decode_worker.scheduler import Decoded, DecodeScheduler
+from decode_worker.acceptance import Acceptance
+from decode_worker.scheduler import DecodeScheduler
+from decode_worker.sequences import Decoded, DecodeTask
 from engine.block_pool import BlockPool, Holder
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
-from engine.reservation import has_room, reserved_blocks
 from engine.router_messages import (
     Command,
     Load,
@@ -43,9 +48,10 @@ from engine.router_messages import (
     RouterEvent,
     RouterGone,
     sampling_of,
+    urgency_of,
 )
 from engine.runner import StepRunner
-from engine.sequence import RequestKey, TokenSampling
+from engine.sequence import RequestKey
 from transfer.handoff import (
     ConfirmReserved,
     Connect,
@@ -83,24 +89,18 @@ DecodeOutput: TypeAlias = RouterBatch | Connect | Disconnect | Lend | Recall | S
 
 @dataclass(slots=True)
 class _Request:
-    """token_ids: the prompt, and num_output_tokens of the answer. digests: of their full blocks."""
+    """cached_tokens: of the task's tokens, those whose KV was here when it came. kv_bytes: copied for it."""
 
     owner: Owner
-    token_ids: Sequence[int]
-    num_output_tokens: int
-    sampling: TokenSampling
-    salt: str
-    digests: Sequence[bytes]
+    task: DecodeTask
     cached_tokens: int
-    is_held: bool = False
-    transfer_s: float = 0.0
     kv_bytes: int = 0
 
 
 class DecodeRole:
-    """engine.loop.Role of a decode worker; everything in it belongs to the engine thread.
+    """engine.loop.Role of a decode or mixed worker; everything in it belongs to the engine thread.
 
-    num_layers: of the model. max_model_len: most tokens of prompt and answer together.
+    num_layers: of the model. acceptance: over the same pool.
     """
 
     def __init__(
@@ -109,9 +109,8 @@ class DecodeRole:
         pool: BlockPool,
         cache: PrefixCache,
         num_layers: int,
-        max_num_seqs: int,
-        max_batch_tokens: int,
-        max_model_len: int,
+        scheduler: DecodeScheduler,
+        acceptance: Acceptance,
         lease_s: float,
         clock: Callable[[], float],
         metrics: WorkerMetrics,
@@ -121,12 +120,12 @@ class DecodeRole:
         self._runner = runner
         self._pool = pool
         self._cache = cache
-        self._max_model_len = max_model_len
+        self._scheduler = scheduler
+        self._acceptance = acceptance
         self._clock = clock
         self._metrics = metrics
         self._lease_metrics = leases
         self._pull_metrics = pulls
-        self._scheduler = DecodeScheduler(pool, cache, max_num_seqs, max_batch_tokens)
         self._pulls = PullSide(num_layers, lease_s)
         # Every request of which this worker still holds something.
         self._requests: dict[RequestKey, _Request] = {}
@@ -143,7 +142,7 @@ class DecodeRole:
         match event:
             case Command():
                 self._outbox.seen(event)
-                self._command(event.owner, event.message, now)
+                self._command(event, now)
             case RouterGone(owner):
                 for key in [key for key, request in self._requests.items() if request.owner == owner]:
                     self._cancel(key)
@@ -174,9 +173,12 @@ class DecodeRole:
         if not chunks:
             return False
         self._changed = True
+        shape = self._scheduler.shape
         results = self._runner.step(chunks)
-        self._metrics.stepped(self._clock() - now, sum(len(chunk.token_ids) for chunk in chunks))
-        for decoded in self._scheduler.complete(results):
+        done_s = self._clock()
+        self._metrics.stepped(done_s - now, shape.num_tokens)
+        self._outbox.stepped(shape, done_s - now)
+        for decoded in self._scheduler.complete(results, now, done_s):
             self._emit(decoded)
         return True
 
@@ -217,10 +219,11 @@ class DecodeRole:
         }
         check_books(self._pool, held)
 
-    def _command(self, owner: Owner, message: worker_pb2.RouterMessage, now: float) -> None:
+    def _command(self, command: Command, now: float) -> None:
+        owner, message = command.owner, command.message
         match message.WhichOneof("message"):
             case "reserve":
-                self._reserve(owner, message.reserve, now)
+                self._reserve(owner, message.reserve, command.arrived_s, now)
             case "cancel":
                 self._cancel(owner.key(message.cancel.request_id, message.cancel.attempt))
             case "pair":
@@ -230,35 +233,53 @@ class DecodeRole:
             case "unpair":
                 self._unpair(owner, Peer(message.unpair.prefill.worker_id, message.unpair.prefill.epoch))
             case "pause":
-                self._hold(owner.key(message.pause.request_id, message.pause.attempt), is_held=True)
+                self._hold(owner.key(message.pause.request_id, message.pause.attempt), now, is_held=True)
             case "resume":
-                self._hold(owner.key(message.resume.request_id, message.resume.attempt), is_held=False)
+                self._hold(owner.key(message.resume.request_id, message.resume.attempt), now, is_held=False)
             case "prefill":
                 key = owner.key(message.prefill.request_id, message.prefill.attempt)
                 invalid = worker_pb2.FAILURE_REASON_INVALID
-                self._outbox.failed(owner, key, invalid, "Prefill: this is a decode worker")
+                self._outbox.failed(
+                    owner, key, invalid, "Prefill: this is a decode worker (a mixed one takes Reserve alone)"
+                )
 
-    def _reserve(self, owner: Owner, reserve: worker_pb2.Reserve, now: float) -> None:
+    def _reserve(self, owner: Owner, reserve: worker_pb2.Reserve, arrived_s: float, now: float) -> None:
         key = owner.key(reserve.request_id, reserve.attempt)
-        if why := self._why_invalid(key, reserve):
+        why = self._acceptance.why_invalid(reserve)
+        if key in self._requests:
+            why = "this attempt of the request is here already"
+        if why is not None:
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_INVALID, why)
             return
-        token_ids, sampling = list(reserve.token_ids), sampling_of(reserve.sampling)
-        size, more = self._pool.block_size, sampling.max_tokens - reserve.num_output_tokens
-        digests = self._cache.digests(token_ids, reserve.cache_salt)
-        cached = self._cache.match(digests)
-        num_new = reserved_blocks(size, len(token_ids), more) - len(cached)
-        self._pool.add(cached, Holder.TRANSFER)  # first, so that the rest is not taken from them
-        if why := self._why_no_room(num_new):
-            self._pool.drop(cached, Holder.TRANSFER)
+        token_ids = list(reserve.token_ids)
+        task = DecodeTask(
+            key,
+            token_ids,
+            reserve.num_output_tokens,
+            sampling_of(reserve.sampling),
+            reserve.cache_salt,
+            urgency_of(reserve, arrived_s),
+            self._cache.digests(token_ids, reserve.cache_salt),
+        )
+        is_read_here = self._acceptance.is_read_here(reserve)
+        cached = self._cache.match(
+            task.usable_digests(self._pool.block_size) if is_read_here else task.digests
+        )
+        num_new = self._acceptance.num_blocks(reserve) - len(cached)
+        holder = Holder.SEQUENCE if is_read_here else Holder.TRANSFER
+        self._pool.add(cached, holder)  # first, so that the rest is not taken from them
+        lacks_blocks = self._scheduler.lacks_blocks
+        if why := self._acceptance.why_no_room(num_new, len(self._requests), lacks_blocks=lacks_blocks):
+            self._pool.drop(cached, holder)
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_NO_BLOCKS, why)
             return
-        blocks = cached + self._pool.allocate(num_new, Holder.TRANSFER)
-        cached_tokens = len(cached) * size
+        blocks = cached + self._pool.allocate(num_new, holder)
+        cached_tokens = len(cached) * self._pool.block_size
+        self._requests[key] = _Request(owner, task, cached_tokens)
+        if is_read_here:
+            self._scheduler.read(task, blocks, cached_tokens, arrived_s)
+            return
         self._metrics.hit(cached_tokens)
-        self._requests[key] = _Request(
-            owner, token_ids, reserve.num_output_tokens, sampling, reserve.cache_salt, digests, cached_tokens
-        )
         peer = Peer(reserve.prefill.worker_id, reserve.prefill.epoch)
         address = reserve.prefill.address
         self._apply(self._pulls.reserve(key, peer, address, len(token_ids), cached_tokens, blocks, now))
@@ -269,42 +290,10 @@ class DecodeRole:
         if not owners and self._pair_owners.pop(peer, None) is not None:
             self._apply(self._pulls.unpair(peer))
 
-    def _hold(self, key: RequestKey, *, is_held: bool) -> None:
+    def _hold(self, key: RequestKey, now: float, *, is_held: bool) -> None:
         if (request := self._requests.get(key)) is not None:
-            request.is_held = is_held
-            self._scheduler.hold(key, is_held=is_held)
-
-    def _why_no_room(self, num_blocks: int) -> str | None:
-        if self._scheduler.lacks_blocks:
-            return "sequences that were preempted wait for KV blocks"
-        free = self._pool.num_available
-        if not has_room(num_blocks, free, len(self._requests)):
-            return (
-                f"{num_blocks} KV blocks wanted, {free} of {self._pool.num_blocks} are free, and one has to "
-                f"stay free for each of {len(self._requests)} requests"
-            )
-        return None
-
-    def _why_invalid(self, key: RequestKey, reserve: worker_pb2.Reserve) -> str | None:
-        num_outputs = reserve.num_output_tokens
-        num_tokens, more = len(reserve.token_ids), reserve.sampling.max_tokens - num_outputs
-        # The whole answer: whatever else is here, one sequence must be able to end.
-        num_blocks = self._pool.num_blocks_for(num_tokens + max(0, more))
-        if key in self._requests:
-            return "this attempt of the request is here already"
-        if num_tokens <= num_outputs or more < 1:
-            return (
-                f"{num_tokens - num_outputs} prompt tokens, {num_outputs} tokens of the answer and "
-                f"max_tokens {reserve.sampling.max_tokens}: there must be a prompt, and a token to be drawn"
-            )
-        if num_tokens + more > self._max_model_len:
-            return f"{num_tokens} tokens and {more} more to be drawn exceed {self._max_model_len} tokens"
-        if num_blocks > self._pool.num_blocks:
-            return (
-                f"{num_tokens} tokens and {more} more to be drawn need {num_blocks} KV blocks, "
-                f"{self._pool.num_blocks} is all there are"
-            )
-        return None
+            request.task.is_held = is_held
+            self._scheduler.hold(key, is_held=is_held, now=now)
 
     def _cancel(self, key: RequestKey) -> None:
         if self._scheduler.cancel(key):
@@ -337,11 +326,13 @@ class DecodeRole:
         self._apply(self._pulls.fetched(done.key, done.ended_s))
 
     def _emit(self, decoded: Decoded) -> None:
-        request = self._requests[decoded.key]
+        request, read = self._requests[decoded.key], decoded.read
         times = None
-        if decoded.decode_queue_s is not None:
+        if read is not None:
+            times = worker_pb2.StageTimes(prefill_queue_s=read.queue_s, prefill_s=read.read_s)
+        elif decoded.decode_queue_s is not None:
             times = worker_pb2.StageTimes(
-                transfer_s=request.transfer_s,
+                transfer_s=request.task.transfer_s,
                 decode_queue_s=decoded.decode_queue_s,
                 kv_bytes=request.kv_bytes,
             )
@@ -353,6 +344,8 @@ class DecodeRole:
             decoded.stop_reason,
             times,
             logprobs=decoded.logprobs,
+            prompt_logprobs=() if read is None else read.prompt_logprobs,
+            cached_tokens=0 if read is None else read.cached_tokens,
         )
         if decoded.stop_reason is not None:
             del self._requests[decoded.key]
@@ -380,23 +373,12 @@ class DecodeRole:
                     self._outputs.append(action)
 
     def _deliver(self, action: Deliver) -> None:
-        request = self._requests[action.key]
-        request.transfer_s = action.transfer_s
+        task = self._requests[action.key].task
+        task.transfer_s = action.transfer_s
         self._pull_metrics.delivered(action.transfer_s)
         self._pool.add(action.blocks, Holder.SEQUENCE)
         self._pool.drop(action.blocks, Holder.TRANSFER)
-        prompt_tokens = len(request.token_ids) - request.num_output_tokens
-        self._scheduler.add(
-            action.key,
-            request.token_ids[:prompt_tokens],
-            [*request.token_ids[prompt_tokens:], action.first_token],
-            request.sampling,
-            request.salt,
-            action.blocks,
-            request.digests,
-            request.is_held,
-            action.ready_s,
-        )
+        self._scheduler.add(task, action.first_token, action.blocks, action.ready_s)
 
     def _pair_changed(self, change: PairChanged) -> None:
         state = worker_pb2.PairState(
@@ -416,12 +398,16 @@ class DecodeRole:
     def _load(self) -> Load:
         counts, scheduler = self._pool.counts(), self._scheduler
         handing_over = sum(self._pulls.counts().values())
+        decoding, context = scheduler.decoding
         return Load(
             scheduler.num_running,
-            scheduler.num_ready + handing_over,
-            0,
+            scheduler.num_waiting + handing_over,
+            scheduler.queue_tokens,
             counts.available,
             counts.owned,
             counts.leased,
             counts.cached,
+            decoding,
+            context,
+            (scheduler.least_tpot_s or 0.0) if decoding else 0.0,
         )

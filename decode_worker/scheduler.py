@@ -1,244 +1,170 @@
-"""Which tokens the next step computes: continuous batching that grows, preempts and recomputes. A core.
+"""Which tokens the next step computes: everybody who decodes, then chunks of prompts. A core.
 
-A sequence comes with blocks for its prompt and a little more, and takes a block whenever its next token needs
-one. When there is none, the sequence that arrived last gives up all of its own (last in, first out): it is
-preempted, waits, and is computed again from its tokens, in chunks beside the others. What it drew stays, and
-what it draws then is what it would have drawn, for draws depend on nothing but tokens and position.
+Stall-free batching (Sarathi-Serve, Agrawal et al. 2024): each step holds one token of every sequence that
+decodes, and no prompt ever takes the place of one. Beside them, up to a number of tokens (chunk_budget.py),
+chunks of those who have more to compute:
 
-Nobody waits for ever:
-  - The oldest sequence that holds blocks takes what it needs from all the younger ones, and fits into the
-    pool alone; so it ends, then the next does. The youngest, which has nobody to take from, pauses with
-    what it holds until a block is free or an older one takes its.
-  - Blocks that are leased to hand-offs cannot be taken. But each lease ends: the sequence arrives here,
-    where it is the youngest, or its blocks are freed (transfer/handoff.py, guarantee 4).
-  - While anybody is preempted or paused no new reservations are accepted (`lacks_blocks`), so those who
-    can overtake a preempted sequence are the few that are on their way; then it has the pool to itself.
-The oldest preempted sequence comes back first, and takes nothing from those who run.
+  1. sequences that were preempted and came back (places.py), the oldest first: their answers have begun;
+  2. prompts that are read here, in the order of engine/urgency.py; first come first served, if nothing is
+     known of their limits.
 
-A sequence whose reader is slow can be held: it computes nothing and keeps its blocks, but is the first to
-give them up, whatever its age, and is not waited for.
+Such an order can keep somebody behind others for ever. So in every FAIR_STEPS-th step with chunks it is the
+oldest of all these that goes first, whatever its limits. As a step has at least one token for chunks while
+anybody wants one, the oldest gets through; then the next is the oldest.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from engine.block_pool import BlockPool, Holder
+from decode_worker.chunk_budget import ChunkBudget
+from decode_worker.places import Places
+from decode_worker.sequences import Decoded, DecodeSequence, DecodeTask
+from engine.block_pool import BlockPool
+from engine.latency import OnlineLatency, StepShape
 from engine.prefix_cache import PrefixCache
-from engine.reservation import HEADROOM_BLOCKS
-from engine.sequence import (
-    ChunkResult,
-    RequestKey,
-    ScheduledChunk,
-    StopReason,
-    TokenHistory,
-    TokenLogprobs,
-    TokenSampling,
-)
+from engine.sequence import ChunkResult, RequestKey, ScheduledChunk
+from engine.urgency import Rank, rank
 
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """One new token. index: its place in the answer. decode_queue_s: set with the first one drawn here."""
-
-    key: RequestKey
-    index: int
-    token_id: int
-    stop_reason: StopReason | None
-    decode_queue_s: float | None
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """token_ids: prompt and answer. num_computed: how many of them have their KV in `blocks`. digests: of
-    all tokens but the last, which is always computed; set while it is preempted. num_given: tokens of the
-    answer that it came with. is_held: it is to wait, whatever there is to compute."""
-
-    key: RequestKey
-    arrival: int
-    token_ids: list[int]
-    prompt_tokens: int
-    sampling: TokenSampling
-    salt: str
-    history: TokenHistory | None
-    blocks: list[int]
-    num_computed: int
-    num_given: int
-    is_held: bool
-    ready_s: float
-    joined_s: float | None = None
-    digests: Sequence[bytes] = ()
-
-    @property
-    def num_left(self) -> int:
-        return len(self.token_ids) - self.num_computed
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.prompt_tokens
-
-    @property
-    def most_tokens(self) -> int:
-        return self.prompt_tokens + self.sampling.max_tokens
+FAIR_STEPS = 32
 
 
 class DecodeScheduler:
     """Call `schedule`, run the chunks, call `complete` (or `abandon` if they failed); cancel only in between.
 
     It owns the SEQUENCE references of the sequences that are added and drops them when they end.
-    max_batch_tokens: at least max_num_seqs.
+    max_batch_tokens: at least max_num_seqs. latency: of this worker's steps; learns from them.
     """
 
-    def __init__(self, pool: BlockPool, cache: PrefixCache, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        cache: PrefixCache,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        latency: OnlineLatency,
+    ) -> None:
         if max_batch_tokens < max_num_seqs:
             raise ValueError(
                 f"{max_batch_tokens} tokens a step for {max_num_seqs} sequences: one each, or more"
             )
-        self._pool = pool
         self._cache = cache
-        self._max_num_seqs = max_num_seqs
-        self._max_batch_tokens = max_batch_tokens
+        self._latency = latency
+        self._places = Places(pool, cache, max_num_seqs)
+        self._budget = ChunkBudget(latency, max_batch_tokens)
         self._num_arrived = 0
-        # All three in order of arrival; the first two hold blocks.
-        self._running: dict[RequestKey, _Sequence] = {}
-        self._ready: deque[_Sequence] = deque()
-        self._preempted: list[_Sequence] = []
         self._num_paused = 0
+        self._num_chunked_steps = 0
+        self._least_tpot_s: float | None = None
+        # Prompt tokens of the last step that had any.
+        self._chunk_tokens = max_batch_tokens
         # Of the step under way: the sequence and the number of tokens of each chunk.
-        self._batch: list[tuple[_Sequence, int]] = []
-        self._num_preemptions = self._num_cached_tokens = 0
+        self._batch: list[tuple[DecodeSequence, int]] = []
 
     @property
-    def num_ready(self) -> int:
-        """Sequences that wait for a place, preempted ones included."""
-        return len(self._ready) + len(self._preempted)
+    def num_waiting(self) -> int:
+        """Sequences that wait for a place, for blocks, or for their first chunk."""
+        waiting = len(self._places.waiting)
+        return waiting + sum(1 for each in self._places.running if _is_unread(each))
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return sum(1 for each in self._places.running if not _is_unread(each))
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens of prompts that are read here, not yet computed."""
+        everybody = (*self._places.running, *self._places.waiting)
+        return sum(each.num_left for each in everybody if each.reading is not None)
+
+    @property
+    def decoding(self) -> tuple[int, int]:
+        """How many decode, and the tokens of context that they have together."""
+        contexts = [len(each.token_ids) for each in self._places.running if each.decodes]
+        return len(contexts), sum(contexts)
+
+    @property
+    def least_tpot_s(self) -> float | None:
+        """What the tightest of those who decode can afford for each token to come, at the last step; None if
+        none has a limit that it can keep. What one is ahead is not counted: it is spent once."""
+        return self._least_tpot_s
 
     @property
     def num_blocks(self) -> int:
         """SEQUENCE references of ours."""
-        return sum(len(sequence.blocks) for sequence in (*self._ready, *self._running.values()))
+        return self._places.num_blocks
 
     @property
     def lacks_blocks(self) -> bool:
         """Somebody waits for blocks: they must not go to new requests."""
-        return any(not sequence.is_held for sequence in self._preempted) or self._num_paused > 0
+        return self._places.lacks_blocks or self._num_paused > 0
 
-    def add(
-        self,
-        key: RequestKey,
-        prompt_ids: Sequence[int],
-        output_ids: Sequence[int],
-        sampling: TokenSampling,
-        salt: str,
-        blocks: Sequence[int],
-        digests: Sequence[bytes],
-        is_held: bool,
-        now: float,
-    ) -> None:
-        """A sequence that fits into the pool; the KV of all its tokens but the last lies in `blocks`.
+    def add(self, task: DecodeTask, first_token: int, blocks: Sequence[int], ready_s: float) -> None:
+        """A sequence that fits into the pool, and whose KV lies in `blocks`: a hand-off has ended.
 
-        It joins the batch as soon as there is a place, unless it is held. output_ids: the answer so far, at
-        least one token. digests: of the full ones of `blocks`, so that others find what they hold. A key must
-        not be added again while it is here.
+        It joins the batch as soon as there is a place, unless it is held. first_token: follows what the task
+        has. A key must not be added again while it is here.
         """
         self._num_arrived += 1
-        self._ready.append(
-            _Sequence(
-                key,
-                self._num_arrived,
-                [*prompt_ids, *output_ids],
-                len(prompt_ids),
-                sampling,
-                salt,
-                TokenHistory(prompt_ids, output_ids) if sampling.needs_history else None,
-                self._cache.insert(digests, blocks),
-                len(prompt_ids) + len(output_ids) - 1,
-                len(output_ids),
-                is_held,
-                now,
-            )
-        )
+        blocks = self._cache.insert(task.digests, blocks)
+        self._places.add(DecodeSequence.handed_over(task, self._num_arrived, first_token, blocks, ready_s))
 
-    def hold(self, key: RequestKey, *, is_held: bool) -> None:
+    def read(self, task: DecodeTask, blocks: Sequence[int], num_computed: int, arrived_s: float) -> None:
+        """A sequence that is to be read here: there are `blocks` for all that the task has.
+
+        num_computed: of its tokens, those whose KV the cache had; not all.
+        """
+        self._num_arrived += 1
+        self._places.add(DecodeSequence.to_read(task, self._num_arrived, blocks, num_computed, arrived_s))
+
+    def hold(self, key: RequestKey, *, is_held: bool, now: float) -> None:
         """Whether the sequence is to wait where it is; one that is not here is ignored. It keeps its blocks
         until somebody else needs them."""
-        if (sequence := self._running.get(key)) is not None and is_held:
-            del self._running[key]
-            self._ready.append(sequence)
-            self._ready = deque(sorted(self._ready, key=_arrival))
-        for sequence in (*self._ready, *self._preempted):
-            if sequence.key == key:
-                sequence.is_held = is_held
+        self._places.hold(key, is_held=is_held, now=now)
 
     def cancel(self, key: RequestKey) -> bool:
         """Forget the sequence and free its blocks; False if it is not here."""
-        sequence = self._running.pop(key, None)
-        if sequence is None:
-            waiting: list[_Sequence] | deque[_Sequence]
-            for waiting in (self._ready, self._preempted):
-                sequence = next((each for each in waiting if each.key == key), None)
-                if sequence is not None:
-                    waiting.remove(sequence)
-                    break
-            else:
-                return False
-        self._pool.drop(sequence.blocks, Holder.SEQUENCE)
-        return True
+        return self._places.cancel(key)
 
     def schedule(self, now: float) -> list[ScheduledChunk]:
-        """One token of every running sequence that has room for it, and what the budget leaves of those that
-        are computed again; empty if there is nothing that can be done now."""
-        self._fill_places(now)
+        """The chunks of the next step; empty if there is nothing that can be done now."""
+        self._places.fill(now)
         self._num_paused = 0
-        decoding: list[_Sequence] = []
-        recomputing: list[_Sequence] = []
-        for sequence in list(self._running.values()):
-            if sequence.key not in self._running:
+        decoding: list[DecodeSequence] = []
+        others: list[DecodeSequence] = []
+        for sequence in self._places.running:
+            if not self._places.has(sequence):
                 continue  # preempted for an older one
-            if not self._grow(sequence):
+            if not self._places.grow(sequence):
                 self._num_paused += 1
-            elif sequence.num_left == 1:
-                decoding.append(sequence)
             else:
-                recomputing.append(sequence)
+                (decoding if sequence.decodes else others).append(sequence)
         self._batch = [(sequence, 1) for sequence in decoding]
-        budget = self._max_batch_tokens - len(decoding)
-        for sequence in recomputing:
-            count = min(budget, sequence.num_left)
-            if count:
-                self._batch.append((sequence, count))
-            budget -= count
-        return [_chunk(sequence, count) for sequence, count in self._batch]
+        limit_s = self._limit(decoding, now)
+        if others:
+            self._num_chunked_steps += 1
+            self._fill(self._in_order(others, now), limit_s, now)
+        return [sequence.chunk(count) for sequence, count in self._batch]
 
-    def complete(self, results: Sequence[ChunkResult]) -> list[Decoded]:
+    @property
+    def shape(self) -> StepShape:
+        """Of the step under way."""
+        return _shape(self._batch)
+
+    def complete(self, results: Sequence[ChunkResult], began_s: float, now: float) -> list[Decoded]:
         """Take the step's results (one a chunk) into account; sequences that end free their blocks."""
-        decoded: list[Decoded] = []
         for (sequence, count), result in zip(self._batch, results, strict=True):
             if (result.token_id is None) != (count < sequence.num_left):
                 raise ValueError(f"the runner drew {result.token_id} after {count} tokens of {sequence.key}")
-        for (sequence, count), result in zip(self._batch, results, strict=True):
+        self._latency.observe(self.shape, now - began_s)
+        batch, self._batch = self._batch, []
+        decoded: list[Decoded] = []
+        for (sequence, count), result in zip(batch, results, strict=True):
             sequence.num_computed += count
-            token = result.token_id
-            if token is None:
-                continue
-            index = sequence.num_output_tokens
-            sequence.token_ids.append(token)
-            if sequence.history is not None:
-                sequence.history.append(token)
-            stop_reason = sequence.sampling.stop_reason(token, index + 1)
-            joined_s = sequence.joined_s if index == sequence.num_given else None
-            queue_s = None if joined_s is None else joined_s - sequence.ready_s
-            decoded.append(Decoded(sequence.key, index, token, stop_reason, queue_s, result.logprobs))
-            if stop_reason is not None:
-                self._retire(sequence)
-        self._batch = []
+            if sequence.reading is not None:
+                sequence.reading.logprobs += result.prompt_logprobs
+            if result.token_id is not None:
+                decoded.append(self._drawn(sequence, result, result.token_id, now))
         return decoded
 
     def abandon(self) -> list[RequestKey]:
@@ -250,103 +176,71 @@ class DecodeScheduler:
         return keys
 
     def take_counts(self) -> tuple[int, int]:
-        """Preemptions, and tokens found in the cache when sequences came back, since the last call."""
-        counts = self._num_preemptions, self._num_cached_tokens
-        self._num_preemptions = self._num_cached_tokens = 0
+        """Preemptions, and tokens found in the cache by those who read or came back, since the last call."""
+        places = self._places
+        counts = places.num_preemptions, places.num_cached_tokens
+        places.num_preemptions = places.num_cached_tokens = 0
         return counts
 
-    def _fill_places(self, now: float) -> None:
-        for sequence in [each for each in self._preempted if not each.is_held]:
-            if len(self._running) >= self._max_num_seqs or not self._resume(sequence):
+    def _limit(self, decoding: Sequence[DecodeSequence], now: float) -> float | None:
+        """How long the step may take for the sake of those who decode."""
+        paces = (sequence.pace(now) for sequence in decoding)
+        tightest = self._budget.tightest(pace for pace in paces if pace is not None)
+        self._least_tpot_s = None if tightest is None else tightest.sustained_s
+        return None if tightest is None else tightest.effective_s
+
+    def _fill(self, others: Sequence[DecodeSequence], limit_s: float | None, now: float) -> None:
+        """Chunks of `others`, in this order, beside those who decode."""
+        shape = self.shape
+        wanted = [(sequence.num_left, sequence.num_computed) for sequence in others]
+        left = self._budget.num_tokens(shape.decode_batch, shape.decode_context, limit_s, wanted)
+        self._chunk_tokens = left
+        for sequence in others:
+            if left == 0:
                 break
-            self._preempted.remove(sequence)
-            self._join(sequence, now)
-        # Those who hold blocks already are in nobody's way: the sooner they run, the sooner they end.
-        for sequence in [each for each in self._ready if not each.is_held]:
-            if len(self._running) >= self._max_num_seqs:
-                break
-            self._ready.remove(sequence)
-            self._join(sequence, now)
+            self._places.start(sequence, now)
+            count = min(left, sequence.num_left)
+            self._batch.append((sequence, count))
+            left -= count
 
-    def _join(self, sequence: _Sequence, now: float) -> None:
-        if sequence.joined_s is None:
-            sequence.joined_s = now
-        overtakes = bool(self._running) and next(reversed(self._running.values())).arrival > sequence.arrival
-        self._running[sequence.key] = sequence
-        if overtakes:
-            self._running = {each.key: each for each in sorted(self._running.values(), key=_arrival)}
+    def _in_order(self, others: list[DecodeSequence], now: float) -> list[DecodeSequence]:
+        if self._num_chunked_steps % FAIR_STEPS == 0:
+            return others[:1] + self._by_urgency(others[1:], now)
+        return self._by_urgency(others, now)
 
-    def _resume(self, sequence: _Sequence) -> bool:
-        """Give a preempted sequence blocks for all it has, and a new one's headroom, if there are enough."""
-        size = self._pool.block_size
-        cached = self._cache.match(sequence.digests)
-        most = self._pool.num_blocks_for(sequence.most_tokens)
-        wanted = min(most, self._pool.num_blocks_for(len(sequence.token_ids)) + HEADROOM_BLOCKS)
-        self._pool.add(cached, Holder.SEQUENCE)  # first, so that the rest is not taken from them
-        if not self._take_from_held(wanted - len(cached)):
-            self._pool.drop(cached, Holder.SEQUENCE)
-            return False
-        sequence.blocks = cached + self._pool.allocate(wanted - len(cached), Holder.SEQUENCE)
-        sequence.num_computed = len(cached) * size
-        self._num_cached_tokens += sequence.num_computed
-        return True
+    def _by_urgency(self, others: Sequence[DecodeSequence], now: float) -> list[DecodeSequence]:
+        answers = [sequence for sequence in others if sequence.reading is None]
+        prompts = [sequence for sequence in others if sequence.reading is not None]
+        latency, decode_s = self._latency, self._latency.expect_s(StepShape((), *self.decoding))
 
-    def _take_from_held(self, num_blocks: int) -> bool:
-        """Whether so many blocks can be had, if need be from those who are held, the youngest first."""
-        held = [sequence for sequence in self._ready if sequence.is_held]
-        while held and not self._pool.can_allocate(num_blocks):
-            self._preempt(held.pop())
-        return self._pool.can_allocate(num_blocks)
+        def place(sequence: DecodeSequence) -> Rank:
+            # Its chunks will be like those of the last step, and each shares a step with those who decode.
+            num_left = sequence.num_left
+            needs_s = latency.expect_s(StepShape(((num_left, sequence.num_computed),)))
+            needs_s += -(-num_left // self._chunk_tokens) * decode_s
+            return rank(sequence.urgency, sequence.ready_s, needs_s, now)
 
-    def _grow(self, sequence: _Sequence) -> bool:
-        """Room for all tokens of a running sequence, if need be at the expense of younger ones."""
-        missing = self._pool.num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
-        if missing <= 0:
-            return True
-        while not self._pool.can_allocate(missing):
-            # Those who are held first: they do not end by themselves, and the others shall.
-            least = max((*self._running.values(), *self._ready), key=lambda one: (one.is_held, one.arrival))
-            if least is sequence:
-                return False
-            self._preempt(least)
-        sequence.blocks += self._pool.allocate(missing, Holder.SEQUENCE)
-        return True
+        return answers + sorted(prompts, key=place)
 
-    def _retire(self, sequence: _Sequence) -> None:
-        """Its answer is complete. What it holds serves the next turn of the same conversation."""
-        sequence.digests = self._cache.digests(sequence.token_ids[:-1], sequence.salt)
-        self._remember(sequence)
-        self.cancel(sequence.key)
-
-    def _remember(self, sequence: _Sequence) -> None:
-        """Let others find the full blocks of a sequence whose digests are set."""
-        known = sequence.digests[: sequence.num_computed // self._pool.block_size]
-        sequence.blocks = self._cache.insert(known, sequence.blocks)
-
-    def _preempt(self, sequence: _Sequence) -> None:
-        if self._running.pop(sequence.key, None) is None:
-            self._ready.remove(sequence)
-        # What nobody needs until then is still there when it comes back.
-        sequence.digests = self._cache.digests(sequence.token_ids[:-1], sequence.salt)
-        self._remember(sequence)
-        self._pool.drop(sequence.blocks, Holder.SEQUENCE)
-        sequence.blocks, sequence.num_computed = [], 0
-        self._preempted.append(sequence)
-        self._preempted.sort(key=_arrival)
-        self._num_preemptions += 1
+    def _drawn(self, sequence: DecodeSequence, result: ChunkResult, token: int, now: float) -> Decoded:
+        index, queue_s, read = sequence.num_output_tokens, None, None
+        if sequence.reading is not None:
+            read = self._places.finish_reading(sequence, now)
+        elif index == sequence.num_given and sequence.joined_s is not None:
+            queue_s = sequence.joined_s - sequence.ready_s
+        sequence.append(token)
+        stop_reason = sequence.sampling.stop_reason(token, index + 1)
+        if stop_reason is not None:
+            self._places.retire(sequence)
+        return Decoded(sequence.key, index, token, stop_reason, result.logprobs, queue_s, read)
 
 
-def _arrival(sequence: _Sequence) -> int:
-    return sequence.arrival
+def _is_unread(sequence: DecodeSequence) -> bool:
+    """Whether it is a prompt of which nothing was computed yet."""
+    return sequence.reading is not None and sequence.reading.started_s is None
 
 
-def _chunk(sequence: _Sequence, count: int) -> ScheduledChunk:
-    start = sequence.num_computed
-    return ScheduledChunk(
-        token_ids=sequence.token_ids[start : start + count],
-        start=start,
-        block_table=sequence.blocks,
-        sampling=sequence.sampling if count == sequence.num_left else None,
-        num_output_tokens=sequence.num_output_tokens,
-        history=sequence.history,
-    )
+def _shape(batch: Sequence[tuple[DecodeSequence, int]]) -> StepShape:
+    decoding = [len(sequence.token_ids) for sequence, _ in batch if sequence.decodes]
+    chunks = tuple((count, sequence.num_computed) for sequence, count in batch if not sequence.decodes)
+    return StepShape(chunks, len(decoding), sum(decoding))

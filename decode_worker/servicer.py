@@ -1,4 +1,4 @@
-"""The decode role as a service: engine thread, routers' streams and links to prefill workers together."""
+"""The decode or mixed role as a service: engine thread, routers' streams, links to prefill workers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import grpc
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from decode_worker.acceptance import Acceptance
 from decode_worker.loop import DecodeEvent, DecodeOutput, DecodeRole
+from decode_worker.scheduler import DecodeScheduler
 from engine.block_pool import BlockPool
+from engine.latency import LatencyModel, OnlineLatency
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
@@ -29,10 +32,10 @@ STOP_TIMEOUT_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """max_num_seqs: most sequences in one step. max_batch_tokens: most tokens in one step, those that are
-    computed again after a preemption included. heartbeat_s: between snapshots. lease_s: how long blocks stay
-    set aside for a hand-off without news, and how long a link may be silent. digest_share: of the requests,
-    0 to 1, whose KV is checked by digests."""
+    """max_num_seqs: most sequences in one step. max_batch_tokens: most tokens in one step, those of prompts
+    and those that are computed again after a preemption included. heartbeat_s: between snapshots. lease_s:
+    how long blocks stay set aside for a hand-off without news, and how long a link may be silent.
+    digest_share: of the requests, 0 to 1, whose KV is checked by digests."""
 
     max_num_seqs: int
     max_batch_tokens: int
@@ -42,7 +45,7 @@ class DecodeSettings:
 
 
 class DecodeService:
-    """One decode worker.
+    """One decode worker, or a mixed one, if that is what `info` says.
 
     memory: the KV pool; `runner` computes on its bytes. backends: ways to read a prefill worker's blocks,
     best first; closed with the service. on_fatal: called in the engine thread when the engine cannot go on;
@@ -65,14 +68,16 @@ class DecodeService:
         layout, names = memory.layout, [backend.name for backend in backends]
         num_blocks = len(memory.generations)
         pool = BlockPool(num_blocks, layout.block_size, memory.generations)
+        cache = PrefixCache(pool, info.model_fingerprint)
+        latency = OnlineLatency(LatencyModel.from_coefficients(info.latency))
+        is_mixed = info.role == worker_pb2.ROLE_MIXED
         role = DecodeRole(
             runner,
             pool,
-            PrefixCache(pool, info.model_fingerprint),
+            cache,
             layout.num_layers,
-            settings.max_num_seqs,
-            settings.max_batch_tokens,
-            info.max_model_len,
+            DecodeScheduler(pool, cache, settings.max_num_seqs, settings.max_batch_tokens, latency),
+            Acceptance(pool, info.max_model_len, info.vocab_size, reads_prompts=is_mixed),
             settings.lease_s,
             clock,
             WorkerMetrics(registry, "decode"),

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode_worker.scheduler import DecodeScheduler
+from decode_worker.sequences import DecodeTask
 from engine.block_pool import BlockPool, Holder
 from engine.fake import FakeRunner, fake_answer
+from engine.latency import LatencyModel, OnlineLatency
 from engine.prefix_cache import PrefixCache
 from engine.reservation import has_room, reserved_blocks
 from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
@@ -32,7 +34,8 @@ class Bench:
         self.generations = [0] * num_blocks
         self.pool = BlockPool(num_blocks, BLOCK_SIZE, self.generations)
         self.cache = PrefixCache(self.pool, "model")
-        self.scheduler = DecodeScheduler(self.pool, self.cache, max_num_seqs, max_batch_tokens)
+        latency = OnlineLatency(LatencyModel.unknown())
+        self.scheduler = DecodeScheduler(self.pool, self.cache, max_num_seqs, max_batch_tokens, latency)
         self.runner = FakeRunner(np.zeros((num_blocks, BLOCK_SIZE * 8), dtype=np.uint8), BLOCK_SIZE)
         self.max_batch_tokens = max_batch_tokens
         self.answers: dict[RequestKey, list[int]] = {}
@@ -42,7 +45,7 @@ class Bench:
     def reserve(self, name: object, prompt: list[int], sampling: TokenSampling) -> list[int] | None:
         """The blocks, leased; None if there is no room now."""
         num_blocks = reserved_blocks(BLOCK_SIZE, len(prompt), sampling.max_tokens)
-        requests = self.scheduler.num_ready + self.scheduler.num_running
+        requests = self.scheduler.num_waiting + self.scheduler.num_running
         if self.scheduler.lacks_blocks or not has_room(num_blocks, self.pool.num_available, requests):
             return None
         self.prompts[key(name)] = (prompt, sampling)
@@ -55,8 +58,8 @@ class Bench:
         self.pool.add(blocks, Holder.SEQUENCE)
         self.pool.drop(blocks, Holder.TRANSFER)
         self.answers[key(name)] = [first]
-        digests = self.cache.digests(prompt, "")
-        self.scheduler.add(key(name), prompt, [first], sampling, "", blocks, digests, False, now)
+        task = DecodeTask(key(name), prompt, 0, sampling, "", None, self.cache.digests(prompt, ""))
+        self.scheduler.add(task, first, blocks, now)
 
     def add(self, name: object, num_tokens: int, max_tokens: int, now: float = 0.0) -> None:
         prompt = list(range(100, 100 + num_tokens))
@@ -69,7 +72,7 @@ class Bench:
         chunks = self.scheduler.schedule(now)
         assert sum(len(chunk.token_ids) for chunk in chunks) <= self.max_batch_tokens
         ended: list[RequestKey] = []
-        for decoded in self.scheduler.complete(self.runner.step(chunks)):
+        for decoded in self.scheduler.complete(self.runner.step(chunks), now, now):
             answer = self.answers[decoded.key]
             assert decoded.index == len(answer)
             answer.append(decoded.token_id)
@@ -92,12 +95,12 @@ def test_the_first_input_is_the_token_that_prefill_drew() -> None:
     first = bench.answers[key("a")][0]
     (chunk,) = bench.scheduler.schedule(2.5)
     assert (chunk.token_ids, chunk.start, chunk.num_output_tokens) == ([first], 6, 1)
-    (decoded,) = bench.scheduler.complete([ChunkResult(20)])
+    (decoded,) = bench.scheduler.complete([ChunkResult(20)], 2.5, 3.0)
     assert (decoded.index, decoded.token_id, decoded.stop_reason) == (1, 20, None)
     assert decoded.decode_queue_s == 1.5
     (chunk,) = bench.scheduler.schedule(3.0)
     assert (chunk.token_ids, chunk.start, chunk.num_output_tokens) == ([20], 7, 2)
-    (last,) = bench.scheduler.complete([ChunkResult(21)])
+    (last,) = bench.scheduler.complete([ChunkResult(21)], 3.0, 4.0)
     assert (last.index, last.stop_reason, last.decode_queue_s) == (2, StopReason.LENGTH, None)
     assert bench.pool.counts().available == 64
     assert bench.scheduler.schedule(4.0) == []
@@ -107,7 +110,7 @@ def test_a_stop_token_ends_the_sequence() -> None:
     bench = Bench()
     bench.add("a", 6, 10)
     bench.scheduler.schedule(0.0)
-    (decoded,) = bench.scheduler.complete([ChunkResult(7)])
+    (decoded,) = bench.scheduler.complete([ChunkResult(7)], 0.0, 0.0)
     assert decoded.stop_reason is StopReason.STOP
     assert bench.pool.counts().available == 64
 
@@ -116,7 +119,7 @@ def test_a_place_goes_to_who_waits_longest() -> None:
     bench = Bench(max_num_seqs=1)
     for name in "abc":
         bench.add(name, 6, 2)
-    assert (bench.scheduler.num_ready, bench.scheduler.num_running) == (3, 0)
+    assert (bench.scheduler.num_waiting, bench.scheduler.num_running) == (3, 0)
     assert [*bench.step(), *bench.step(), *bench.step()] == [key("a"), key("b"), key("c")]
 
 
@@ -125,7 +128,7 @@ def test_a_runner_that_draws_nothing_is_an_error() -> None:
     bench.add("a", 6, 3)
     bench.scheduler.schedule(0.0)
     with pytest.raises(ValueError, match="drew None after 1 tokens of a#0"):
-        bench.scheduler.complete([ChunkResult(None)])
+        bench.scheduler.complete([ChunkResult(None)], 0.0, 0.0)
 
 
 def test_who_arrived_last_gives_way_and_comes_back_with_the_same_answer() -> None:
@@ -138,10 +141,11 @@ def test_who_arrived_last_gives_way_and_comes_back_with_the_same_answer() -> Non
     gone: list[RequestKey] = []
     ended: list[RequestKey] = []
     while len(ended) < 3:
-        before = {k for k in bench.prompts if k in bench.scheduler._running}
+        before = {each.key for each in bench.scheduler._places.running}
         ended += bench.step()
         bench.check()
-        gone += sorted((before - bench.scheduler._running.keys()) - set(ended), key=str)
+        after = {each.key for each in bench.scheduler._places.running}
+        gone += sorted(before - after - set(ended), key=str)
     assert gone[:2] == [key("c"), key("b")], "last in, first out"
     assert ended == [key("a"), key("b"), key("c")]
     preemptions, cached_tokens = bench.scheduler.take_counts()
@@ -178,14 +182,14 @@ def test_who_was_preempted_does_not_wait_for_one_that_is_held() -> None:
         bench.arrive(name, bench.pool.allocate(2, Holder.TRANSFER))
     while not bench.scheduler.lacks_blocks:
         assert bench.step() == []
-    bench.scheduler.hold(key("a"), is_held=True)
+    bench.scheduler.hold(key("a"), is_held=True, now=0.0)
     ended: list[RequestKey] = []
     for _ in range(40):
         ended += bench.step()
         bench.check()
     assert ended == [key("b")]
     assert not bench.scheduler.lacks_blocks
-    bench.scheduler.hold(key("a"), is_held=False)
+    bench.scheduler.hold(key("a"), is_held=False, now=0.0)
     for _ in range(40):
         ended += bench.step()
     assert ended == [key("b"), key("a")]
@@ -209,18 +213,16 @@ def test_any_order_of_events(
 ) -> None:
     """Every answer is that of an undisturbed run, blocks are conserved, and at the end all get through."""
     bench = Bench(num_blocks, max_num_seqs, max_num_seqs + more_tokens)
-    scheduler = bench.scheduler
+    scheduler, places = bench.scheduler, bench.scheduler._places
     alive: list[RequestKey] = []  # in order of arrival
     slow: set[RequestKey] = set()  # of these, those that are held
     leased: dict[str, list[int]] = {}
     num_names = 0
 
     def step() -> None:
-        held = {
-            k for k in alive if any(k == s.key for s in (*scheduler._running.values(), *scheduler._ready))
-        }
+        held = {k for k in alive if any(k == s.key for s in (*places._running.values(), *places._ready))}
         ended = bench.step()
-        still = {s.key for s in (*scheduler._running.values(), *scheduler._ready)}
+        still = {s.key for s in (*places._running.values(), *places._ready)}
         assert slow.isdisjoint(ended)
         gone = held - still - set(ended) - slow
         stay = held & still
@@ -262,10 +264,10 @@ def test_any_order_of_events(
                 slow.discard(gone)
             case "hold" if alive:
                 slow.add(each := data.draw(st.sampled_from(alive)))
-                scheduler.hold(each, is_held=True)
+                scheduler.hold(each, is_held=True, now=0.0)
             case "on" if slow:
                 slow.remove(each := data.draw(st.sampled_from(sorted(slow, key=str))))
-                scheduler.hold(each, is_held=False)
+                scheduler.hold(each, is_held=False, now=0.0)
             case "fail":
                 chunks = scheduler.schedule(0.0)
                 failed = scheduler.abandon()
@@ -273,7 +275,7 @@ def test_any_order_of_events(
                 for each in failed:
                     alive.remove(each)
         bench.check()
-        assert scheduler.num_ready + scheduler.num_running == len(alive)
+        assert scheduler.num_waiting + scheduler.num_running == len(alive)
         assert sum(map(len, leased.values())) == bench.pool.num_references(Holder.TRANSFER)
 
     for name in sorted(leased):
@@ -285,7 +287,7 @@ def test_any_order_of_events(
         step()
     assert set(alive) == slow, "nobody moves, or somebody waits for ever"
     for each in slow:
-        scheduler.hold(each, is_held=False)
+        scheduler.hold(each, is_held=False, now=0.0)
     slow.clear()
     for _ in range(3000):
         if not alive:
