@@ -1,6 +1,6 @@
 """Which prompt's KV lies in which block, so that a prompt that begins alike need not be computed. A core.
 
-Blocks are known by their digests (prefix_digests.py).
+Blocks are known by their digests (prefix_digests.py). Routers are told of them (block_changes.py).
 
 The pool keeps the order in which blocks are given up; here is only what they hold. A block that holds a
 prefix is held together with those before it by whoever uses it (`insert` sees to that), and `BlockPool.drop`
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.block_changes import BlockChanges, ChangeLog
 from engine.block_pool import BlockPool, Holder
-from engine.prefix_digests import prefix_digests
+from engine.prefix_digests import prefix_digests, short
 
 
 class PrefixCache:
@@ -26,6 +27,7 @@ class PrefixCache:
         self._identity = identity
         self._blocks: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
+        self._changes = ChangeLog()
         pool.tell(self._forget)
 
     def __len__(self) -> int:
@@ -64,6 +66,7 @@ class PrefixCache:
             if known == ours:
                 if ours not in self._digests:
                     self._digests[ours] = digest
+                    self._changes.stored([short(digest)])
                     self._pool.add([ours], Holder.CACHE)
             else:
                 self._pool.add([known], Holder.SEQUENCE)
@@ -71,5 +74,11 @@ class PrefixCache:
                 table[index] = known
         return table
 
+    def take_changes(self) -> BlockChanges:
+        """Which blocks have become known, and which are known no longer, since the last call."""
+        return self._changes.take()
+
     def _forget(self, block: int) -> None:
-        del self._blocks[self._digests.pop(block)]
+        digest = self._digests.pop(block)
+        del self._blocks[digest]
+        self._changes.removed([short(digest)])

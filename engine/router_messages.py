@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from prelay.v1 import worker_pb2
 
+from engine.block_changes import NO_CHANGES, BlockChanges
 from engine.latency import StepShape
 from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
 from engine.step_log import Step
@@ -98,7 +99,7 @@ class RouterBatch:
     """What one turn of the engine has to say to its routers; all of it took effect together.
 
     messages, commands_seen: by stream. push: tell the load now instead of on the next beat. steps: that were
-    run, in order.
+    run, in order. blocks: what has changed in the prefix cache.
     """
 
     messages: dict[int, list[worker_pb2.WorkerMessage]]
@@ -106,6 +107,7 @@ class RouterBatch:
     load: Load
     push: bool
     steps: Sequence[Step] = ()
+    blocks: BlockChanges = NO_CHANGES
 
 
 class Outbox:
@@ -178,11 +180,11 @@ class Outbox:
         )
         self._push = self._push or stop_reason is not None
 
-    def take(self, load: Load) -> RouterBatch:
-        """Everything since the last call, and the load after it."""
+    def take(self, load: Load, blocks: BlockChanges = NO_CHANGES) -> RouterBatch:
+        """Everything since the last call, and the load after it. blocks: PrefixCache.take_changes()."""
         for stream, step in self._tokens.items():
             self._messages.setdefault(stream, []).append(worker_pb2.WorkerMessage(step=step))
-        batch = RouterBatch(self._messages, self._seen, load, self._push, self._steps)
+        batch = RouterBatch(self._messages, self._seen, load, self._push, self._steps, blocks)
         self._messages, self._tokens, self._seen, self._push, self._steps = {}, {}, {}, False, []
         return batch
 

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
+from engine.block_changes import ChangeLog
 from engine.router_messages import Command, Load, Owner, RouterBatch, RouterEvent, RouterGone
 from engine.step_log import StepLog
 
@@ -35,6 +36,7 @@ class _Stream:
     commands_seen: int = 1
     snapshots: int = 0
     push: bool = True
+    blocks: ChangeLog = field(default_factory=ChangeLog)
     steps: StepLog = field(default_factory=lambda: StepLog(random.Random(0)))
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Future[tuple[grpc.StatusCode, str]] = field(
@@ -70,12 +72,15 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
         self._load = load
         self._ids = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
+        # Digests of all that is in the prefix cache, in the order in which it came.
+        self._cached: dict[int, None] = {}
         self._stopping = False
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         """One router, from hello to the end of its stream."""
         hello = await self._hello(request_iterator, context)
         stream = _Stream(Owner(next(self._ids), hello.router_id))
+        stream.blocks.stored(self._cached)
         self._streams[stream.owner.stream] = stream
         _log.info("event=router_attached router=%s stream=%d", hello.router_id, stream.owner.stream)
         tasks: list[asyncio.Task[tuple[grpc.StatusCode, str]]] = [
@@ -111,9 +116,16 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
             stream.wake.set()
             if len(stream.unsent) > MAX_UNSENT:
                 stream.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{len(stream.unsent)} messages are unread")
+        self._cached.update(dict.fromkeys(batch.blocks.stored))
+        for digest in batch.blocks.removed:
+            self._cached.pop(digest, None)
         for stream in self._streams.values():
             for step in batch.steps:
                 stream.steps.add(step)
+            if batch.blocks:
+                stream.blocks.stored(batch.blocks.stored)
+                stream.blocks.removed(batch.blocks.removed)
+                stream.wake.set()
         if batch.push:
             for stream in self._streams.values():
                 stream.push = True
@@ -162,11 +174,13 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
             messages, stream.unsent = stream.unsent, []
             for message in messages:
                 await context.write(message)
+            for blocks in stream.blocks.take().messages():
+                await context.write(worker_pb2.WorkerMessage(blocks=blocks))
             if stream.push or loop.time() >= next_beat_s:
                 stream.push = False
                 await context.write(self._snapshot(stream))
                 next_beat_s = loop.time() + self._heartbeat_s
-            if not stream.unsent and not stream.push:
+            if not (stream.unsent or stream.push or stream.blocks):
                 stream.wake.clear()
                 try:
                     async with asyncio.timeout_at(next_beat_s):

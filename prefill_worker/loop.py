@@ -165,7 +165,7 @@ class PrefillRole:
             self._changed = False
             load = self._load()
             self._show(load)
-            outputs.insert(0, self._outbox.take(load))  # tokens first
+            outputs.insert(0, self._outbox.take(load, self._cache.take_changes()))  # tokens first
         return outputs
 
     def recover(self, error: Exception, event: PrefillEvent | None) -> None:

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.block_pool import BlockPool, Holder
 from engine.prefix_cache import PrefixCache
+from engine.prefix_digests import short
 
 SIZE = 2
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=9)
@@ -25,6 +26,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = PrefixCache(self.pool, "model")
         # By block: salt and all tokens from the beginning of the sequence to the end of the block.
         self.holds: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.told: set[int] = set()
         self.live: list[tuple[str, list[int], list[int], bool]] = []  # salt, tokens, blocks, whether known
 
     @rule(token_ids=prompts, salt=salts)
@@ -57,6 +59,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.holds[block] == (salt, tuple(token_ids[: at * SIZE])), "it goes on with other KV"
         assert self.cache.match(self.cache.digests(token_ids, salt)) == table[: len(token_ids) // SIZE]
         self.live[index] = (salt, token_ids, table, True)
+
+    @rule()
+    def tell(self) -> None:
+        changes = self.cache.take_changes()
+        assert not self.told & set(changes.stored)
+        assert self.told >= set(changes.removed)
+        self.told = (self.told | set(changes.stored)) - set(changes.removed)
+        assert self.told == {short(digest) for digest in self.cache._digests.values()}
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine import router_stream
+from engine.block_changes import BlockChanges
 from engine.latency import StepShape
 from engine.router_messages import Command, Load, Outbox, Owner, RouterEvent, RouterGone
 from engine.router_stream import RouterStreams
@@ -180,6 +181,45 @@ async def test_a_snapshot_tells_of_decoding_and_of_the_steps_since_the_last_one(
     assert (list(step.new_tokens), list(step.cached_tokens), step.seconds) == ([5], [16], 0.5)
     assert not (await router.read("snapshot")).steps
     assert not outbox.take(busy).steps
+
+
+async def test_whenever_a_router_attaches_it_knows_what_is_cached(worker: Worker, router: Router) -> None:
+    await router.attach("early")
+    deliver = worker.streams.deliver
+    deliver(Outbox().take(BUSY, BlockChanges((1, 2, 3))))
+    assert await told(router, 3) == {1, 2, 3}
+    deliver(Outbox().take(BUSY, BlockChanges((4,), (2,))))
+    late = Router(worker)
+    await late.attach("late")
+    first = await late.call.read()
+    assert [list(event.stored) for event in first.blocks.events] == [[1, 3, 4]]
+    assert await told(router, 2, {1, 2, 3}) == {1, 3, 4}
+    deliver(Outbox().take(BUSY, BlockChanges((5,), (1,))))
+    assert await told(late, 2, {1, 3, 4}) == await told(router, 2, {1, 3, 4}) == {3, 4, 5}
+    await late.close()
+
+
+async def test_changes_that_come_before_they_are_sent_are_told_together(
+    worker: Worker, router: Router
+) -> None:
+    await router.attach()
+    for digest in range(100):  # the writer does not get a turn
+        changes = BlockChanges((digest,), (digest - 1,) if digest else ())
+        worker.streams.deliver(Outbox().take(BUSY, changes))
+    (event,) = (await router.read("blocks")).events
+    assert (list(event.stored), list(event.removed)) == ([99], [])
+
+
+async def told(router: Router, num_changes: int, known: Iterable[int] = ()) -> set[int]:
+    """What is cached after so many more changes, each of which must be one."""
+    known = set(known)
+    while num_changes:
+        for event in (await router.read("blocks")).events:
+            assert not known & set(event.stored)
+            assert known >= set(event.removed)
+            known = (known | set(event.stored)) - set(event.removed)
+            num_changes -= len(event.stored) + len(event.removed)
+    return known
 
 
 async def test_a_step_is_one_message_for_each_router(worker: Worker, router: Router) -> None:
