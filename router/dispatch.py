@@ -207,7 +207,7 @@ class Dispatcher:
         return live
 
     def _on_snapshot(self, link: CommandLink, snapshot: worker_pb2.Snapshot) -> None:
-        self._pool[link.worker_id].snapshot(commands.load(snapshot))
+        self._pool[link.worker_id].snapshot(commands.load(snapshot), self._clock())
         self._suspect(link, False)
 
     def _suspect(self, link: CommandLink, suspected: bool) -> None:

@@ -1,5 +1,7 @@
 """Which prefill and decode workers are linked, as the decode workers say. A core.
 
+A mixed worker takes hand-offs as a decode worker does, and is one here.
+
     (both up) --Pair sent--> linking --PairState--> linked <--> unreachable
                                           +-------> mismatched, until one of the two has another life
 
@@ -39,15 +41,17 @@ class PairLink:
 
 
 class PairTable:
-    """The pairs that somebody was asked about."""
+    """The pairs that somebody was asked about. version: another one after each change."""
 
     def __init__(self) -> None:
-        self._links: dict[Pair, PairLink] = {}
+        self.version = 0
+        self._links: dict[str, dict[str, PairLink]] = {}  # by prefill and decode worker
         self._linked_with: dict[str, set[str]] = {}  # prefill worker -> decode workers
 
     def put(self, pair: Pair, link: PairLink) -> None:
         """The state of a pair."""
-        self._links[pair] = link
+        self.version += 1
+        self._links.setdefault(pair.prefill, {})[pair.decode] = link
         decodes = self._linked_with.setdefault(pair.prefill, set())
         if link.state is LinkState.LINKED:
             decodes.add(pair.decode)
@@ -56,7 +60,7 @@ class PairTable:
 
     def get(self, pair: Pair) -> PairLink | None:
         """What is known of a pair; None if nobody was asked about it."""
-        return self._links.get(pair)
+        return self._links.get(pair.prefill, {}).get(pair.decode)
 
     def linked_with(self, prefill: str) -> Collection[str]:
         """The decode workers that are linked to a prefill worker."""
@@ -64,10 +68,13 @@ class PairTable:
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone, or lives anew: what was known of its pairs is void."""
+        self.version += 1
+        self._links.pop(worker_id, None)
         self._linked_with.pop(worker_id, None)
-        for pair in [pair for pair in self._links if worker_id in (pair.prefill, pair.decode)]:
-            del self._links[pair]
-            self._linked_with.get(pair.prefill, set()).discard(pair.decode)
+        for links in self._links.values():
+            links.pop(worker_id, None)
+        for decodes in self._linked_with.values():
+            decodes.discard(worker_id)
 
     def why_none(self, prefills: Collection[str], decodes: Collection[str]) -> tuple[bool, str] | None:
         """None while a pair of these workers is linked; else whether none can ever be, and why one is not.
@@ -78,7 +85,7 @@ class PairTable:
             return None
         why = ""
         for pair in (Pair(prefill, decode) for prefill in prefills for decode in decodes):
-            link = self._links.get(pair, PairLink(LinkState.LINKING))
+            link = self.get(pair) or PairLink(LinkState.LINKING)
             words = f": {link.message}" if link.message else ""
             if link.state is not LinkState.MISMATCHED:
                 return False, f"{pair.decode} and {pair.prefill} are {link.state.value}{words}"

@@ -59,7 +59,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 requests=len(self.held),
                 queue_tokens=sum(tokens for tokens, _ in self.held.values()),
                 free_blocks=CAPACITY.num_blocks - sum(blocks for _, blocks in self.held.values()),
-            )
+            ),
+            now=0.0,
         )
 
     @invariant()
@@ -78,7 +79,7 @@ TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline
 
 def test_load_of_other_routers_counts():
     view = WorkerView("w", 1, Role.PREFILL, CAPACITY)
-    view.snapshot(Load(commands_seen=1, requests=3, queue_tokens=300, free_blocks=50))
+    view.snapshot(Load(commands_seen=1, requests=3, queue_tokens=300, free_blocks=50), now=0.0)
     view.credit(RequestKey("mine", 1), tokens=40, blocks=5)
     assert (view.requests, view.outstanding_tokens, view.free_blocks) == (4, 340, 45)
 
@@ -87,7 +88,7 @@ def test_a_refusal_is_believed_until_the_next_snapshot():
     view = WorkerView("w", 1, Role.DECODE, CAPACITY)
     view.refuse()
     assert view.free_blocks == 0
-    view.snapshot(Load(commands_seen=0, requests=0, queue_tokens=0, free_blocks=64))
+    view.snapshot(Load(commands_seen=0, requests=0, queue_tokens=0, free_blocks=64), now=0.0)
     assert view.free_blocks == 64
 
 

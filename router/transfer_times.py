@@ -1,0 +1,58 @@
+"""How long hand-offs keep requests waiting, learned from what decode workers report. A core.
+
+What counts is what is not hidden behind the prefill (StageTimes.transfer_s). All pairs together give a line,
+alpha + beta * tokens, by least squares with forgetting; each pair a factor to it, for pairs differ by the
+links between them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from router.pair_table import Pair
+
+_LEAST_S = 1e-6
+
+
+class TransferTimes:
+    """A core. Bounded in memory: of all pairs those that were used last."""
+
+    def __init__(self, forgetting: float = 0.995, rate: float = 0.1, max_pairs: int = 4096) -> None:
+        """forgetting: weight of a hand-off against the next. rate: how far one moves its pair's factor."""
+        self._forgetting = forgetting
+        self._rate = rate
+        self._max_pairs = max_pairs
+        self._factors: OrderedDict[Pair, float] = OrderedDict()
+        # Decayed sums of 1, n, s, n * n, n * s over hand-offs of n tokens that took s seconds.
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self._alpha_s = self._beta_s = 0.0
+
+    def observe(self, pair: Pair, num_tokens: int, seconds: float) -> None:
+        """A request of which so many tokens travelled had to wait so long for them."""
+        if not 0 <= seconds < float("inf"):
+            return
+        line_s = self._line_s(num_tokens)
+        if line_s > _LEAST_S:
+            factor = self._factors.pop(pair, 1.0)
+            factor += self._rate * (seconds / line_s - factor)
+            self._factors[pair] = min(10.0, max(0.1, factor))
+            if len(self._factors) > self._max_pairs:
+                self._factors.popitem(last=False)
+        new = (1.0, num_tokens, seconds, num_tokens * num_tokens, num_tokens * seconds)
+        one, n, s, nn, ns = (
+            self._forgetting * old + value for old, value in zip(self._sums, new, strict=True)
+        )
+        self._sums = (one, n, s, nn, ns)
+        spread = one * nn - n * n
+        # Where all were of about one length, their mean says all that there is to say.
+        beta = (one * ns - n * s) / spread if spread > 1e-3 * one * nn else 0.0
+        # Neither is negative: longer transfers do not take less.
+        self._beta_s = min(max(0.0, beta), s / n) if n > 0 else 0.0
+        self._alpha_s = max(0.0, (s - self._beta_s * n) / one)
+
+    def expect_s(self, pair: Pair, num_tokens: int) -> float:
+        """How long a request of which so many tokens travel waits for them; 0 while nothing is known."""
+        return self._line_s(num_tokens) * self._factors.get(pair, 1.0)
+
+    def _line_s(self, num_tokens: int) -> float:
+        return self._alpha_s + self._beta_s * num_tokens if num_tokens > 0 else 0.0
