@@ -176,7 +176,7 @@ class DecodeRole:
         shape = self._scheduler.shape
         results = self._runner.step(chunks)
         done_s = self._clock()
-        self._metrics.stepped(done_s - now, shape.num_tokens)
+        self._metrics.stepped(shape, done_s - now)
         self._outbox.stepped(shape, done_s - now)
         for decoded in self._scheduler.complete(results, now, done_s):
             self._emit(decoded)

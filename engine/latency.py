@@ -48,6 +48,13 @@ class StepShape:
     def num_tokens(self) -> int:
         return self.decode_batch + sum(new for new, _ in self.prefill)
 
+    @property
+    def phase(self) -> str:
+        """prefill, decode or mixed."""
+        if not self.decode_batch:
+            return "prefill"
+        return "mixed" if self.prefill else "decode"
+
 
 def features(shape: StepShape) -> dict[str, float]:
     """The terms of the formula by the names of their coefficients."""

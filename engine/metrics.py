@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from engine.latency import StepShape
 from engine.router_messages import Load
 
 _STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -14,7 +15,7 @@ _BATCH_BUCKETS = tuple(float(2**i) for i in range(15))
 
 
 class WorkerMetrics:
-    """phase: what the steps of this worker compute, prefill or decode."""
+    """phase: what most steps of this worker compute, prefill or decode."""
 
     def __init__(self, registry: CollectorRegistry, phase: str) -> None:
         def gauge(name: str, text: str) -> Gauge:
@@ -37,11 +38,12 @@ class WorkerMetrics:
         )
         self._step = Histogram(
             "prelay_step_seconds",
-            "Time of one engine step.",
+            "Time of one engine step: prefill holds prompt chunks only, decode none, mixed both.",
             ["phase"],
             buckets=_STEP_BUCKETS_S,
             registry=registry,
-        ).labels(phase)
+        )
+        self._step.labels(phase)
         self._batch = Histogram(
             "prelay_batch_tokens",
             "Tokens computed by one engine step.",
@@ -65,6 +67,6 @@ class WorkerMetrics:
     def preempted(self, count: int) -> None:
         self._preemptions.inc(count)
 
-    def stepped(self, step_s: float, num_tokens: int) -> None:
-        self._step.observe(step_s)
-        self._batch.observe(num_tokens)
+    def stepped(self, shape: StepShape, step_s: float) -> None:
+        self._step.labels(shape.phase).observe(step_s)
+        self._batch.observe(shape.num_tokens)

@@ -27,6 +27,7 @@ from typing import TypeAlias
 from prelay.v1 import transfer_pb2, worker_pb2
 
 from engine.block_pool import BlockPool, Holder
+from engine.latency import StepShape
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
@@ -150,7 +151,9 @@ class PrefillRole:
         offering.finish()
         self._changed = True  # since the last flush, too
         done_s = self._clock()
-        self._metrics.stepped(done_s - now, num_tokens)
+        shape = StepShape(tuple((len(chunk.token_ids), chunk.start) for chunk in chunks))
+        self._metrics.stepped(shape, done_s - now)
+        self._outbox.stepped(shape, done_s - now)
         for prefilled in self._scheduler.complete(results, done_s):
             self._prefilled(prefilled)
         self._drop_unwanted()
