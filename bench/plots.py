@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, NullLocator
 
-from bench.profile import Profile, error_rows, kind_of
+from bench.profile import Profile, error_rows
 
 _OURS, _THEIRS, _LIMIT = "#1f6f8b", "#c8a45c", "#b5b5b5"
 _SIZES = ("#9cc5d3", "#4f97b0", "#1f6f8b", "#123f50")
@@ -68,7 +68,7 @@ def draw_profile(profile: Profile, name: str, target: Path) -> None:
     colors = {"prefill": "#1f6f8b", "decode": "#c8553d", "mixed": "#588157"}
     for samples, marker, alpha in ((profile.fitted, ".", 0.35), (profile.held_out, "D", 1.0)):
         for kind, color in colors.items():
-            chosen = [sample for sample in samples if kind_of(sample.shape) == kind]
+            chosen = [sample for sample in samples if sample.shape.phase == kind]
             axis.scatter(
                 [sample.seconds * 1e3 for sample in chosen],
                 [profile.model.step_s(sample.shape) * 1e3 for sample in chosen],

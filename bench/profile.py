@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.latency import LatencyModel, StepShape
+from engine.latency import LatencyModel
 from engine.latency_fit import Sample, fit, relative_errors
 from engine.profiler import Limits, choose_steps, measure, num_blocks_of
 
@@ -114,20 +114,13 @@ def error_rows(profile: Profile) -> list[tuple[str, int, float, float]]:
     """Kind of step, how many are held out, median and 95th percentile of the error; the last row is all."""
     kinds: dict[str, list[Sample]] = {"prefill": [], "decode": [], "mixed": []}
     for sample in profile.held_out:
-        kinds[kind_of(sample.shape)].append(sample)
+        kinds[sample.shape.phase].append(sample)
     rows = []
     for name, samples in [*kinds.items(), ("all", list(profile.held_out))]:
         if samples:
             errors = relative_errors(profile.model, samples)
             rows.append((name, len(samples), statistics.median(errors), float(np.quantile(errors, 0.95))))
     return rows
-
-
-def kind_of(shape: StepShape) -> str:
-    """prefill, decode or mixed."""
-    if not shape.decode_batch:
-        return "prefill"
-    return "mixed" if shape.prefill else "decode"
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
