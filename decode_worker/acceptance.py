@@ -1,11 +1,31 @@
-"""Whether this worker can serve what a router asks for, and if not, why. A core."""
+"""What a router asks for, whether this worker can serve it, and if not, why. A core."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prelay.v1 import worker_pb2
 
+from decode_worker.sequences import DecodeTask
 from engine.block_pool import BlockPool
 from engine.reservation import has_room, reserved_blocks
+from engine.router_messages import sampling_of, urgency_of
+from engine.sequence import RequestKey
+
+
+def task_of(
+    key: RequestKey, reserve: worker_pb2.Reserve, digests: Sequence[bytes], arrived_s: float
+) -> DecodeTask:
+    """As the scheduler takes it. digests: of the full blocks of its tokens."""
+    return DecodeTask(
+        key,
+        list(reserve.token_ids),
+        reserve.num_output_tokens,
+        sampling_of(reserve.sampling),
+        reserve.cache_salt,
+        urgency_of(reserve, arrived_s),
+        digests,
+    )
 
 
 class Acceptance:

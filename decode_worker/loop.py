@@ -32,7 +32,8 @@ from typing import TypeAlias
 
 from prelay.v1 import transfer_pb2, worker_pb2
 
-from decode_worker.acceptance import Acceptance
+from decode_worker.acceptance import Acceptance, task_of
+from decode_worker.pair_owners import PairOwners
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.sequences import Decoded, DecodeTask
 from engine.block_pool import BlockPool, Holder
@@ -47,8 +48,6 @@ from engine.router_messages import (
     RouterBatch,
     RouterEvent,
     RouterGone,
-    sampling_of,
-    urgency_of,
 )
 from engine.runner import StepRunner
 from engine.sequence import RequestKey
@@ -129,8 +128,7 @@ class DecodeRole:
         self._pulls = PullSide(num_layers, lease_s)
         # Every request of which this worker still holds something.
         self._requests: dict[RequestKey, _Request] = {}
-        # Who wants to know of a pair.
-        self._pair_owners: dict[Peer, set[Owner]] = {}
+        self._pair_owners = PairOwners()
         self._outbox = Outbox()
         self._outputs: list[DecodeOutput] = []
         self._changed = False
@@ -146,8 +144,8 @@ class DecodeRole:
             case RouterGone(owner):
                 for key in [key for key, request in self._requests.items() if request.owner == owner]:
                     self._cancel(key)
-                for peer in list(self._pair_owners):
-                    self._unpair(owner, peer)
+                for peer in self._pair_owners.remove_all(owner):
+                    self._apply(self._pulls.unpair(peer))
             case LinkUp(link, peer, backend):
                 self._apply(self._pulls.link_up(link, peer, backend, now))
             case LinkFailed(peer, reason, message):
@@ -191,7 +189,7 @@ class DecodeRole:
             self._changed = False
             load = self._load()
             self._show(load)
-            outputs.insert(0, self._outbox.take(load))  # tokens first
+            outputs.insert(0, self._outbox.take(load, self._cache.take_changes()))  # tokens first
         return outputs
 
     def recover(self, error: Exception, event: DecodeEvent | None) -> None:
@@ -228,10 +226,12 @@ class DecodeRole:
                 self._cancel(owner.key(message.cancel.request_id, message.cancel.attempt))
             case "pair":
                 peer = Peer(message.pair.prefill.worker_id, message.pair.prefill.epoch)
-                self._pair_owners.setdefault(peer, set()).add(owner)
+                self._pair_owners.add(owner, peer)
                 self._apply(self._pulls.pair(peer, message.pair.prefill.address, now))
             case "unpair":
-                self._unpair(owner, Peer(message.unpair.prefill.worker_id, message.unpair.prefill.epoch))
+                peer = Peer(message.unpair.prefill.worker_id, message.unpair.prefill.epoch)
+                if self._pair_owners.remove(owner, peer):
+                    self._apply(self._pulls.unpair(peer))
             case "pause":
                 self._hold(owner.key(message.pause.request_id, message.pause.attempt), now, is_held=True)
             case "resume":
@@ -251,16 +251,8 @@ class DecodeRole:
         if why is not None:
             self._outbox.failed(owner, key, worker_pb2.FAILURE_REASON_INVALID, why)
             return
-        token_ids = list(reserve.token_ids)
-        task = DecodeTask(
-            key,
-            token_ids,
-            reserve.num_output_tokens,
-            sampling_of(reserve.sampling),
-            reserve.cache_salt,
-            urgency_of(reserve, arrived_s),
-            self._cache.digests(token_ids, reserve.cache_salt),
-        )
+        digests = self._cache.digests(reserve.token_ids, reserve.cache_salt)
+        task = task_of(key, reserve, digests, arrived_s)
         is_read_here = self._acceptance.is_read_here(reserve)
         cached = self._cache.match(
             task.usable_digests(self._pool.block_size) if is_read_here else task.digests
@@ -282,13 +274,7 @@ class DecodeRole:
         self._metrics.hit(cached_tokens)
         peer = Peer(reserve.prefill.worker_id, reserve.prefill.epoch)
         address = reserve.prefill.address
-        self._apply(self._pulls.reserve(key, peer, address, len(token_ids), cached_tokens, blocks, now))
-
-    def _unpair(self, owner: Owner, peer: Peer) -> None:
-        owners = self._pair_owners.get(peer, set())
-        owners.discard(owner)
-        if not owners and self._pair_owners.pop(peer, None) is not None:
-            self._apply(self._pulls.unpair(peer))
+        self._apply(self._pulls.reserve(key, peer, address, len(task.token_ids), cached_tokens, blocks, now))
 
     def _hold(self, key: RequestKey, now: float, *, is_held: bool) -> None:
         if (request := self._requests.get(key)) is not None:
@@ -388,7 +374,7 @@ class DecodeRole:
             state.backend = change.message
         else:
             state.reason, state.message = failure_reason(change.reason), change.message
-        for owner in self._pair_owners.get(change.peer, ()):
+        for owner in self._pair_owners.of(change.peer):
             self._outbox.pair(owner, state)
 
     def _show(self, load: Load) -> None:
