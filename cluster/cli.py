@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
+import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +83,7 @@ def cli() -> None:
     \b
     A first look:    prelay demo
     A server:        prelay serve --model DIR --prefill 1 --decode 1
+    What it does:    prelay top
     Its settings:    prelay config --show
     Its speed:       prelay bench engine --shape smollm2-135m
     """
@@ -150,6 +155,102 @@ def demo(as_json: bool, debug: bool) -> int:
     from cluster.demo.run import demo_config
 
     return _run_guarded("demo", demo_config(), as_json, debug)
+
+
+_WATCH_EXIT_CODES = """
+\b
+Exit codes:
+  0  done
+  1  no router answers
+  2  the command line is wrong
+"""
+
+
+def _checked_address(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from cluster.sections import parse_host_port
+
+    try:
+        parse_host_port(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return value
+
+
+def _not_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which no range keeps out
+        raise click.BadParameter("nan is not a number of seconds", context, parameter)
+    return value
+
+
+_admin_option = click.option(
+    "--admin",
+    default="127.0.0.1:9091",
+    show_default=True,
+    metavar="HOST:PORT",
+    callback=_checked_address,
+    help="The router's admin port.",
+)
+
+
+@cli.command(epilog=_WATCH_EXIT_CODES)
+@_admin_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def status(admin: str, as_json: bool) -> int:
+    """Show once what a running server does: workers, queues, KV use, attainment by SLO class, latencies.
+
+    Counts and attainment are since the router started, TTFT and TPOT of the last 1,024 requests. With --json
+    times are in seconds, and what is not known yet is null.
+
+    \b
+    Examples:
+      prelay status
+      prelay status --json | jq '.classes[].attainment'
+    """
+    from rich.console import Console
+
+    from cluster.status import StatusClient, status_json
+    from cluster.status_view import status_view
+
+    with StatusClient(admin) as client:
+        found = client.fetch()
+    if as_json:
+        click.echo(json.dumps(status_json(found)))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(status_view(found, None, admin))
+    return 0
+
+
+@cli.command(epilog=_WATCH_EXIT_CODES)
+@_admin_option
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600.0),
+    callback=_not_nan,
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between two looks.",
+)
+def top(admin: str, interval: float) -> int:
+    """Watch what a running server does, live on the terminal, until Ctrl-C.
+
+    Shows what `prelay status` shows, and beside it rates and attainment of the last 30 seconds. While no
+    router answers it says so and keeps trying. Where standard output is no terminal it prints one status.
+
+    \b
+    Examples:
+      prelay top
+      prelay top --admin 10.0.0.7:9091 --interval 5
+    """
+    from rich.console import Console
+
+    from cluster.top import top as run_top
+
+    # Ended otherwise than by Ctrl-C, too, it leaves the terminal as it was.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        run_top(admin, interval, Console(width=None if sys.stdout.isatty() else 120))
+    return 0
 
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

@@ -6,6 +6,7 @@ ClusterError                 1  something failed while starting or running
 ├── ModelError               4  the checkpoint cannot be served
 ├── RayError                 1  Ray cannot be started, reached, or has no room for the workers
 ├── RouterError              1  the router process did not start, or ended by itself
+├── NoRouterError            1  nobody answers, or no router does, where one was asked for its status
 ├── WorkerError              1  a worker did not start, or keeps dying
 └── DemoError                1  the demo's answers are not what they must be
 """
@@ -45,6 +46,10 @@ class RayError(ClusterError):
 
 class RouterError(ClusterError):
     """Without the router nothing is served, so this ends the deployment."""
+
+
+class NoRouterError(ClusterError):
+    """Names the address, what came instead of an answer, and where else to look."""
 
 
 class WorkerError(ClusterError):

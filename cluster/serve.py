@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prelay.v1 import worker_pb2
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -15,13 +14,8 @@ from rich.table import Table
 from cluster.launch import Deployment, Ready
 from cluster.orders import Order
 from cluster.reporter import reporter_for
+from cluster.roles import ROLE_NAMES
 from cluster.worker_life import LiveWorker
-
-ROLE_NAMES = {
-    worker_pb2.ROLE_PREFILL: "prefill",
-    worker_pb2.ROLE_DECODE: "decode",
-    worker_pb2.ROLE_MIXED: "mixed",
-}
 
 
 async def serve(order: Order, run_directory: Path) -> None:

@@ -12,7 +12,8 @@ from prelay.v1 import worker_pb2
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.errors import ClusterError, ModelError, WorkerError
-from cluster.host import DecodeHost, HostSpec, Progress, StartReport
+from cluster.host import DecodeHost, Progress, StartReport
+from cluster.host_spec import HostSpec
 from cluster.ray_cluster import RayCluster
 from cluster.router_process import RouterProcess
 from cluster.worker_life import RestartPolicy, WorkerLife, next_epoch
@@ -39,7 +40,9 @@ TEMPLATE = HostSpec(
     lease_s=10.0,
     digest_share=0.0,
     backend="auto",
+    latency={},
 )
+MEASURED = {"step": 0.25}
 POLICY = RestartPolicy(backoff_s=0.0, max_backoff_s=0.0, max_failures=2, steady_s=60.0)
 
 
@@ -67,7 +70,9 @@ class FakeActor:
     async def _start(self) -> StartReport:
         if self._start_error is not None:
             raise self._start_error
-        info = worker_pb2.WorkerInfo(worker_id=self.spec.worker_id, epoch=self.spec.epoch, pid=1)
+        info = worker_pb2.WorkerInfo(
+            worker_id=self.spec.worker_id, epoch=self.spec.epoch, pid=1, latency=MEASURED
+        )
         return StartReport(info.SerializeToString(), kv_bytes=0, cores=(0,), cores_shared=False)
 
     async def _progress(self) -> Progress:
@@ -172,6 +177,19 @@ async def test_a_dead_worker_is_removed_and_lives_again_under_a_greater_epoch() 
     keeping.cancel()
     await asyncio.wait([keeping])
     assert world.log[:6] == ["register 7", "remove 7", "kill 7", "register 8", "remove 8", "kill 8"]
+
+
+async def test_steps_are_measured_in_the_first_life_only() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    first = await world.lives.get()
+    first.died.set()
+    second = await world.lives.get()
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    assert (first.spec.latency, second.spec.latency) == ({}, MEASURED)
 
 
 async def test_a_worker_that_the_router_lost_is_attached_again_in_the_same_life() -> None:
