@@ -7,15 +7,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench.cli_parts import need_directory, need_matplotlib, progress
+from bench.cli_serve import serve
 from bench.errors import MeasurementError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,7 +96,7 @@ def engine(plot: Path | None, as_json: bool, no_transformers: bool, **chosen: An
     decode_batches = _sizes("--decode", chosen["decode_batches"])
     if not prefill_tokens and not decode_batches:
         raise click.UsageError("--prefill and --decode are both empty: there is nothing to measure")
-    _need_matplotlib(plot)
+    need_matplotlib(plot)
     if not no_transformers and importlib.util.find_spec("transformers") is None:
         raise click.UsageError(
             "transformers is not installed: pip install 'prelay[bench]', or give --no-transformers"
@@ -115,7 +115,7 @@ def engine(plot: Path | None, as_json: bool, no_transformers: bool, **chosen: An
         not no_transformers,
     )
     try:
-        with _progress(f"bench engine {name}") as show:
+        with progress(f"bench engine {name}") as show:
             result = {"shape": name, **measure(settings, show)}
     except TransformersUnavailableError as error:
         raise click.UsageError(str(error)) from error
@@ -172,12 +172,12 @@ def transfer(plot: Path | None, as_json: bool, rounds: int, **chosen: str) -> in
     sizes, prompt_tokens = _sizes("--mb", chosen["sizes"]), _sizes("--prompts", chosen["prompt_tokens"])
     if not sizes or not prompt_tokens:
         raise click.UsageError("--mb and --prompts each need a number at least")
-    _need_matplotlib(plot)
+    need_matplotlib(plot)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise click.UsageError("two cores are needed, one for each side of a hand-off; there is one")
     settings = Settings(checkpoint, load, backends, sizes, prompt_tokens, rounds, (cores[-2], cores[-1]))
-    with _progress(f"bench transfer {chosen['shape']}") as show:
+    with progress(f"bench transfer {chosen['shape']}") as show:
         result = {"shape": chosen["shape"], **measure(settings, show)}
     if plot is not None:
         from bench.plots import draw_transfer
@@ -189,6 +189,9 @@ def transfer(plot: Path | None, as_json: bool, rounds: int, **chosen: str) -> in
         for table in _transfer_tables(result):
             Console().print(table)
     return 0
+
+
+bench.add_command(serve)
 
 
 @click.command(
@@ -215,13 +218,12 @@ def profile(target: Path, plot: Path | None, **chosen: Any) -> int:
     from bench.profile import ProfileSettings, error_rows, run_profile, to_json
 
     name, checkpoint, load = _model(chosen)
-    _need_matplotlib(plot)
-    if not target.absolute().parent.is_dir():
-        raise click.UsageError(f"--json {target}: there is no directory {target.absolute().parent}")
+    need_matplotlib(plot)
+    need_directory("--json", target)
     _pin(chosen["threads"])
     keys = ("dtype", "threads", "kernels", "max_batch_tokens", "max_num_seqs", "max_context", "repeats")
     settings = ProfileSettings(checkpoint, name, load, **{key: chosen[key] for key in keys})
-    with _progress(f"profile {name}") as show:
+    with progress(f"profile {name}") as show:
         result = run_profile(settings, show)
     target.write_text(json.dumps(to_json(result, settings), indent=1) + "\n")
     if plot is not None:
@@ -304,31 +306,12 @@ def _backends(text: str) -> list[str]:
     return names
 
 
-def _need_matplotlib(plot: Path | None) -> None:
-    if plot is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: pip install 'prelay[bench]'")
-    if not plot.absolute().parent.is_dir():
-        raise click.UsageError(f"--plot {plot}: there is no directory {plot.absolute().parent}")
-
-
 def _pin(threads: int) -> None:
     """Take the last cores: the first ones serve interrupts."""
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise click.UsageError(f"--threads {threads}, but there are only {len(cores)} cores")
     os.sched_setaffinity(0, cores[-threads:])
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
-    """A bar on standard error; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=1.0, what=title)
-        yield lambda done, what: bar.update(task, completed=done, what=f"{title}: {what}")
 
 
 def _engine_table(result: dict[str, Any]) -> Table:

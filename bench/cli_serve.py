@@ -1,0 +1,262 @@
+"""`prelay bench serve`: the command line of the load generator."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from bench.cli_parts import need_directory, need_matplotlib, progress
+from bench.load.errors import BadInputError
+from bench.load.jobs import TIMEOUT_S
+from bench.load.slo import DEFAULT
+
+if TYPE_CHECKING:
+    from bench.load.serve import Measured, ServePlan
+
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  done, whatever the server's figures are
+  1  nothing at the URL can be measured, or no request can meet the limits
+  2  the command line, the trace or the dataset is wrong
+"""
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.option(
+    "--url",
+    required=True,
+    metavar="URL",
+    help="http://HOST:PORT (OpenAI-compatible) or grpc://HOST:PORT (prelay).",
+)
+@click.option(
+    "--trace",
+    type=Path,
+    metavar="FILE",
+    help="Azure CSV, Mooncake JSONL, length CSV, or arrival_s,prompt_tokens,output_tokens.",
+)
+@click.option(
+    "--dataset",
+    metavar="NAME:...",
+    help="synthetic:prompt=512,answer=64 (or 128-1024), sharegpt:FILE, mix:FILE,FILE,period=60.",
+)
+@click.option("--rate", type=float, metavar="R", help="Requests per second.")
+@click.option("--rates", metavar="A,B,C", help="Several rates, for the curve of attainment.")
+@click.option(
+    "--duration",
+    type=float,
+    metavar="S",
+    help="Seconds that are judged at each rate (default 60).",
+)
+@click.option(
+    "--requests", type=click.IntRange(1), metavar="N", help="Requests that are judged at each rate, instead."
+)
+@click.option(
+    "--slo",
+    "slo_text",
+    default=DEFAULT,
+    show_default=True,
+    metavar="LIMITS",
+    help="ttft=2,tpot=60ms, or multiples of what a request takes alone.",
+)
+@click.option(
+    "--arrivals",
+    metavar="PROCESS",
+    help="poisson (default), gamma:CV, constant, trace (default without a rate).",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs at each rate."
+)
+@click.option(
+    "--warmup",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds before what is judged.",
+)
+@click.option(
+    "--time-scale", type=float, metavar="F", help="Seconds that a second of the trace takes, at its own pace."
+)
+@click.option(
+    "--length-scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="F",
+    help="Factor for prompts and answers.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Leave out rows with more, prompt and answer together, after scaling.",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    default=TIMEOUT_S,
+    show_default=True,
+    metavar="S",
+    help="Give a request up after it.",
+)
+@click.option("--no-send-slo", is_flag=True, help="Do not tell the server the limits.")
+@click.option("--model", metavar="NAME", help="Which (default: the first that the server lists).")
+@click.option(
+    "--prompts",
+    type=click.Choice(["auto", "ids", "text", "chat"]),
+    default="auto",
+    show_default=True,
+    help="How prompts are sent over HTTP.",
+)
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Token ids are below it (default: as the server says, else 1000).",
+)
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="NAME:VALUE",
+    help="Sent with every request. May be repeated.",
+)
+@click.option(
+    "--devices", type=click.IntRange(1), metavar="N", help="That the server holds, for goodput per device."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--plot", type=Path, metavar="FILE", help="Draw the result into a PNG.")
+@click.option("--requests-out", type=Path, metavar="FILE", help="Write a CSV with a row for each request.")
+def serve(as_json: bool, plot: Path | None, requests_out: Path | None, **chosen: Any) -> int:
+    """Goodput of a server that runs: open loop, judged by TTFT and TPOT of each request.
+
+    Arrivals do not wait for answers. A request is good if it is complete and meets both limits; refused,
+    failed and given-up ones count against the server. The limits are sent to it, too (x-slo-ttft-ms and
+    x-slo-tpot-ms, or fields of gRPC). First of all it is measured what requests take alone.
+
+    \b
+    Examples:
+      prelay bench serve --url http://127.0.0.1:8000 --dataset synthetic:prompt=512,answer=64 --rate 1
+      prelay bench serve --url grpc://127.0.0.1:8001 --dataset sharegpt:lengths.csv --max-tokens 2048 \\
+          --rates 0.5,1,1.5,2 --seeds 3 --slo ttft=2,tpot=60ms --json --plot serve.png
+      prelay bench serve --url http://127.0.0.1:8000 --trace azure.csv --length-scale 0.25 --rate 2
+    """
+    from bench.load.connect import check_url
+    from bench.load.options import header_of, plan_of, source_of
+
+    try:
+        plan = plan_of(chosen)
+        check_url(chosen["url"])
+        headers = dict(header_of(text) for text in chosen["headers"])
+    except BadInputError as error:
+        raise click.UsageError(str(error)) from error
+    need_matplotlib(plot)
+    need_directory("--requests-out", requests_out)
+    _raise_file_limit()
+    try:
+        measured = asyncio.run(_measure(chosen, plan, headers))
+    except BadInputError as error:
+        raise click.UsageError(str(error)) from error
+    result = {
+        "url": chosen["url"],
+        "dataset": source_of(chosen),
+        "length_scale": chosen["length_scale"],
+        "max_tokens": chosen["max_tokens"],
+        **measured.to_json(),
+    }
+    if plot is not None:
+        from bench.load.plots import draw_serve
+
+        draw_serve(measured, f"{chosen['url']}, {source_of(chosen)}", plot)
+    if requests_out is not None:
+        from bench.load.requests_csv import write_requests
+
+        write_requests(measured, requests_out)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for table in _tables(result):
+            Console().print(table)
+    for warning in dict.fromkeys(rate["client"]["warning"] for rate in result["rates"]):
+        if warning:
+            click.echo(f"prelay: warning: {warning}", err=True)
+    return 0
+
+
+async def _measure(chosen: dict[str, Any], plan: ServePlan, headers: dict[str, str]) -> Measured:
+    from bench.load.connect import connect
+    from bench.load.serve import measure, vocabulary_of
+
+    connected = connect(
+        chosen["url"],
+        model=chosen["model"],
+        prompts=chosen["prompts"],
+        vocabulary=vocabulary_of(plan.vocab_size),
+        headers=headers,
+    )
+    with progress("bench serve") as show:
+        async with connected as target:
+            return await measure(target, plan, show)
+
+
+def _raise_file_limit() -> None:
+    """Each request that is under way has a socket."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tables(result: dict[str, Any]) -> list[Table]:
+    slo = result["slo"]
+    curve = Table(
+        "req/s", "sent", "good", "goodput", "TTFT p50 / p90 / p99", "TPOT p50 / p90 / p99", "not good",
+        "client",
+        title=f"{result['model']}, TTFT <= {slo['ttft']}, TPOT <= {slo['tpot']}, {result['dataset']}",
+    )  # fmt: skip
+    for rate in result["rates"]:
+        misses = {name: count for name, count in rate["outcomes"].items() if count and name != "good"}
+        curve.add_row(
+            "trace" if rate["rate"] is None else f"{rate['rate']:g}",
+            str(rate["requests"]),
+            f"{rate['attainment']:.1%}",
+            f"{rate['goodput']:.2f}/s",
+            _percentiles(rate["ttft_s"]),
+            _percentiles(rate["tpot_s"]),
+            ", ".join(f"{count} {name}" for name, count in misses.items()),
+            f"{rate['client_cpu_share']:.0%}",
+        )
+    lengths = Table("req/s", "prompt", "requests", "good", title="by length of the prompt")
+    for rate in result["rates"]:
+        for name, found in rate["by_length"].items():
+            lengths.add_row(
+                "trace" if rate["rate"] is None else f"{rate['rate']:g}",
+                name,
+                str(found["requests"]),
+                f"{found['attainment']:.1%}",
+            )
+    notes = []
+    for found in result["crossings"]:
+        notes.append(
+            f"{found['target']:.0%} up to {found['bound']} {found['rate']:.3g} req/s "
+            f"(seeds {found['least']:.3g} - {found['greatest']:.3g})".replace("  ", " ")
+        )
+    notes += [f"{count} x {message}" for rate in result["rates"] for message, count in rate["errors"].items()]
+    curve.caption = "\n".join(notes)
+    return [curve, lengths]
+
+
+def _percentiles(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "-"
+    return " / ".join(_time(found[name]) for name in ("p50", "p90", "p99"))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
