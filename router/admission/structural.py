@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from router.admission.base import Refusal
 from router.admission.shortage import shortage_of
 from router.errors import OverloadedError, PromptTooLongError
 from router.gate.base import GateQueue
-from router.pool_view import PoolView, Role
+from router.pool_view import WRITERS, PoolView, Role, WorkerView
 from router.requests import Request
 
 
@@ -23,38 +25,48 @@ class StructuralAdmission:
         self._retry_after_s = retry_after_s
 
     def judge(self, request: Request, now: float, ahead: int, *, overdue: bool) -> Request | Refusal:
+        return self.impossible(request, overdue=overdue) or self.full(len(self._gate) + ahead) or request
+
+    def impossible(self, request: Request, *, overdue: bool) -> Refusal | None:
+        """Where the request has no worker, or none that it fits."""
         shortage = shortage_of(self._pool)
         if shortage is not None and (overdue or not shortage.passes):
             return Refusal(shortage.reason, shortage.error, counts=True)
         misfit = self.misfit(request)
-        if misfit is not None:
-            return Refusal("never_fits", misfit, counts=False)
-        gated_requests = len(self._gate) + ahead
-        if gated_requests >= self._max_gated_requests:
-            message = f"{gated_requests} requests wait already; try again in {self._retry_after_s:g} s"
-            return Refusal("gate_full", OverloadedError(message, self._retry_after_s), counts=True)
-        return request
+        return None if misfit is None else Refusal("never_fits", misfit, counts=False)
+
+    def full(self, gated_requests: int) -> Refusal | None:
+        """Where so many requests wait that no other may."""
+        if gated_requests < self._max_gated_requests:
+            return None
+        message = f"{gated_requests} requests wait already; try again in {self._retry_after_s:g} s"
+        return Refusal("gate_full", OverloadedError(message, self._retry_after_s), counts=True)
 
     def misfit(self, request: Request) -> PromptTooLongError | None:
         prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
         answered = f" and the {len(request.answered)} of the answer so far" if request.answered else ""
-        for role, tokens, what in (
-            (Role.PREFILL, request.num_tokens, f"the {prompt_tokens} tokens of the prompt{answered}"),
-            (
-                Role.DECODE,
-                request.max_total_tokens,
-                f"prompt ({prompt_tokens}) and max_tokens ({max_tokens})",
-            ),
-        ):
-            largest = max((worker.capacity for worker in self._pool.up(role)), key=lambda one: one.num_tokens)
-            needed = largest.blocks_for(tokens)
-            if needed > largest.num_blocks:
-                return PromptTooLongError(
-                    f"{what} need {needed} KV blocks of {largest.block_size} tokens, but the largest {role} "
-                    f"worker has {largest.num_blocks}: at most {largest.num_tokens} tokens",
-                    "prompt" if role is Role.PREFILL else "max_tokens",
-                )
-        return None
+        prompt = f"the {prompt_tokens} tokens of the prompt{answered}"
+        whole = f"prompt ({prompt_tokens}) and max_tokens ({max_tokens})"
+        misfit = _misfit(self._pool.up(*WRITERS), request.max_total_tokens, whole, "max_tokens")
+        if misfit is None and (mixed := self._pool.up(Role.MIXED)):  # it writes what it reads
+            misfit = _misfit(mixed, request.max_total_tokens, whole, "max_tokens")
+            if misfit is None or not self._pool.up(Role.PREFILL):
+                return misfit
+            misfit = None
+        return misfit or _misfit(self._pool.up(Role.PREFILL), request.num_tokens, prompt, "prompt")
 
     def could_have_served(self, now: float) -> int:
         return 0  # nobody is refused for being late
+
+
+def _misfit(workers: Sequence[WorkerView], tokens: int, what: str, param: str) -> PromptTooLongError | None:
+    """The error if `what`, so many tokens, is too much for each of the workers."""
+    worker = max(workers, key=lambda one: one.capacity.num_tokens)
+    largest = worker.capacity
+    if tokens <= largest.num_tokens:
+        return None
+    return PromptTooLongError(
+        f"{what} need {largest.blocks_for(tokens)} KV blocks of {largest.block_size} tokens, but the largest "
+        f"{worker.role} worker has {largest.num_blocks}: at most {largest.num_tokens} tokens",
+        param,
+    )
