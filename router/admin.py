@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -12,6 +13,9 @@ from prelay.v1 import admin_pb2, admin_pb2_grpc
 from router.errors import InvalidRequestError, RouterError
 from router.grpc_errors import abort
 from router.live_requests import LiveRequests
+from router.requests import Outcome
+from router.slo import SloPolicy
+from router.tally import Quantiles
 from router.worker_link import ROLE_OF_PROTO, Registration
 from router.workers import Workers
 
@@ -21,9 +25,20 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class AdminApi(admin_pb2_grpc.RouterAdminServicer):
     """The servicer."""
 
-    def __init__(self, workers: Workers, live: LiveRequests) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        live: LiveRequests,
+        slo: SloPolicy,
+        policy_name: str,
+        clock: Callable[[], float],
+    ) -> None:
         self._workers = workers
         self._live = live
+        self._slo = slo
+        self._policy_name = policy_name
+        self._clock = clock
+        self._started_at = clock()
 
     async def RegisterWorker(
         self, request: admin_pb2.RegisterWorkerRequest, context: _Context
@@ -55,6 +70,8 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
         self, request: admin_pb2.GetStatusRequest, context: _Context
     ) -> admin_pb2.GetStatusResponse:
         """Workers, load, and what became of the requests so far."""
+        tally = self._live.tally
+        by_class = tally.by_class()
         return admin_pb2.GetStatusResponse(
             workers=[
                 admin_pb2.WorkerStatus(
@@ -62,10 +79,30 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
                     up=link.up,
                     load=link.last_snapshot,
                     suspected=self._workers.suspected(link),
+                    live_requests=self._workers.live_requests(link),
                 )
                 for link in self._workers.links()
             ],
             gated_requests=self._live.gated,
             live_requests=len(self._live),
-            outcomes={outcome.value: count for outcome, count in self._live.outcomes.items()},
+            outcomes=_counts(tally.outcomes),
+            policy=self._policy_name,
+            classes={
+                name: admin_pb2.ClassOutcomes(
+                    outcomes=_counts(by_class.get(name, {})), ttft_limit_s=one.ttft_s, tpot_limit_s=one.tpot_s
+                )
+                for name, one in self._slo.classes.items()
+            },
+            ttft=_quantiles(tally.ttft.quantiles()),
+            tpot=_quantiles(tally.tpot.quantiles()),
+            tokens=tally.tokens,
+            uptime_s=self._clock() - self._started_at,
         )
+
+
+def _counts(outcomes: Mapping[Outcome, int]) -> dict[str, int]:
+    return {outcome.value: count for outcome, count in outcomes.items()}
+
+
+def _quantiles(quantiles: Quantiles) -> admin_pb2.LatencyQuantiles:
+    return admin_pb2.LatencyQuantiles(p50_s=quantiles.p50_s, p90_s=quantiles.p90_s, p99_s=quantiles.p99_s)

@@ -65,17 +65,24 @@ class Router:
         model = ServedModel.load(settings.model_name, Path(settings.checkpoint), settings.max_model_len)
         slo = SloPolicy(settings.slo_classes, settings.default_slo_class)
         self.registry = CollectorRegistry()
-        self.metrics = RouterMetrics(self.registry, settings.slo_classes)
         self.pool = PoolView()
+        prefixes, lengths = PrefixIndex(self.pool), OutputLengths()
+        self.metrics = RouterMetrics(
+            self.registry,
+            settings.slo_classes,
+            gated_requests=lambda: self.dispatcher.live.gated,
+            prefix_blocks=lambda: len(prefixes),
+        )
         self._workers_changed = asyncio.Event()
-        self.prefixes = PrefixIndex()
-        self.lengths = OutputLengths()
-        estimates = Estimates(self.pool, self.prefixes, self.lengths)
+        estimates = Estimates(self.pool, prefixes, lengths)
         inputs = PolicyInputs(
             self.pool, estimates, random.Random(), settings.max_gated_requests, settings.retry_after_s
         )
         self.dispatcher = Dispatcher(
             pool=self.pool,
+            prefixes=prefixes,
+            lengths=lengths,
+            estimates=estimates,
             policy=POLICIES[settings.policy](inputs),
             recovery=Recovery(
                 settings.max_attempts, RetryBudget(settings.retry_budget, settings.retry_burst)
@@ -101,6 +108,7 @@ class Router:
             on_change=self._workers_changed.set,
         )
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._admin = AdminApi(self.workers, self.dispatcher.live, slo, settings.policy, clock)
         intake = Intake(
             model=model,
             executor=self._threads,
@@ -128,9 +136,7 @@ class Router:
                 stack, "metrics", settings.metrics, metrics_application(self.registry, self.workers)
             )
             admin_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
-            admin_pb2_grpc.add_RouterAdminServicer_to_server(
-                AdminApi(self.workers, self.dispatcher.live), admin_server
-            )
+            admin_pb2_grpc.add_RouterAdminServicer_to_server(self._admin, admin_server)
             admin = await _serve_grpc(stack, "admin", settings.admin, admin_server)
             public_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
             self._inference.add_to(public_server)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from prelay.v1 import worker_pb2
 
+from engine.latency import LatencyModel, StepShape
 from engine.sequence import RequestKey, StopReason, TokenLogprobs, TokenSampling
 from router.pair_table import LinkState, PairLink
-from router.pool_view import Load, Role, WorkerCapacity
+from router.pool_view import Load, WorkerCapacity
+from router.prefix_index import cache_salt
 from router.record import TokenBatch
 from router.requests import Request, Stage
+from router.urgency import Urgency
 
 _STOP_REASONS = {
     worker_pb2.STOP_REASON_STOP: StopReason.STOP,
@@ -17,10 +20,12 @@ _STOP_REASONS = {
 
 
 def reserve(
-    key: RequestKey, request: Request, prefill: worker_pb2.PeerRef | None
+    key: RequestKey, request: Request, prefill: worker_pb2.PeerRef | None, urgency: Urgency | None
 ) -> worker_pb2.RouterMessage:
-    """To the decode worker, before anything else. prefill: None if it is a mixed one that reads the prompt
-    itself."""
+    """To the decode worker, before anything else.
+
+    prefill: None if it is a mixed one that reads the prompt itself. urgency: None if it is not told.
+    """
     return worker_pb2.RouterMessage(
         reserve=worker_pb2.Reserve(
             request_id=key.request_id,
@@ -29,12 +34,15 @@ def reserve(
             num_output_tokens=len(request.answered),
             sampling=_sampling(request.sampling),
             prefill=prefill,
-            cache_salt=_cache_salt(request),
+            cache_salt=cache_salt(request),
+            urgency=_urgency(urgency),
         )
     )
 
 
-def prefill(key: RequestKey, request: Request, decode: worker_pb2.PeerRef) -> worker_pb2.RouterMessage:
+def prefill(
+    key: RequestKey, request: Request, decode: worker_pb2.PeerRef, urgency: Urgency | None
+) -> worker_pb2.RouterMessage:
     """To the prefill worker, once the decode worker is ready."""
     return worker_pb2.RouterMessage(
         prefill=worker_pb2.Prefill(
@@ -44,7 +52,8 @@ def prefill(key: RequestKey, request: Request, decode: worker_pb2.PeerRef) -> wo
             num_output_tokens=len(request.answered),
             sampling=_sampling(request.sampling),
             decode=decode,
-            cache_salt=_cache_salt(request),
+            cache_salt=cache_salt(request),
+            urgency=_urgency(urgency),
         )
     )
 
@@ -87,11 +96,11 @@ def peer(info: worker_pb2.WorkerInfo) -> worker_pb2.PeerRef:
     return worker_pb2.PeerRef(worker_id=info.worker_id, epoch=info.epoch, address=info.address)
 
 
-def token_batch(sequence: worker_pb2.SequenceTokens, role: Role) -> TokenBatch:
-    """What one engine step of a worker of that role produced for one request."""
+def token_batch(sequence: worker_pb2.SequenceTokens, *, from_reader: bool) -> TokenBatch:
+    """What one engine step produced for one request. from_reader: on the worker that has read its prompt."""
     times: tuple[tuple[Stage, float], ...] = ()
     if sequence.HasField("times"):
-        if role is Role.PREFILL:
+        if from_reader:
             times = (
                 (Stage.PREFILL_QUEUE, sequence.times.prefill_queue_s),
                 (Stage.PREFILL, sequence.times.prefill_s),
@@ -125,7 +134,22 @@ def load(snapshot: worker_pb2.Snapshot) -> Load:
         requests=snapshot.running_requests + snapshot.queue_requests,
         queue_tokens=snapshot.queue_tokens,
         free_blocks=snapshot.free_blocks,
+        seq=snapshot.seq,
+        decoding_requests=snapshot.decoding_requests,
+        decode_context=snapshot.decode_context,
+        least_tpot_s=snapshot.least_tpot_s,
     )
+
+
+def step_shape(step: worker_pb2.StepTime) -> StepShape:
+    """What a step was made of. What a newer worker says in another form counts as far as it is understood."""
+    chunks = tuple(zip(step.new_tokens, step.cached_tokens, strict=False))
+    return StepShape(chunks, step.decode_requests, step.decode_context)
+
+
+def latency_model(info: worker_pb2.WorkerInfo) -> LatencyModel:
+    """How long the worker's steps take. Raises engine.latency.ProfileError for what is not a time."""
+    return LatencyModel.from_coefficients(info.latency)
 
 
 def capacity(info: worker_pb2.WorkerInfo) -> WorkerCapacity:
@@ -135,13 +159,16 @@ def capacity(info: worker_pb2.WorkerInfo) -> WorkerCapacity:
         num_blocks=info.num_blocks,
         max_num_seqs=info.max_num_seqs,
         max_batch_tokens=info.max_batch_tokens,
+        fingerprint=info.model_fingerprint,
     )
 
 
-def _cache_salt(request: Request) -> str:
-    """The tenant: who measures how fast a prompt is read must not learn what other tenants have asked."""
-    # HTTP headers may hold bytes that are no text, which protobuf would refuse.
-    return request.tenant.encode("utf-8", "backslashreplace").decode()
+def _urgency(urgency: Urgency | None) -> worker_pb2.Urgency | None:
+    if urgency is None:
+        return None
+    return worker_pb2.Urgency(
+        ttft_left_s=urgency.ttft_left_s, tpot_s=urgency.tpot_s, priority=urgency.priority
+    )
 
 
 def _sampling(sampling: TokenSampling) -> worker_pb2.TokenSampling:

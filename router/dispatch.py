@@ -3,13 +3,15 @@
 1. `LiveRequests.submit`: refused at once if a role has no worker (NoWorkersError), if no two workers can be
    linked (NoPairError), if the gate is full (OverloadedError) or if no worker could ever hold it
    (PromptTooLongError). Otherwise it waits at the gate.
-2. `_pump`: while the head of the gate finds a linked pair with room, it is placed there: Reserve goes to the
-   decode worker.
+2. A round (`pump.py`): while one of those that the gate names next finds a linked pair with room, or a mixed
+   worker, it is placed there: Reserve goes to the worker that will write the answer. One that reads the
+   prompt itself sends tokens, and step 3 is left out.
 3. Reserved comes back: Prefill goes to the prefill worker. NO_BLOCKS comes back: to the gate again, until
    that worker's next snapshot shows room.
-4. Tokens: the first one of a placement from the prefill worker, the others from the decode worker;
-   `record.py` puts them in order and makes text of them, and the client's `AnswerStream` takes the result.
-   A client that does not read has its decode worker paused (`reader_pace.py`).
+4. Tokens: the first one of a placement from the worker that has read the prompt, the others from the one
+   that writes; `record.py` puts them in order and makes text of them, and the client's `AnswerStream` takes
+   the result. A client that does not read has its decode worker paused (`reader_pace.py`). What all this
+   teaches goes to `learning.py`.
 5. Loss: a worker of the placement is gone, or says that it failed. Within the limits of `recovery.py` the
    request goes to the gate again, ahead of all that arrived after it, and goes on after the tokens that its
    client has. While there is no pair for it, it waits for a while (`outage.py`).
@@ -28,6 +30,9 @@ from engine.sequence import RequestKey
 from router import commands
 from router.admission.shortage import shortage_of
 from router.errors import RouterError
+from router.estimates import Estimates
+from router.learning import Learning
+from router.lengths import OutputLengths
 from router.limits import Limits
 from router.live import CommandLink, LiveRequest
 from router.live_requests import LiveRequests
@@ -37,8 +42,11 @@ from router.pairing import Pairing
 from router.placement.base import Decision
 from router.policy import Policy
 from router.pool_view import PoolView, WorkerView
+from router.prefix_index import PrefixIndex
+from router.pump import Pump
 from router.record import Detokenizes
 from router.recovery import Cause, Loss, Recovery, Verdict, judge_failed, reason_name, worker_lost
+from router.urgency import Urgency, urgency
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +57,9 @@ class Dispatcher:
     def __init__(
         self,
         pool: PoolView,
+        prefixes: PrefixIndex,
+        lengths: OutputLengths,
+        estimates: Estimates,
         policy: Policy,
         recovery: Recovery,
         limits: Limits,
@@ -59,6 +70,10 @@ class Dispatcher:
     ) -> None:
         """on_change: called when `serving` may have changed."""
         self._pool = pool
+        self._lengths = lengths
+        self._estimates = estimates
+        self._learning = Learning(pool, prefixes, lengths, estimates, metrics)
+        self._tells_urgency = policy.tells_urgency
         self._admission, self._gate, self._placement = policy.admission, policy.gate, policy.placement
         self._recovery = recovery
         self._metrics = metrics
@@ -67,10 +82,10 @@ class Dispatcher:
         self._pairing = Pairing(pool, on_change)
         self._outage = Outage(pool, limits.recovery_wait_s, self._give_up_gate)
         self._links: dict[str, CommandLink] = {}
-        self._pumping = False
+        self._pump = Pump(self._place_next, self._placed_all, clock)
         self.live = LiveRequests(
             policy, recovery.budget, self._outage, limits, metrics, new_detokenizer, clock,
-            leave_workers=self._leave_workers, pump=self._pump,
+            leave_workers=self._leave_workers, pump_now=self._pump.now, pump_soon=self._pump.soon,
         )  # fmt: skip
 
     @property
@@ -83,6 +98,7 @@ class Dispatcher:
     def close(self) -> None:
         """No timer fires any more."""
         self._outage.close()
+        self._pump.close()
 
     def worker_up(self, link: CommandLink) -> None:
         """A worker is attached and takes requests from now on; what its earlier life had is lost."""
@@ -90,7 +106,8 @@ class Dispatcher:
         if earlier is not None:
             self._lose(earlier, f"it was attached anew, with epoch {link.epoch}")
         self._links[link.worker_id] = link
-        self._pool.add(WorkerView(link.worker_id, link.epoch, link.role, commands.capacity(link.info)))
+        model = commands.latency_model(link.info)
+        self._pool.add(WorkerView(link.worker_id, link.epoch, link.role, commands.capacity(link.info), model))
         self._pairing.worker_up(link, self._links.values())
         self._pool_changed()
 
@@ -118,21 +135,26 @@ class Dispatcher:
                 for sequence in message.step.sequences:
                     self._on_tokens(link, sequence)
             case "snapshot":
-                self._on_snapshot(link, message.snapshot)
+                self._learning.snapshot(link, message.snapshot, self._clock())
+                self._suspect(link, False)
+                self._pump.soon()
+            case "blocks":
+                self._learning.blocks(link, message.blocks)
             case "reserved":
-                self._on_reserved(link, RequestKey(message.reserved.request_id, message.reserved.attempt))
+                self._on_reserved(link, message.reserved)
             case "failed":
                 self._on_failed(link, message.failed)
             case "pair":
                 self._pairing.on_state(link, message.pair)
                 self._outage.look()
+                self._pump.soon()
             case other:
                 _log.warning("worker=%s event=unexpected_message kind=%s", link.worker_id, other)
-        self._pump()
 
     def _lose(self, link: CommandLink, reason: str) -> None:
         self._suspect(link, False)  # it is certain now
         self._pool.down(link.worker_id)
+        self._learning.forget(link.worker_id)
         for live in self.live:
             if live.needs(link):
                 self._recover(live, worker_lost(link.worker_id, reason))
@@ -145,7 +167,7 @@ class Dispatcher:
         self._outage.look()
         for live in self._gated():
             self._end_misfit(live)
-        self._pump()
+        self._pump.soon()
 
     def _end_misfit(self, live: LiveRequest) -> None:
         """What fits no worker must not wait at the gate: nothing behind it would be placed."""
@@ -162,18 +184,8 @@ class Dispatcher:
             self.live.fail(live, error)
         self._on_change()
 
-    def _pump(self) -> None:
-        """Places requests as long as one of those that are next finds room."""
-        if self._pumping:  # a request that ends in here pumps again
-            return
-        self._pumping = True
-        try:
-            while self._place_next(self._clock()):
-                pass
-        finally:
-            self._pumping = False
-
     def _place_next(self, now: float) -> bool:
+        """Places the first of those that are next that finds room."""
         for request in self._gate.next(now):
             live = self.live[request.request_id]
             decision = self._placement.choose(request, live.avoid, now)
@@ -182,22 +194,30 @@ class Dispatcher:
                 return True
         return False
 
+    def _placed_all(self, now: float) -> bool:
+        """Nobody else finds room now. Returns whether somebody waits."""
+        self._metrics.could_have_served(self._admission.could_have_served(now))
+        return len(self._gate) > 0
+
     def _place(self, live: LiveRequest, decision: Decision, now: float) -> None:
         request = live.request
         self._gate.remove(request.request_id)
         reader = decision.prefill or decision.decode
         key = live.record.place(now, reader, decision.decode, decision.kind)
+        live.placed_at, live.expected = now, decision.expected
         live.prefill = None if decision.prefill is None else self._links[decision.prefill]
         live.decode = self._links[decision.decode]
-        decode_view = self._pool[decision.decode]
-        blocks = decode_view.capacity.reserved_blocks(request.num_tokens, request.tokens_left)
-        if live.prefill is not None:
-            self._pool[reader].credit(key, tokens=request.num_tokens, blocks=0)
-        decode_view.credit(key, tokens=0 if live.prefill else request.num_tokens, blocks=blocks)
+        self._estimates.credit(key, request, decision, now)
         peer = None if live.prefill is None else commands.peer(live.prefill.info)
-        number = live.decode.send(commands.reserve(key, request, peer))
-        decode_view.sent(key, number)
+        number = live.decode.send(commands.reserve(key, request, peer, self._urgency(live, now)))
+        self._pool[decision.decode].sent(key, number)
         self._metrics.placement(decision.kind)
+
+    def _urgency(self, live: LiveRequest, now: float) -> Urgency | None:
+        if not self._tells_urgency:
+            return None
+        _, tokens_to_come, _ = self._lengths.quantiles(live.request)
+        return urgency(live.request, now, live.record.first_token_at, tokens_to_come)
 
     def _find(self, link: CommandLink, key: RequestKey) -> LiveRequest | None:
         """The live request that `link` speaks of; None when it has ended, or that attempt of it has."""
@@ -205,10 +225,6 @@ class Dispatcher:
         if live is None or live.record.attempt != key.attempt or link not in (live.prefill, live.decode):
             return None
         return live
-
-    def _on_snapshot(self, link: CommandLink, snapshot: worker_pb2.Snapshot) -> None:
-        self._pool[link.worker_id].snapshot(commands.load(snapshot), self._clock())
-        self._suspect(link, False)
 
     def _suspect(self, link: CommandLink, suspected: bool) -> None:
         view = self._pool[link.worker_id]
@@ -218,13 +234,16 @@ class Dispatcher:
             event = "suspected" if suspected else "no_longer_suspected"
             _log.warning("worker=%s event=%s epoch=%d", link.worker_id, event, link.epoch)
 
-    def _on_reserved(self, link: CommandLink, key: RequestKey) -> None:
+    def _on_reserved(self, link: CommandLink, reserved: worker_pb2.Reserved) -> None:
+        key = RequestKey(reserved.request_id, reserved.attempt)
         live = self._find(link, key)
         if live is None or live.prefilling or live.prefill is None or live.decode is None:
             return
         live.prefilling = True
-        live.record.reserved(self._clock())
-        number = live.prefill.send(commands.prefill(key, live.request, commands.peer(live.decode.info)))
+        live.travelling_tokens = max(0, live.request.num_tokens - reserved.cached_tokens)
+        now, peer = self._clock(), commands.peer(live.decode.info)
+        live.record.reserved(now)
+        number = live.prefill.send(commands.prefill(key, live.request, peer, self._urgency(live, now)))
         self._pool[live.prefill.worker_id].sent(key, number)
 
     def _on_tokens(self, link: CommandLink, sequence: worker_pb2.SequenceTokens) -> None:
@@ -234,13 +253,18 @@ class Dispatcher:
             return
         if link is live.decode:
             live.decoding = True
+        from_reader = link is live.prefill or live.is_local
         if link is live.prefill:
             self._pool[link.worker_id].release(key)
+            self._pump.soon()
+        elif sequence.HasField("times") and not from_reader:
+            self._learning.handed_over(live, sequence.times)
         now = self._clock()
         previous = live.record.last_token_at
-        delta = live.record.tokens(now, commands.token_batch(sequence, link.role))
+        delta = live.record.tokens(now, commands.token_batch(sequence, from_reader=from_reader))
         if delta is None:
             return
+        self._learning.tokens(live, delta, now)
         self._metrics.tokens(live.request.slo.slo_class, now, previous, len(delta.token_ids))
         if delta.finish is not None and link is live.decode and commands.ends(sequence):
             self._forget_workers(live)  # who ends an answer has let go of it, as has its peer
@@ -291,6 +315,7 @@ class Dispatcher:
         live.record.lost(self._clock())
         live.request = live.request.going_on(live.record.token_ids)
         self._gate.add(live.request)
+        self._pump.soon()
 
     def _leave_workers(self, live: LiveRequest) -> None:
         """Whoever was told of the placement and may still hold something of it is told Cancel."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from prelay.v1 import worker_pb2
 
 from router.answer_stream import AnswerStream
+from router.placement.base import Expected
 from router.pool_view import Role
 from router.record import RequestRecord
 from router.requests import Request
@@ -39,17 +40,26 @@ class LiveRequest:
     stream: AnswerStream
     timer: asyncio.TimerHandle
     paced: bool
-    # The placement in force; both None at the gate, prefill also when it was lost after it had done its part.
+    # The placement in force; both None at the gate, prefill also when it was lost after it had done its part,
+    # and when the decode worker is a mixed one that reads the prompt itself.
     prefill: CommandLink | None = None
     decode: CommandLink | None = None
     prefilling: bool = False  # Prefill was sent
     decoding: bool = False  # the decode worker has sent a token, so the hand-off is over
     paused: bool = False  # the decode worker was told to pause
+    placed_at: float = 0.0
+    expected: Expected | None = None  # what was predicted then
+    travelling_tokens: int = 0  # of the hand-off: those that the decode worker has not cached
     # Of all placements.
     lost_attempts: int = 0
     recovered: bool = False  # a placement was lost after the first token
     avoid: set[str] = field(default_factory=set)  # workers that have failed it
     unread_timer: asyncio.TimerHandle | None = None  # set while too much is unread
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the worker that writes the answer reads the prompt, too."""
+        return self.record.prefill_worker == self.record.decode_worker
 
     def needs(self, link: CommandLink) -> bool:
         """Whether the placement in force is lost with that worker. Once the hand-off is over and the prefill

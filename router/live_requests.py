@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from router.admission.base import Refusal
@@ -28,6 +27,7 @@ from router.reader_pace import ReaderPace
 from router.record import Detokenizes, RequestRecord
 from router.recovery import RetryBudget
 from router.requests import Delta, Details, Outcome, Request
+from router.tally import Tally
 
 _log = logging.getLogger(__name__)
 
@@ -45,9 +45,11 @@ class LiveRequests:
         new_detokenizer: Callable[[], Detokenizes],
         clock: Callable[[], float],
         leave_workers: Callable[[LiveRequest], None],
-        pump: Callable[[], None],
+        pump_now: Callable[[], None],
+        pump_soon: Callable[[], None],
     ) -> None:
-        """leave_workers: makes the workers forget a request. pump: called when one came or room was left."""
+        """leave_workers: makes the workers forget a request. pump_now: called when one came. pump_soon: called
+        when one has left room."""
         self._admission, self._gate = policy.admission, policy.gate
         self._budget = budget
         self._outage = outage
@@ -55,7 +57,7 @@ class LiveRequests:
         self._new_detokenizer = new_detokenizer
         self._clock = clock
         self._leave_workers = leave_workers
-        self._pump = pump
+        self._pump_now, self._pump_soon = pump_now, pump_soon
         self._pace = ReaderPace(
             limits.stream_buffer_tokens, limits.slow_reader_timeout_s, metrics.paused, self._end_slow_reader
         )
@@ -63,7 +65,7 @@ class LiveRequests:
         self._idle = asyncio.Event()
         self._idle.set()
         self.stopping = False
-        self.outcomes: Counter[Outcome] = Counter()
+        self.tally = Tally()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -109,6 +111,7 @@ class LiveRequests:
 
     def emit(self, live: LiveRequest, delta: Delta) -> None:
         """More of the answer, or the rest of it."""
+        self.tally.tokens += len(delta.token_ids)
         live.stream.put(delta)
         if delta.finish is None:
             self._pace.wrote(live)
@@ -145,16 +148,16 @@ class LiveRequests:
                 refusal = verdict
                 break
             admitted.append(verdict)
-        for request in requests:
-            if refusal is None:
-                self._metrics.admission("accepted", "none")
-                continue
-            self._metrics.admission("rejected", refusal.reason)
-            if refusal.counts:
-                self.outcomes[Outcome.REJECTED] += 1
-                self._metrics.rejected(request.slo.slo_class)
         if refusal is not None:
+            for request in requests:
+                self._metrics.admission("rejected", refusal.reason)
+                if refusal.counts:
+                    self.tally.rejected(request.slo.slo_class)
+                    self._metrics.rejected(request.slo.slo_class)
             raise refusal.error
+        for request, let_in in zip(requests, admitted, strict=True):
+            downgraded = request.slo is not let_in.slo
+            self._metrics.admission(*(("downgraded", "late") if downgraded else ("accepted", "none")))
         return admitted
 
     def _take(self, request: Request, call: tuple[str, ...], paced: bool) -> AnswerStream:
@@ -175,7 +178,7 @@ class LiveRequests:
         self._budget.admitted()
         self._idle.clear()
         self._gate.add(request)
-        self._pump()
+        self._pump_now()
         return stream
 
     def _on_read(self, request_id: str) -> None:
@@ -208,10 +211,9 @@ class LiveRequests:
         self._gate.remove(live.request.request_id)
         self._leave_workers(live)
         self._budget.ended()
-        self.outcomes[details.outcome] += 1
-        self._metrics.finished(
-            live.request.slo.slo_class, details, len(live.record.token_ids), recovered=live.recovered
-        )
+        num_tokens = len(live.record.token_ids)
+        self.tally.ended(details, num_tokens)
+        self._metrics.finished(details, num_tokens, recovered=live.recovered)
         if not self._live:
             self._idle.set()
-        self._pump()
+        self._pump_soon()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from router.placement.base import Kind
 from router.pool_view import Role
 from router.recovery import Cause
 from router.requests import Details, Outcome, Stage
@@ -20,18 +22,40 @@ _PER_TOKEN_BUCKETS = (
     1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
 _ATTEMPT_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 16)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
 
 _ADMISSIONS = (
-    ("accepted", "none"), ("rejected", "no_worker"), ("rejected", "no_pair"), ("rejected", "gate_full"),
-    ("rejected", "never_fits"),
+    ("accepted", "none"), ("downgraded", "late"), ("rejected", "no_worker"), ("rejected", "no_pair"),
+    ("rejected", "gate_full"), ("rejected", "never_fits"), ("rejected", "late"),
+    ("rejected", "slo_impossible"),
 )  # fmt: skip
+_PREDICTED = ("ttft", "tpot", "transfer")
+
+
+@dataclass(frozen=True, slots=True)
+class _OfClass:
+    """The histograms of one SLO class, looked up once: tokens are counted tens of thousands of times a
+    second."""
+
+    ttft: Histogram
+    tpot: Histogram
+    itl: Histogram
+    duration: Histogram
 
 
 class RouterMetrics:
     """Counts and times requests; every method is one event."""
 
-    def __init__(self, registry: CollectorRegistry, slo_classes: Mapping[str, SloClass]) -> None:
-        """slo_classes: their limits become bucket edges, so that attainment can be read off."""
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        slo_classes: Mapping[str, SloClass],
+        gated_requests: Callable[[], int],
+        prefix_blocks: Callable[[], int],
+    ) -> None:
+        """slo_classes: their limits become bucket edges, so that attainment can be read off. gated_requests,
+        prefix_blocks: how many wait at the gate, and how many blocks of workers the prefix index knows now.
+        """
         ttft = _edges(_TTFT_BUCKETS, (limits.ttft_s for limits in slo_classes.values()))
         per_token = _edges(_PER_TOKEN_BUCKETS, (limits.tpot_s for limits in slo_classes.values()))
 
@@ -47,27 +71,41 @@ class RouterMetrics:
         for slo_class in slo_classes:
             for outcome in Outcome:
                 self._requests.labels(slo_class, outcome)  # a rate needs the zero before the first event
-        self._ttft = histogram(
+        ttfts = histogram(
             "prelay_time_to_first_token_seconds", "From arrival to the first token.", "slo_class", ttft
         )
-        self._tpot = histogram(
+        tpots = histogram(
             "prelay_request_time_per_output_token_seconds",
             "(last token - first token) / (tokens - 1) of each complete answer of more than one token.",
             "slo_class",
             per_token,
         )
-        self._itl = histogram(
+        itls = histogram(
             "prelay_inter_token_latency_seconds",
             "Between consecutive tokens of one answer.",
             "slo_class",
             per_token,
         )
-        self._duration = histogram(
+        durations = histogram(
             "prelay_request_duration_seconds",
             "From arrival to the end of every request that was let in.",
             "slo_class",
             ttft,
         )
+        self._classes = {
+            name: _OfClass(ttfts.labels(name), tpots.labels(name), itls.labels(name), durations.labels(name))
+            for name in slo_classes
+        }
+        limits = Gauge(
+            "prelay_slo_limit_seconds",
+            "The limits of the configured SLO classes; a request may bring its own.",
+            ["slo_class", "limit"],
+            registry=registry,
+        )
+        for name, one in slo_classes.items():
+            limits.labels(name, "ttft").set(one.ttft_s)
+            limits.labels(name, "tpot").set(one.tpot_s)
+        self._tokens = Counter("prelay_tokens_total", "Tokens of answers.", registry=registry)
         stages = histogram(
             "prelay_stage_seconds",
             "Where requests' time went; the stages add up to their duration.",
@@ -77,16 +115,38 @@ class RouterMetrics:
         self._stages = {stage: stages.labels(stage) for stage in Stage}
         self._admission = Counter(
             "prelay_admission_total",
-            "Requests let in or refused, and why.",
+            "Requests let in, let in as another SLO class, or refused, and why.",
             ["decision", "reason"],
             registry=registry,
         )
         for decision, reason in _ADMISSIONS:
             self._admission.labels(decision, reason)
+        self._could_have_served = Counter(
+            "prelay_could_have_served_total",
+            "Requests refused because they would be late, for which there was room in time after all.",
+            registry=registry,
+        )
+        gated = Gauge("prelay_gated_requests", "Requests that wait for workers.", registry=registry)
+        gated.set_function(gated_requests)
+        prefix = Gauge(
+            "prelay_prefix_index_blocks",
+            "Cached blocks of all workers that placement knows of.",
+            registry=registry,
+        )
+        prefix.set_function(prefix_blocks)
         self._placement = Counter(
             "prelay_placement_total", "Placements on workers, by kind.", ["kind"], registry=registry
         )
-        self._placement.labels("disaggregated")
+        for kind in Kind:
+            self._placement.labels(kind)
+        errors = Histogram(
+            "prelay_prediction_error_ratio",
+            "Observed over predicted: time to first token, time per output token, exposed transfer.",
+            ["what"],
+            buckets=_RATIO_BUCKETS,
+            registry=registry,
+        )
+        self._prediction_error = {what: errors.labels(what) for what in _PREDICTED}
         self._recoveries = Counter(
             "prelay_recoveries_total",
             "Placements that were lost and made up for by another one, by what was the matter.",
@@ -144,32 +204,42 @@ class RouterMetrics:
         """A request was turned away because of load or missing workers."""
         self._requests.labels(slo_class, Outcome.REJECTED).inc()
 
-    def placement(self, kind: str) -> None:
+    def could_have_served(self, count: int) -> None:
+        """So many requests were refused in vain."""
+        self._could_have_served.inc(count)
+
+    def predicted(self, what: str, expected_s: float, observed_s: float) -> None:
+        """What had been predicted (ttft, tpot, transfer) has come; who predicted nothing is not judged."""
+        if expected_s > 0:
+            self._prediction_error[what].observe(observed_s / expected_s)
+
+    def placement(self, kind: Kind) -> None:
         """A request was placed on workers."""
         self._placement.labels(kind).inc()
 
     def tokens(self, slo_class: str, now: float, previous: float | None, count: int) -> None:
         """`count` tokens of one answer came at `now`; the one before them at `previous`, if there was one."""
+        self._tokens.inc(count)
         gaps = count if previous is not None else count - 1
         gap_s = 0.0 if previous is None else (now - previous) / count
-        histogram = self._itl.labels(slo_class)
+        histogram = self._classes[slo_class].itl
         for _ in range(gaps):
             histogram.observe(gap_s)
 
-    def finished(self, slo_class: str, details: Details, num_tokens: int, *, recovered: bool) -> None:
+    def finished(self, details: Details, num_tokens: int, *, recovered: bool) -> None:
         """A request that was let in has ended, one way or the other. recovered: after its first token it was
         placed anew."""
-        self._requests.labels(slo_class, details.outcome).inc()
-        self._duration.labels(slo_class).observe(details.duration_s)
+        of_class = self._classes[details.slo_class]
+        self._requests.labels(details.slo_class, details.outcome).inc()
+        of_class.duration.observe(details.duration_s)
         self._attempts.observe(details.attempt)
         for stage, seconds in details.stages.items():
             self._stages[stage].observe(seconds)
         if details.ttft_s is not None:
-            self._ttft.labels(slo_class).observe(details.ttft_s)
-        complete = details.outcome not in (Outcome.ERROR, Outcome.CANCELLED)
-        if complete and num_tokens > 1:
-            self._tpot.labels(slo_class).observe(details.tpot_s)
-        if complete and recovered:
+            of_class.ttft.observe(details.ttft_s)
+        if details.outcome.is_complete and num_tokens > 1:
+            of_class.tpot.observe(details.tpot_s)
+        if details.outcome.is_complete and recovered:
             self._recovered_streams.inc()
 
     def recovery(self, cause: Cause) -> None:

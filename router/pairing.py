@@ -1,8 +1,9 @@
-"""Makes pairs: every decode worker is told of every prefill worker, and says how it stands with it.
+"""Makes pairs: every worker that writes answers (decode, mixed) is told of every prefill worker, and says how
+it stands with it.
 
-prefill worker up, or decode worker up  --> Pair to the decode worker; its PairState goes into the table
-stream to either lost                   --> what was known is void; the decode worker keeps its link
-a prefill worker's life over            --> Unpair to all decode workers
+prefill worker up, or writer up  --> Pair to the writer; its PairState goes into the table
+stream to either lost            --> what was known is void; the writer keeps its link
+a prefill worker's life over     --> Unpair to all writers
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ class Pairing:
     def worker_up(self, link: CommandLink, links: Iterable[CommandLink]) -> None:
         """A worker is attached. links: of all that are, itself included."""
         for other in links:
-            if link.role is Role.PREFILL and other.role is Role.DECODE:
+            if link.role is Role.PREFILL and other.role.writes:
                 self.ask(link, other)
-            elif link.role is Role.DECODE and other.role is Role.PREFILL:
+            elif link.role.writes and other.role is Role.PREFILL:
                 self.ask(other, link)
 
     def life_over(self, link: CommandLink, links: Iterable[CommandLink]) -> None:
         """This life of a worker will not come back. links: of all that are attached."""
         if link.role is Role.PREFILL:
             for other in links:
-                if other.role is Role.DECODE:
+                if other.role.writes:
                     other.send(commands.unpair(link.info))
 
     def ask(self, prefill: CommandLink, decode: CommandLink) -> None:
-        """Asks the decode worker for the state of a pair; until it answers nothing is placed there."""
+        """Asks who writes for the state of a pair; until it answers nothing is placed there."""
         self._put(Pair(prefill.worker_id, decode.worker_id), PairLink(LinkState.LINKING))
         decode.send(commands.pair(prefill.info))
 
     def on_state(self, link: CommandLink, state: worker_pb2.PairState) -> None:
-        """A decode worker says how it stands with a prefill worker; of one that is not attached in that life
-        nothing is kept."""
+        """A writer says how it stands with a prefill worker; of one that is not attached in that life nothing
+        is kept."""
         prefill = self._pool.get(state.worker_id)
         known = prefill is not None and prefill.role is Role.PREFILL and prefill.up
-        if prefill is None or not known or prefill.epoch != state.epoch or link.role is not Role.DECODE:
+        if prefill is None or not known or prefill.epoch != state.epoch or not link.role.writes:
             return
         now = commands.pair_link(state)
         if self._put(Pair(state.worker_id, link.worker_id), now):

@@ -74,7 +74,7 @@ class RequestRecord:
         # Number of tokens of the whole answer and why it ends there, once a worker has said so.
         self._end: tuple[int, StopReason] | None = None
         self._kv_bytes = 0
-        self._first_token_at: float | None = None
+        self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self._details: Details | None = None
 
@@ -165,8 +165,8 @@ class RequestRecord:
         if not emitted:
             return None
         of_prompt, self._prompt_logprobs = self._prompt_logprobs, ()
-        if self._first_token_at is None:
-            self._first_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
         self._stages.tokens(now)
         self.last_token_at = now
         finish = None if reason is None else self._finish(now, reason)
@@ -185,9 +185,9 @@ class RequestRecord:
     def _close(self, now: float, failed: Outcome | None) -> Details:
         count = len(self.token_ids)
         ttft_s, tpot_s = None, 0.0
-        if self._first_token_at is not None and self.last_token_at is not None:
-            ttft_s = self._first_token_at - self.request.arrived_at
-            tpot_s = (self.last_token_at - self._first_token_at) / max(1, count - 1)
+        if self.first_token_at is not None and self.last_token_at is not None:
+            ttft_s = self.first_token_at - self.request.arrived_at
+            tpot_s = (self.last_token_at - self.first_token_at) / max(1, count - 1)
         self._details = Details(
             request_id=self.request.request_id,
             prefill_worker=self.prefill_worker,

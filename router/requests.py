@@ -68,6 +68,11 @@ class Outcome(StrEnum):
     ERROR = "error"
     CANCELLED = "cancelled"
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the client got its whole answer."""
+        return self in (Outcome.GOOD, Outcome.TTFT_MISS, Outcome.TPOT_MISS, Outcome.BOTH_MISS)
+
 
 class Stage(StrEnum):
     """Where a request's time went; the stages of a request add up to its duration."""

@@ -21,7 +21,11 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 from router.errors import WorkerRefusedError, WorkerUnreachableError
 from router.pool_view import Role
 
-ROLE_OF_PROTO = {worker_pb2.ROLE_PREFILL: Role.PREFILL, worker_pb2.ROLE_DECODE: Role.DECODE}
+ROLE_OF_PROTO = {
+    worker_pb2.ROLE_PREFILL: Role.PREFILL,
+    worker_pb2.ROLE_DECODE: Role.DECODE,
+    worker_pb2.ROLE_MIXED: Role.MIXED,
+}
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),

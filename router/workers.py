@@ -7,6 +7,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 
+from engine.latency import ProfileError
+from router.commands import latency_model
 from router.dispatch import Dispatcher
 from router.errors import WorkerRefusedError
 from router.metrics import RouterMetrics
@@ -62,6 +64,10 @@ class Workers:
     def suspected(self, link: WorkerLink) -> bool:
         """Whether the worker has shown no sign of life for a while."""
         return link.up and self._pool[link.worker_id].suspected
+
+    def live_requests(self, link: WorkerLink) -> int:
+        """Requests that this router has on the worker."""
+        return self._pool[link.worker_id].live_requests if link.up else 0
 
     async def register(self, registration: Registration) -> None:
         """Attaches a worker; a known one that is down or has a new epoch takes the place of its earlier life.
@@ -152,6 +158,12 @@ class Workers:
                 f"worker {link.worker_id} has a vocabulary of {info.vocab_size} tokens, but the router's "
                 f"checkpoint has {self._vocab_size}: both must read the same checkpoint"
             )
+        try:
+            latency_model(info)
+        except ProfileError as error:
+            raise WorkerRefusedError(
+                f"worker {link.worker_id} says how long its steps take: {error}"
+            ) from error
         for other in self._links.values():
             same = other.info.model_fingerprint == info.model_fingerprint
             if other.worker_id != link.worker_id and other.up and not same:

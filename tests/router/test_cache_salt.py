@@ -16,5 +16,5 @@ def test_both_workers_hear_the_tenant_as_salt(make_request, tenant, salt):
     """Headers may hold bytes that are no text."""
     request = replace(make_request(), tenant=tenant)
     key, peer = RequestKey("r", 1), worker_pb2.PeerRef()
-    assert commands.reserve(key, request, peer).reserve.cache_salt == salt
-    assert commands.prefill(key, request, peer).prefill.cache_salt == salt
+    assert commands.reserve(key, request, peer, None).reserve.cache_salt == salt
+    assert commands.prefill(key, request, peer, None).prefill.cache_salt == salt

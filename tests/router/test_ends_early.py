@@ -80,7 +80,7 @@ async def test_both_workers_are_told_in_the_same_turn(
         outcome = Outcome.ERROR
     assert told == expected
     assert len(cluster.router.dispatcher.live) == cluster.router.dispatcher.live.gated == 0
-    assert cluster.router.dispatcher.live.outcomes == {outcome: 1}
+    assert cluster.router.dispatcher.live.tally.outcomes == {outcome: 1}
     if way == "deadline":
         if answer.unread_tokens:
             assert (await anext(answer)).finish is None
@@ -95,7 +95,7 @@ async def test_both_workers_are_told_in_the_same_turn(
     if state == "between_attempts":
         again = await cluster.add(worker_pb2.ROLE_DECODE, "d0", epoch=2)
         assert again.received["reserve"] == 0
-    assert cluster.router.dispatcher.live.outcomes == {outcome: 1}
+    assert cluster.router.dispatcher.live.tally.outcomes == {outcome: 1}
     await cluster.settled()
 
 
@@ -114,4 +114,4 @@ async def test_an_http_client_that_goes_away_frees_both_workers(cluster, hold, s
             posting.result().close()
     await cluster.until(lambda: len(cluster.router.dispatcher.live) == 0)
     await cluster.settled()
-    assert cluster.router.dispatcher.live.outcomes == {Outcome.CANCELLED: 2}
+    assert cluster.router.dispatcher.live.tally.outcomes == {Outcome.CANCELLED: 2}

@@ -241,7 +241,7 @@ async def test_a_caller_that_cancels_frees_both_legs(cluster, hold):
         await worker.waiting_at(hold)
         call.cancel()
         await cluster.settled()
-    assert cluster.router.dispatcher.live.outcomes == {"cancelled": 1}
+    assert cluster.router.dispatcher.live.tally.outcomes == {"cancelled": 1}
 
 
 async def test_health(cluster):

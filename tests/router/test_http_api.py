@@ -208,7 +208,7 @@ async def test_when_one_choice_fails_none_counts_as_left_by_the_client(start_clu
     payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}
     async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
         assert response.status == 500
-    assert cluster.router.dispatcher.live.outcomes == {Outcome.ERROR: 3}
+    assert cluster.router.dispatcher.live.tally.outcomes == {Outcome.ERROR: 3}
 
 
 async def test_a_large_call_fails_at_once_and_none_of_it_is_placed_any_more(start_cluster):
@@ -220,7 +220,7 @@ async def test_a_large_call_fails_at_once_and_none_of_it_is_placed_any_more(star
         payload = {"prompt": PROMPT, "max_tokens": 5, "n": 1500}
         async with http.post("/v1/completions", json=payload) as response:
             assert response.status == 500
-    assert cluster.router.dispatcher.live.outcomes == {Outcome.ERROR: 1500}
+    assert cluster.router.dispatcher.live.tally.outcomes == {Outcome.ERROR: 1500}
     assert cluster.sample("prelay_placement_total", kind="disaggregated") == 1
     await cluster.settled()
 
@@ -230,7 +230,7 @@ async def test_a_call_is_let_in_or_refused_as_a_whole(start_cluster):
     payload = {"prompt": PROMPT, "max_tokens": 9, "n": 3}
     async with cluster.http() as http, http.post("/v1/completions", json=payload) as response:
         assert response.status == 429
-    assert cluster.router.dispatcher.live.outcomes == {Outcome.REJECTED: 3}
+    assert cluster.router.dispatcher.live.tally.outcomes == {Outcome.REJECTED: 3}
     assert len(cluster.router.dispatcher.live) == 0
 
 

@@ -57,7 +57,7 @@ async def test_two_hundred_at_once_with_random_cancellations(start_cluster):
         assert 100 < sum(complete) < 200
         await cluster.until(lambda: len(cluster.router.dispatcher.live) == 0)
         await cluster.settled()
-    outcomes = cluster.router.dispatcher.live.outcomes
+    outcomes = cluster.router.dispatcher.live.tally.outcomes
     assert sum(outcomes.values()) == 200
     assert outcomes["good"] >= sum(complete)
     assert outcomes["good"] + outcomes["cancelled"] == 200

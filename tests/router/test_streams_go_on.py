@@ -346,7 +346,7 @@ async def test_choices_logprobs_stop_strings_and_budgets_are_as_if_nothing_had_h
         for command in (*worker.reserves, *worker.prefills):
             if command.num_output_tokens:
                 assert not command.sampling.HasField("prompt_logprobs")
-    assert cluster.router.dispatcher.live.outcomes[Outcome.ERROR] == 0
+    assert cluster.router.dispatcher.live.tally.outcomes[Outcome.ERROR] == 0
 
 
 async def test_many_streams_through_a_storm(start_cluster):
@@ -373,7 +373,7 @@ async def test_many_streams_through_a_storm(start_cluster):
         cluster.answer(prompt, 10 + at % 30) for at, prompt in enumerate(prompts)
     ]
     assert all(stages_add_up(finish) for _, _, finish in answers)
-    assert cluster.router.dispatcher.live.outcomes == {Outcome.GOOD: 50}
+    assert cluster.router.dispatcher.live.tally.outcomes == {Outcome.GOOD: 50}
     assert sum(cluster.sample("prelay_recoveries_total", cause=cause) for cause in ("worker_lost",)) > 10
     assert cluster.sample("prelay_stage_seconds_count", stage=Stage.RECOVERY) == 50
     await cluster.settled()
