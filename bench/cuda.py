@@ -30,8 +30,8 @@ from engine.device import open_device
 from engine.errors import DeviceError
 from engine.layout import KvLayout
 from engine.model import LlamaModel
+from engine.model_runner import ModelRunner
 from engine.parallel.base import Solo
-from engine.runner import ModelRunner
 from engine.sequence import ScheduledChunk, TokenSampling
 from engine.shard import WHOLE
 from engine.weights import ModelWeights, allocate_weights

@@ -16,7 +16,7 @@ from engine.errors import DeviceError
 from engine.executor import Executor
 from engine.kv_cache import KvCache
 from engine.model import LlamaModel
-from engine.runner import ModelRunner
+from engine.model_runner import ModelRunner
 from engine.sequence import ScheduledChunk, TokenSampling
 
 _RECORDING_NBYTES = 32 * 2**20

@@ -17,8 +17,8 @@ from engine.kv_cache import KvCache
 from engine.layout import KvLayout
 from engine.loading import fingerprint_of, weights_of
 from engine.model import LlamaModel
+from engine.model_runner import ModelRunner
 from engine.parallel.base import Solo
-from engine.runner import ModelRunner
 from engine.shard import WHOLE
 
 

@@ -35,6 +35,7 @@ from engine.engine import Engine
 from engine.errors import GroupBrokenError, RankDiedError
 from engine.layout import KvLayout
 from engine.loading import fingerprint_of
+from engine.model_runner import ModelRunner
 from engine.parallel.build import BuiltStage, build_stage
 from engine.parallel.channel import Channel, ChannelClosedError
 from engine.parallel.codec import STOP, encode
@@ -42,7 +43,6 @@ from engine.parallel.groups import RankGroups, open_store
 from engine.parallel.micro_batches import split
 from engine.parallel.rank import BROKEN, FAILED, PROGRESS, READY, RankPlace
 from engine.parallel.shared_memory import SharedMemory
-from engine.runner import ModelRunner
 from engine.shard import Shard
 
 _LOOPBACK = "127.0.0.1"

@@ -16,9 +16,9 @@ from engine.cuda import CudaBackend
 from engine.cuda_graphs import RerunRecorder
 from engine.layout import KvLayout
 from engine.model import LlamaModel
+from engine.model_runner import ModelRunner
 from engine.parallel.base import Solo
 from engine.rope_config import RopeConfig
-from engine.runner import ModelRunner
 from engine.shard import WHOLE
 
 CPU = torch.device("cpu")
