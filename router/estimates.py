@@ -23,8 +23,9 @@ from router.reading_time import reading_s, slack_tokens
 from router.requests import Request
 from router.transfer_times import TransferTimes
 
-MIN_CHUNK = 16
-"""A mixed worker reads at least so many tokens in a step while a prompt waits, whoever decodes there."""
+MIN_CHUNK = 4
+"""A mixed worker reads at least so many tokens in a step while a prompt waits, whoever decodes there
+(decode_worker/chunk_budget.py)."""
 
 _USUAL_PROMPT = 1024
 _ASKED_ANEW = 1000

@@ -86,6 +86,12 @@ class OutputLengths:
         self._kinds: OrderedDict[tuple[str, int], _Histogram] = OrderedDict()
         self._bins = [_Histogram() for _ in range(len(PROMPT_BINS) + 1)]
         self._all = _Histogram()
+        # A decision asks for the same request again and again.
+        self._last: tuple[Request, tuple[int, int, int]] | None = None
+
+    def __len__(self) -> int:
+        """Kinds of answers that are remembered."""
+        return len(self._kinds)
 
     def observe(self, request: Request, num_tokens: int) -> None:
         """An answer is complete, and had so many tokens."""
@@ -99,10 +105,16 @@ class OutputLengths:
         self._kinds.move_to_end(kind)
         for histogram in (known, self._bins[bin_index], self._all):
             histogram.add(num_tokens, self._window)
+        self._last = None
 
     def quantiles(self, request: Request) -> tuple[int, int, int]:
         """p10, p50 and p90 of the tokens that are still to come of the request's answer: at least 1 each, at
         most its tokens_left. With nothing known: its tokens_left thrice."""
+        if self._last is None or self._last[0] is not request:
+            self._last = request, self._look_up(request)
+        return self._last[1]
+
+    def _look_up(self, request: Request) -> tuple[int, int, int]:
         left = request.tokens_left
         emitted = len(request.answered)
         known = self._known(request).quantiles(emitted)

@@ -47,6 +47,11 @@ class PrefixIndex:
         """Blocks that are known, one that several workers hold as often."""
         return sum(len(blocks) for blocks in self._blocks.values())
 
+    @property
+    def num_requests(self) -> int:
+        """Requests whose digests are kept, for each size of blocks."""
+        return len(self._chains)
+
     def stored(self, worker_id: str, digests: Iterable[int]) -> None:
         """Now in the worker's cache."""
         blocks = self._blocks.setdefault(worker_id, set())

@@ -27,6 +27,10 @@ class TransferTimes:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         self._alpha_s = self._beta_s = 0.0
 
+    def __len__(self) -> int:
+        """Pairs that are remembered."""
+        return len(self._factors)
+
     def observe(self, pair: Pair, num_tokens: int, seconds: float) -> None:
         """A request of which so many tokens travelled had to wait so long for them."""
         if not 0 <= seconds < float("inf"):

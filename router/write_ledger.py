@@ -131,9 +131,11 @@ class WriteLedger:
         for answer in self._joined:
             self._tell(answer)
         self._joined.clear()
-        # Some of those that move have joined the batch, but no token of theirs came yet.
+        # Of those that move some may be in the batch, though no token of theirs has come: what is in doubt
+        # counts as ours.
         others = max(0, batch.size - self._num_decoding - self._num_moving)
-        context = max(0, batch.context - self._context) if others else 0
+        own_context = self._context + self._moving_context
+        context = max(0, batch.context - own_context) if others else 0
         self._others = Batch(others, context)
         self._least_tpot_s = least_tpot_s
 
@@ -163,12 +165,11 @@ class WriteLedger:
         """The tightest limit that somebody has on the time for each token to come; inf if nobody has one.
 
         For those that decode the worker knows it best, as it depends on how they fared so far; of those it
-        does not know yet their own limit counts. least_s: what no step is below: who needs that can no longer
-        be helped, and is not waited for.
+        does not know yet their own limit counts. least_s: what no step is below. Who needs that is behind,
+        and may never catch up; the limits that requests came with count then.
         """
-        if self._least_tpot_s > 0:
-            told_s = self._least_tpot_s if self._least_tpot_s >= least_s else math.inf
-            return min(told_s, min(self._new_limits, default=math.inf))
+        if self._least_tpot_s >= least_s and self._least_tpot_s > 0:
+            return min(self._least_tpot_s, min(self._new_limits, default=math.inf))
         return min(self._limits, default=math.inf)
 
     def _leave(self, answer: _Answer, num_new: int) -> None:
