@@ -9,7 +9,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from router.limits import Limits
 from router.metrics import RouterMetrics
 from router.metrics_http import metrics_application
 from router.policies import POLICIES, PolicyInputs
+from router.policy import Policy
 from router.pool_view import PoolView
 from router.prefix_index import PrefixIndex
 from router.recovery import Recovery, RetryBudget
@@ -59,7 +60,12 @@ class Addresses:
 class Router:
     """One router process's worth of everything; needs a running event loop."""
 
-    def __init__(self, settings: RouterSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        clock: Callable[[], float] = time.monotonic,
+        policies: Mapping[str, Callable[[PolicyInputs], Policy]] = POLICIES,
+    ) -> None:
         """Reads the tokenizer. Raises SettingsError, or engine.errors.EngineError for a bad checkpoint."""
         self._settings = settings
         model = ServedModel.load(settings.model_name, Path(settings.checkpoint), settings.max_model_len)
@@ -83,7 +89,7 @@ class Router:
             prefixes=prefixes,
             lengths=lengths,
             estimates=estimates,
-            policy=POLICIES[settings.policy](inputs),
+            policy=policies[settings.policy](inputs),
             recovery=Recovery(
                 settings.max_attempts, RetryBudget(settings.retry_budget, settings.retry_burst)
             ),

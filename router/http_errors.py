@@ -23,13 +23,16 @@ def http_error(error: Exception) -> HttpError:
     match error:
         case errors.PromptTooLongError():
             return _error(400, error, "invalid_request_error", error.param, "context_length_exceeded")
+        case errors.SloImpossibleError():
+            return _error(400, error, "invalid_request_error", error.param, "slo_impossible")
         case errors.InvalidRequestError():
             return _error(400, error, "invalid_request_error", error.param, None)
         case errors.ModelNotFoundError():
             return _error(404, error, "invalid_request_error", "model", "model_not_found")
         case errors.OverloadedError():
             headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-            return _error(429, error, "rate_limit_error", None, "overloaded", headers)
+            code = "late" if isinstance(error, errors.LateError) else "overloaded"
+            return _error(429, error, "rate_limit_error", None, code, headers)
         case errors.NoWorkersError():
             return _error(503, error, "service_unavailable_error", None, "no_workers", {"Retry-After": "1"})
         case errors.NoPairError():

@@ -48,8 +48,8 @@ class LiveRequests:
         pump_now: Callable[[], None],
         pump_soon: Callable[[], None],
     ) -> None:
-        """leave_workers: makes the workers forget a request. pump_now: called when one came. pump_soon: called
-        when one has left room."""
+        """leave_workers: makes the workers forget a request. pump_now: called when one came. pump_soon:
+        called when one has left room."""
         self._admission, self._gate = policy.admission, policy.gate
         self._budget = budget
         self._outage = outage

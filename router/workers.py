@@ -161,9 +161,8 @@ class Workers:
         try:
             latency_model(info)
         except ProfileError as error:
-            raise WorkerRefusedError(
-                f"worker {link.worker_id} says how long its steps take: {error}"
-            ) from error
+            message = f"worker {link.worker_id} does not say how long its steps take: {error}"
+            raise WorkerRefusedError(message) from error
         for other in self._links.values():
             same = other.info.model_fingerprint == info.model_fingerprint
             if other.worker_id != link.worker_id and other.up and not same:

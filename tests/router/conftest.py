@@ -24,7 +24,9 @@ from router.fake_fleet import FakeFleet
 from router.fake_model import FakeModel, fake_answer
 from router.fake_worker import FakeWorker
 from router.pair_table import LinkState, Pair, PairLink
-from router.pool_view import Role
+from router.policies import POLICIES, PolicyInputs
+from router.policy import Policy
+from router.pool_view import WRITERS, Role
 from router.requests import Request
 from router.settings import RouterSettings
 from router.slo import Slo, SloClass, SloLimits
@@ -84,7 +86,7 @@ class Cluster:
     def _linking(self) -> bool:
         """Whether a decode worker has not yet said how it stands with a prefill worker."""
         pool = self.router.pool
-        pairs = (Pair(p.worker_id, d.worker_id) for p in pool.up(Role.PREFILL) for d in pool.up(Role.DECODE))
+        pairs = (Pair(p.worker_id, d.worker_id) for p in pool.up(Role.PREFILL) for d in pool.up(*WRITERS))
         return any(pool.pairs.get(pair) == PairLink(LinkState.LINKING) for pair in pairs)
 
     async def add(self, role: worker_pb2.Role, worker_id: str, **capacity: Any) -> FakeWorker:
@@ -139,19 +141,22 @@ StartCluster = Callable[..., Awaitable[Cluster]]
 
 @pytest.fixture
 async def start_cluster(checkpoint: Path) -> AsyncIterator[StartCluster]:
-    """Starts clusters: keyword arguments are RouterSettings, `model` and `workers` are about the fakes."""
+    """Starts clusters: keyword arguments are RouterSettings; `model`, `prefill` and `decode` are about the
+    fakes; `policy` stands in for the one that the settings name."""
     running: list[Cluster] = []
 
     async def start(
         model: FakeModel | None = None, prefill: dict[str, Any] | None = None,
-        decode: dict[str, Any] | None = None, clock: Callable[[], float] = time.monotonic, **settings: Any,
+        decode: dict[str, Any] | None = None, clock: Callable[[], float] = time.monotonic,
+        policy: Callable[[PolicyInputs], Policy] | None = None, **settings: Any,
     ) -> Cluster:  # fmt: skip
         base = RouterSettings(
             checkpoint=str(checkpoint), model_name="fake", http="127.0.0.1:0", grpc="127.0.0.1:0",
             metrics="127.0.0.1:0", admin="127.0.0.1:0", stop_grace_s=0.05, liveness_timeout_s=60.0,
             slo_classes={"default": SloClass(30.0, 30.0), "strict": SloClass(1e-9, 1e-9)},
         )  # fmt: skip
-        router = Router(replace(base, **settings), clock)
+        policies = POLICIES if policy is None else {base.policy: policy}
+        router = Router(replace(base, **settings), clock, policies)
         fleet = FakeFleet(
             model or FakeModel(eos_token_id=EOS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
         )
