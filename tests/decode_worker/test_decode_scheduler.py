@@ -2,91 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode_worker.scheduler import DecodeScheduler
-from decode_worker.sequences import DecodeTask
-from engine.block_pool import BlockPool, Holder
-from engine.fake import FakeRunner, fake_answer
-from engine.latency import LatencyModel, OnlineLatency
-from engine.prefix_cache import PrefixCache
-from engine.reservation import has_room, reserved_blocks
-from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
-
-BLOCK_SIZE = 4
-
-
-def key(name: object) -> RequestKey:
-    return RequestKey(str(name), 0)
-
-
-def limited(max_tokens: int, presence_penalty: float = 0.0) -> TokenSampling:
-    return TokenSampling(0.0, 0, 1.0, 0, max_tokens, 0, frozenset({7}), presence_penalty=presence_penalty)
-
-
-class Bench:
-    """A decode worker's core over a fake engine. Prompts come with their KV in place, as by a hand-off."""
-
-    def __init__(self, num_blocks: int = 64, max_num_seqs: int = 2, max_batch_tokens: int = 16) -> None:
-        self.generations = [0] * num_blocks
-        self.pool = BlockPool(num_blocks, BLOCK_SIZE, self.generations)
-        self.cache = PrefixCache(self.pool, "model")
-        latency = OnlineLatency(LatencyModel.unknown())
-        self.scheduler = DecodeScheduler(self.pool, self.cache, max_num_seqs, max_batch_tokens, latency)
-        self.runner = FakeRunner(np.zeros((num_blocks, BLOCK_SIZE * 8), dtype=np.uint8), BLOCK_SIZE)
-        self.max_batch_tokens = max_batch_tokens
-        self.answers: dict[RequestKey, list[int]] = {}
-        self.prompts: dict[RequestKey, tuple[list[int], TokenSampling]] = {}
-        self.queue_s: dict[RequestKey, float] = {}
-
-    def reserve(self, name: object, prompt: list[int], sampling: TokenSampling) -> list[int] | None:
-        """The blocks, leased; None if there is no room now."""
-        num_blocks = reserved_blocks(BLOCK_SIZE, len(prompt), sampling.max_tokens)
-        requests = self.scheduler.num_waiting + self.scheduler.num_running
-        if self.scheduler.lacks_blocks or not has_room(num_blocks, self.pool.num_available, requests):
-            return None
-        self.prompts[key(name)] = (prompt, sampling)
-        return self.pool.allocate(num_blocks, Holder.TRANSFER)
-
-    def arrive(self, name: object, blocks: list[int], now: float = 0.0) -> None:
-        prompt, sampling = self.prompts[key(name)]
-        first = fake_answer(prompt, sampling)[0]
-        self.runner.step([ScheduledChunk(prompt, 0, blocks, None, 0)])
-        self.pool.add(blocks, Holder.SEQUENCE)
-        self.pool.drop(blocks, Holder.TRANSFER)
-        self.answers[key(name)] = [first]
-        task = DecodeTask(key(name), prompt, 0, sampling, "", None, self.cache.digests(prompt, ""))
-        self.scheduler.add(task, first, blocks, now)
-
-    def add(self, name: object, num_tokens: int, max_tokens: int, now: float = 0.0) -> None:
-        prompt = list(range(100, 100 + num_tokens))
-        blocks = self.reserve(name, prompt, limited(max_tokens))
-        assert blocks is not None
-        self.arrive(name, blocks, now)
-
-    def step(self, now: float = 0.0) -> list[RequestKey]:
-        """Who ended."""
-        chunks = self.scheduler.schedule(now)
-        assert sum(len(chunk.token_ids) for chunk in chunks) <= self.max_batch_tokens
-        ended: list[RequestKey] = []
-        for decoded in self.scheduler.complete(self.runner.step(chunks), now, now):
-            answer = self.answers[decoded.key]
-            assert decoded.index == len(answer)
-            answer.append(decoded.token_id)
-            if decoded.decode_queue_s is not None:
-                self.queue_s[decoded.key] = decoded.decode_queue_s
-            if decoded.stop_reason is not None:
-                assert answer == fake_answer(*self.prompts[decoded.key])
-                ended.append(decoded.key)
-        return ended
-
-    def check(self) -> None:
-        self.pool.check()
-        assert self.pool.num_references(Holder.SEQUENCE) == self.scheduler.num_blocks
-        assert self.pool.num_references(Holder.CACHE) == len(self.cache)
+from engine.block_pool import Holder
+from engine.fake import fake_answer
+from engine.sequence import ChunkResult, RequestKey, StopReason
+from tests.decode_worker.scheduler_bench import BLOCK_SIZE, Bench, key, limited
 
 
 def test_the_first_input_is_the_token_that_prefill_drew() -> None:
