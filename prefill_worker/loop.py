@@ -2,8 +2,9 @@
 
 The life of a request here:
   1. `Prefill` arrives: promised to its decode worker (which has set blocks aside), checked, queued.
-  2. Chunk by chunk its prompt is computed, first come first served; it holds its blocks as a sequence. What
-     the prefix cache has of its beginning is not computed (unless its log-probabilities are asked for).
+  2. Chunk by chunk its prompt is computed, first come first served, or the most urgent one first if the
+     router tells (scheduler.py); it holds its blocks as a sequence. What the prefix cache has of its
+     beginning is not computed (unless its log-probabilities are asked for).
   3. Whatever is computed is offered to the decode worker at once, and leased: what the cache had before the
      first step, blocks as their chunks are done, and of a large chunk the first layers while later ones are
      computed. So when the prompt ends, little is left to copy.
@@ -27,7 +28,7 @@ from typing import TypeAlias
 from prelay.v1 import transfer_pb2, worker_pb2
 
 from engine.block_pool import BlockPool, Holder
-from engine.latency import StepShape
+from engine.latency import OnlineLatency, StepShape
 from engine.loop import check_books
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
@@ -40,10 +41,12 @@ from engine.router_messages import (
     RouterEvent,
     RouterGone,
     sampling_of,
+    urgency_of,
 )
 from engine.runner import StepRunner
 from engine.sequence import RequestKey
-from prefill_worker.scheduler import ComputedPart, Prefilled, PrefillScheduler
+from prefill_worker.prompts import ComputedPart, Prefilled
+from prefill_worker.scheduler import PrefillScheduler
 from transfer.base import Generations
 from transfer.handoff import (
     Abandon,
@@ -76,8 +79,9 @@ class PrefillRole:
     """engine.loop.Role of a prefill worker; everything in it belongs to the engine thread.
 
     generations: the pool's own. num_layers: of the model. max_model_len: most tokens of prompt and answer
-    together. vocab_size: 0 if unknown; prompts are not checked against it then. layer_groups: the parts in
-    which a large chunk is offered; 0: not before all of it is computed.
+    together. vocab_size: 0 if unknown; prompts are not checked against it then. latency: of this worker's
+    steps; learns from them. layer_groups: the parts in which a large chunk is offered; 0: not before all of
+    it is computed.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class PrefillRole:
         max_model_len: int,
         vocab_size: int,
         lease_s: float,
+        latency: OnlineLatency,
         clock: Callable[[], float],
         metrics: WorkerMetrics,
         leases: LeaseMetrics,
@@ -107,7 +112,8 @@ class PrefillRole:
         self._clock = clock
         self._metrics = metrics
         self._leases = leases
-        self._scheduler = PrefillScheduler(pool, cache, max_batch_tokens)
+        self._latency = latency
+        self._scheduler = PrefillScheduler(pool, cache, max_batch_tokens, latency)
         self._offers = OfferSide(lease_s)
         # Every request of which this worker still holds something.
         self._owners: dict[RequestKey, Owner] = {}
@@ -152,6 +158,7 @@ class PrefillRole:
         self._changed = True  # since the last flush, too
         done_s = self._clock()
         shape = StepShape(tuple((len(chunk.token_ids), chunk.start) for chunk in chunks))
+        self._latency.observe(shape, done_s - now)
         self._metrics.stepped(shape, done_s - now)
         self._outbox.stepped(shape, done_s - now)
         for prefilled in self._scheduler.complete(results, done_s):
@@ -238,6 +245,7 @@ class PrefillRole:
             prefill.num_output_tokens,
             sampling_of(prefill.sampling),
             prefill.cache_salt,
+            urgency_of(prefill, arrived_s),
             arrived_s,
         )
 

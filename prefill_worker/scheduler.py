@@ -1,122 +1,76 @@
-"""Which prompt tokens the next step computes: first come first served, up to a token budget. A core.
+"""Which prompt tokens the next step computes, up to a number of tokens. A core.
 
-The oldest prompt takes what it needs of the budget, the next what is left, so at most one prompt is ever
-half done at the end of a step. A prompt gets blocks for all its tokens when it starts: those that the prefix
-cache has for its beginning, and new ones for the rest, which alone is computed. One that has to wait for
-blocks lets nobody pass, so it waits for blocks that are held by hand-offs, never for its luck.
+Of what nothing is told: first come, first served. The oldest prompt takes what it needs of the step, the next
+what is left, so at most one prompt is ever half done at the end of a step.
+
+Of prompts whose urgency is told, the most urgent goes first (engine/urgency.py: by priority, who can be on
+time by deadline, then the late ones, the shortest first), also in front of prompts that are half done: they
+wait, with what they have, at the border of a chunk. How large chunks are then, says chunk_size.py.
+
+A prompt gets blocks for all its tokens when it starts: those that the prefix cache has for its beginning, and
+new ones for the rest, which alone is computed. So nobody waits for ever:
+  - Who has started lacks nothing but time. In every FAIR_STEPS-th step the oldest of all prompts goes first,
+    whatever its urgency; so the oldest ends, then the next is the oldest.
+  - When the one whose turn it is lacks blocks, nobody else starts: it waits for blocks, never for its luck.
+    Those who have started go on meanwhile, and end; their blocks go to hand-offs, and each of these ends.
+    Half-done prompts lack no blocks, so they never wait for each other's.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool, Holder
+from engine.latency import OnlineLatency
 from engine.prefix_cache import PrefixCache
-from engine.sequence import (
-    ChunkResult,
-    RequestKey,
-    ScheduledChunk,
-    StopReason,
-    TokenHistory,
-    TokenLogprobs,
-    TokenSampling,
-)
+from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, TokenHistory, TokenSampling
+from engine.urgency import Rank, Urgency, rank
+from prefill_worker.chunk_size import ChunkSizes, StepSize, Waiting
+from prefill_worker.prompts import ComputedPart, Prefilled, Prompt
 
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """A prompt whose KV is computed. The SEQUENCE reference of its blocks is the receiver's from now on.
-
-    first_token: the one drawn, which has this index in the answer. prompt_logprobs: of the prompt's second
-    token up to its last, if asked for. cached_tokens: of the prompt's tokens, those whose KV was cached.
-    """
-
-    key: RequestKey
-    num_tokens: int
-    blocks: tuple[int, ...]
-    first_token: int
-    index: int
-    stop_reason: StopReason | None
-    prefill_queue_s: float
-    prefill_s: float
-    logprobs: TokenLogprobs | None
-    prompt_logprobs: tuple[TokenLogprobs, ...]
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ComputedPart:
-    """Tokens [start_token, end_token) of a prompt, which lie in `blocks`: whole blocks, but for the last."""
-
-    key: RequestKey
-    start_token: int
-    end_token: int
-    blocks: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Prompt:
-    """num_output_tokens: of token_ids, those at the end that are of an answer. num_shown: tokens that were
-    part of a ComputedPart."""
-
-    key: RequestKey
-    token_ids: Sequence[int]
-    num_output_tokens: int
-    sampling: TokenSampling
-    digests: Sequence[bytes]
-    history: TokenHistory | None
-    arrived_s: float
-    started_s: float = 0.0
-    blocks: list[int] = field(default_factory=list)
-    cached_tokens: int = 0
-    num_computed: int = 0
-    num_shown: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    @property
-    def num_left(self) -> int:
-        return len(self.token_ids) - self.num_computed
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the answer may be longer than the token drawn here: only then somebody wants the KV."""
-        return self.sampling.max_tokens > self.num_output_tokens + 1
+FAIR_STEPS = 32
+"""In overload a thirty-second of the work is the price of it that nobody waits for ever."""
 
 
 class PrefillScheduler:
-    """Call `schedule`, run the chunks, call `complete`, or `abandon` if they failed; cancel in between."""
+    """Call `schedule`, run the chunks, call `complete`, or `abandon` if they failed; cancel in between.
 
-    def __init__(self, pool: BlockPool, cache: PrefixCache, max_batch_tokens: int) -> None:
+    latency: of this worker's steps.
+    """
+
+    def __init__(
+        self, pool: BlockPool, cache: PrefixCache, max_batch_tokens: int, latency: OnlineLatency
+    ) -> None:
         self._pool = pool
         self._cache = cache
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[_Prompt] = deque()
-        # Started, oldest first.
-        self._running: list[_Prompt] = []
+        self._sizes = ChunkSizes(latency, max_batch_tokens)
+        # In order of arrival.
+        self._prompts: dict[RequestKey, Prompt] = {}
         # Of the step under way: the prompt and the number of tokens of each chunk.
-        self._batch: list[tuple[_Prompt, int]] = []
+        self._batch: list[tuple[Prompt, int]] = []
+        self._num_steps = 0
         # Prompts that have started, with the part that the cache had of them.
         self._found: list[ComputedPart] = []
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._prompts) - self.num_running
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Prompts that have started, those included that others have overtaken."""
+        return sum(prompt.is_started for prompt in self._prompts.values())
 
     @property
     def num_blocks(self) -> int:
         """SEQUENCE references of ours."""
-        return sum(len(prompt.blocks) for prompt in self._running)
+        return sum(len(prompt.blocks) for prompt in self._prompts.values())
 
     @property
     def queue_tokens(self) -> int:
         """Prompt tokens not yet computed."""
-        return sum(prompt.num_left for prompt in (*self._waiting, *self._running))
+        return sum(prompt.num_left for prompt in self._prompts.values())
 
     def add(
         self,
@@ -125,44 +79,55 @@ class PrefillScheduler:
         num_output_tokens: int,
         sampling: TokenSampling,
         salt: str,
+        urgency: Urgency | None,
         now: float,
     ) -> None:
         """Queue a prompt that fits into the pool. A key must not be added again while it is here.
 
         num_output_tokens: so many of token_ids, the last ones, were drawn before, as a request's first
-        answer tokens. salt: prompts share cached KV only with prompts of the same salt.
+        answer tokens. salt: prompts share cached KV only with prompts of the same salt. urgency: None if
+        nothing was told of it.
         """
         digests = self._cache.digests(token_ids, salt)
         history = None
         if sampling.needs_history:
             prompt_tokens = len(token_ids) - num_output_tokens
             history = TokenHistory(token_ids[:prompt_tokens], token_ids[prompt_tokens:])
-        self._waiting.append(_Prompt(key, token_ids, num_output_tokens, sampling, digests, history, now))
+        self._prompts[key] = Prompt(
+            key, token_ids, num_output_tokens, sampling, digests, history, urgency, now
+        )
 
     def cancel(self, key: RequestKey) -> bool:
         """Forget the prompt and free its blocks; False if it is not here."""
-        for prompt in self._running:
-            if prompt.key == key:
-                self._running.remove(prompt)
-                self._pool.drop(prompt.blocks, Holder.SEQUENCE)
-                return True
-        for prompt in self._waiting:
-            if prompt.key == key:
-                self._waiting.remove(prompt)
-                return True
-        return False
+        prompt = self._prompts.pop(key, None)
+        if prompt is None:
+            return False
+        self._pool.drop(prompt.blocks, Holder.SEQUENCE)
+        return True
 
     def schedule(self, now: float) -> list[ScheduledChunk]:
         """The chunks of the next step, at most max_batch_tokens tokens together; none if there is nothing."""
-        budget = self._max_batch_tokens
-        for prompt in self._running:
-            budget -= self._take(prompt, budget)
-        while budget > 0 and self._waiting and self._place(self._waiting[0]):
-            prompt = self._waiting.popleft()
-            prompt.started_s = now
-            self._running.append(prompt)
-            budget -= self._take(prompt, budget)
-        return [_chunk(prompt, count) for prompt, count in self._batch]
+        order = self._in_order(now)
+        size: StepSize | None = None
+        num_tokens = 0
+        lacks_blocks = False
+        for at, prompt in enumerate(order):
+            if size is not None and num_tokens >= size.together:
+                break
+            if not prompt.is_started:
+                if lacks_blocks or not self._place(prompt):
+                    lacks_blocks = True
+                    continue
+                prompt.started_s = now
+            if size is None:
+                size = self._size(prompt, order[at + 1 :], now)
+                count = min(size.first, prompt.num_left)
+            else:
+                count = min(size.together - num_tokens, prompt.num_left)
+            self._batch.append((prompt, count))
+            num_tokens += count
+        self._num_steps += bool(self._batch)
+        return [prompt.chunk(count) for prompt, count in self._batch]
 
     def take_found(self) -> list[ComputedPart]:
         """Parts of prompts that have started since the last call, whose KV the cache had."""
@@ -196,7 +161,7 @@ class PrefillScheduler:
             token = result.token_id
             if token is None:
                 continue
-            self._running.remove(prompt)
+            del self._prompts[prompt.key]
             done.append(
                 Prefilled(
                     prompt.key,
@@ -223,12 +188,40 @@ class PrefillScheduler:
             self.cancel(key)
         return keys
 
-    def _place(self, prompt: _Prompt) -> bool:
+    def _in_order(self, now: float) -> list[Prompt]:
+        prompts = list(self._prompts.values())
+        if all(prompt.urgency is None for prompt in prompts):
+            return prompts
+
+        def place(prompt: Prompt) -> Rank:
+            return rank(prompt.urgency, prompt.arrived_s, self._waiting(prompt).needs_s, now)
+
+        if self._num_steps % FAIR_STEPS == FAIR_STEPS - 1:
+            return [*prompts[:1], *sorted(prompts[1:], key=place)]
+        return sorted(prompts, key=place)
+
+    def _size(self, first: Prompt, others: Sequence[Prompt], now: float) -> StepSize:
+        if first.urgency is None and all(prompt.urgency is None for prompt in others):
+            return StepSize(self._max_batch_tokens, self._max_batch_tokens)
+        return self._sizes.step(self._waiting(first), map(self._waiting, others), now)
+
+    def _waiting(self, prompt: Prompt) -> Waiting:
+        num_before = prompt.num_computed
+        if not prompt.is_started:
+            num_before = len(self._cached(prompt)) * self._pool.block_size
+        num_left = len(prompt.token_ids) - num_before
+        return Waiting(prompt.urgency, num_left, num_before, self._sizes.needs_s(num_left, num_before))
+
+    def _cached(self, prompt: Prompt) -> list[int]:
+        """Blocks of what need not be computed of a prompt that has not started."""
+        if prompt.sampling.prompt_logprobs is not None:  # only computed tokens have log-probabilities
+            return []
+        # The last token is always computed: what follows it is drawn from its logits.
+        return self._cache.match(prompt.digests[: (len(prompt.token_ids) - 1) // self._pool.block_size])
+
+    def _place(self, prompt: Prompt) -> bool:
         """Give the prompt blocks for all its tokens, if there are enough."""
-        cached: list[int] = []
-        if prompt.sampling.prompt_logprobs is None:  # only computed tokens have log-probabilities
-            # The last token is always computed: what follows it is drawn from its logits.
-            cached = self._cache.match(prompt.digests[: (len(prompt.token_ids) - 1) // self._pool.block_size])
+        cached = self._cached(prompt)
         num_new = self._pool.num_blocks_for(len(prompt.token_ids)) - len(cached)
         self._pool.add(cached, Holder.SEQUENCE)  # first, so that the rest is not taken from them
         if not self._pool.can_allocate(num_new):
@@ -240,24 +233,3 @@ class PrefillScheduler:
             prompt.num_shown = prompt.cached_tokens
             self._found.append(ComputedPart(prompt.key, 0, prompt.cached_tokens, tuple(cached)))
         return True
-
-    def _take(self, prompt: _Prompt, budget: int) -> int:
-        count = min(budget, prompt.num_left)
-        if count:
-            self._batch.append((prompt, count))
-        return count
-
-
-def _chunk(prompt: _Prompt, count: int) -> ScheduledChunk:
-    start, end = prompt.num_computed, prompt.num_computed + count
-    last = count == prompt.num_left
-    return ScheduledChunk(
-        token_ids=prompt.token_ids[start:end],
-        start=start,
-        block_table=prompt.blocks,
-        sampling=prompt.sampling if last else None,
-        num_output_tokens=prompt.num_output_tokens,
-        history=prompt.history,
-        prompt_logprobs=prompt.sampling.prompt_logprobs,
-        next_token=None if last else prompt.token_ids[end],
-    )

@@ -11,6 +11,7 @@ from prelay.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from engine.block_pool import BlockPool
+from engine.latency import LatencyModel, OnlineLatency
 from engine.loop import EngineLoop
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
@@ -75,6 +76,7 @@ class PrefillService:
             info.max_model_len,
             info.vocab_size,
             settings.lease_s,
+            OnlineLatency(LatencyModel.from_coefficients(info.latency)),
             clock,
             WorkerMetrics(registry, "prefill"),
             LeaseMetrics(registry),

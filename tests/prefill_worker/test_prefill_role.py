@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.block_pool import BlockPool
 from engine.fake import FakeRunner
+from engine.latency import LatencyModel, OnlineLatency
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
 from engine.router_messages import Command, Owner, RouterBatch
@@ -52,6 +53,7 @@ class Bench:
             max_model_len=50,
             vocab_size=VOCAB_SIZE,
             lease_s=0.4,
+            latency=OnlineLatency(LatencyModel.unknown()),
             clock=lambda: self.now,
             metrics=WorkerMetrics(self.registry, "prefill"),
             leases=LeaseMetrics(self.registry),

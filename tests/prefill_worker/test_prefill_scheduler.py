@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.block_pool import BlockPool, Holder
+from engine.latency import LatencyModel, OnlineLatency
 from engine.prefix_cache import PrefixCache
 from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, StopReason, TokenSampling
 from prefill_worker.scheduler import PrefillScheduler
@@ -26,7 +27,9 @@ def results(*token_ids: int | None) -> list[ChunkResult]:
 
 def make(num_blocks: int = 100, budget: int = 16) -> tuple[BlockPool, PrefillScheduler]:
     pool = BlockPool(num_blocks, 4, [0] * num_blocks)
-    return pool, PrefillScheduler(pool, PrefixCache(pool, "model"), budget)
+    return pool, PrefillScheduler(
+        pool, PrefixCache(pool, "model"), budget, OnlineLatency(LatencyModel.unknown())
+    )
 
 
 def spans(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, int, bool]]:
@@ -37,7 +40,7 @@ def spans(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, int, bool]]:
 def test_prompts_share_the_budget_in_order_of_arrival() -> None:
     _, scheduler = make()
     for name, num_tokens in (("a", 10), ("b", 20), ("c", 3)):
-        scheduler.add(key(name), list(range(num_tokens)), 0, SAMPLING, "", 0.0)
+        scheduler.add(key(name), list(range(num_tokens)), 0, SAMPLING, "", None, 0.0)
     assert scheduler.queue_tokens == 33
     assert spans(scheduler.schedule(1.0)) == [(0, 10, True), (0, 6, False)]
     (a,) = scheduler.complete(results(1, None), 2.0)
@@ -53,9 +56,9 @@ def test_prompts_share_the_budget_in_order_of_arrival() -> None:
 
 def test_a_first_token_may_end_the_answer() -> None:
     _, scheduler = make()
-    scheduler.add(key("stop"), [1], 0, SAMPLING, "", 0.0)
+    scheduler.add(key("stop"), [1], 0, SAMPLING, "", None, 0.0)
     once = TokenSampling(0.0, 0, 1.0, 0, 1, 0, frozenset())
-    scheduler.add(key("length"), [1], 0, once, "", 0.0)
+    scheduler.add(key("length"), [1], 0, once, "", None, 0.0)
     scheduler.schedule(0.0)
     stop, length = scheduler.complete(results(7, 7), 0.0)
     assert (stop.stop_reason, length.stop_reason) == (StopReason.STOP, StopReason.LENGTH)
@@ -64,8 +67,8 @@ def test_a_first_token_may_end_the_answer() -> None:
 def test_a_head_that_lacks_blocks_lets_nobody_pass() -> None:
     pool, scheduler = make(num_blocks=5)
     held = pool.allocate(2, Holder.TRANSFER)
-    scheduler.add(key("long"), [1] * 16, 0, SAMPLING, "", 0.0)
-    scheduler.add(key("short"), [1], 0, SAMPLING, "", 0.0)
+    scheduler.add(key("long"), [1] * 16, 0, SAMPLING, "", None, 0.0)
+    scheduler.add(key("short"), [1], 0, SAMPLING, "", None, 0.0)
     assert scheduler.schedule(0.0) == []
     pool.drop(held, Holder.TRANSFER)
     assert spans(scheduler.schedule(0.0)) == [(0, 16, True)]
@@ -73,7 +76,7 @@ def test_a_head_that_lacks_blocks_lets_nobody_pass() -> None:
 
 def test_a_runner_that_draws_nothing_after_the_last_chunk_is_an_error() -> None:
     _, scheduler = make()
-    scheduler.add(key("a"), [1], 0, SAMPLING, "", 0.0)
+    scheduler.add(key("a"), [1], 0, SAMPLING, "", None, 0.0)
     scheduler.schedule(0.0)
     with pytest.raises(ValueError, match="drew None after 1 tokens of a#0"):
         scheduler.complete(results(None), 0.0)
@@ -126,7 +129,7 @@ def test_any_order_of_events(
             case "add" if left:
                 name, num_tokens = left.pop(0)
                 alive[key(name)] = num_tokens
-                scheduler.add(key(name), [name] * num_tokens, 0, SAMPLING, "", 0.0)
+                scheduler.add(key(name), [name] * num_tokens, 0, SAMPLING, "", None, 0.0)
             case "step" | "fail":
                 step(event == "fail")
             case "cancel" if alive:
