@@ -72,7 +72,8 @@ class Router:
         slo = SloPolicy(settings.slo_classes, settings.default_slo_class)
         self.registry = CollectorRegistry()
         self.pool = PoolView()
-        prefixes, lengths = PrefixIndex(self.pool), OutputLengths()
+        prefixes = PrefixIndex(self.pool)
+        self.lengths = OutputLengths()
         self.metrics = RouterMetrics(
             self.registry,
             settings.slo_classes,
@@ -80,14 +81,19 @@ class Router:
             prefix_blocks=lambda: len(prefixes),
         )
         self._workers_changed = asyncio.Event()
-        estimates = Estimates(self.pool, prefixes, lengths)
+        estimates = Estimates(self.pool, prefixes, self.lengths)
         inputs = PolicyInputs(
-            self.pool, estimates, random.Random(), settings.max_gated_requests, settings.retry_after_s
+            self.pool,
+            prefixes,
+            estimates,
+            random.Random(),
+            settings.max_gated_requests,
+            settings.retry_after_s,
         )
         self.dispatcher = Dispatcher(
             pool=self.pool,
             prefixes=prefixes,
-            lengths=lengths,
+            lengths=self.lengths,
             estimates=estimates,
             policy=policies[settings.policy](inputs),
             recovery=Recovery(

@@ -1,8 +1,8 @@
 """Early rejection: a request that is predicted to miss a limit is refused when it arrives.
 
 Mooncake (Qin et al. 2024, arXiv:2407.00079, Algorithm 1 and "early rejection based on prediction"): if the
-best placement's TTFT, or its time per token when the request gets to the decode instance, is beyond the limit,
-the request is refused, before anything is computed for it.
+best placement's TTFT, or its time per token when the request gets to the decode instance, is beyond the
+limit, the request is refused, before anything is computed for it.
 """
 
 from __future__ import annotations

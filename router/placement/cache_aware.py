@@ -3,8 +3,9 @@
 Mooncake's Algorithm 1 (Qin et al., "Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving",
 2024, arXiv:2407.00079): for every prefill instance, TTFT = time in its queue + time to compute what of the
 prompt it has not cached; the least wins, and the decode instance is the one with the least load when the
-request gets there. A request binds at once and queues at its workers. Prefixes are not copied between prefill
-workers here, so that branch of the algorithm is left out. Its early rejection is router/admission/mooncake.py.
+request gets there. A request binds at once and queues at its workers. Prefixes are not copied between
+prefill workers here, so that branch of the algorithm is left out. Its early rejection is
+router/admission/mooncake.py.
 """
 
 from __future__ import annotations

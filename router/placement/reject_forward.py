@@ -1,10 +1,10 @@
 """An idle prefill worker accepts, a busy one refuses, and the next one is tried: no estimate of any queue.
 
-P/D-Serve's on-demand forwarding (Jin et al., "P/D-Serve: Serving Disaggregated Large Language Model at Scale",
-2024, arXiv:2408.08147): the gateway forwards a prompt to the prefill instance with the fewest
-open streams; if that one is busy it refuses, and the gateway tries the next, until one accepts. Here the
-router's own ledger says who would refuse, so nothing has to be sent to find out, and a request that all
-refuse is tried again by the gate.
+P/D-Serve's on-demand forwarding (Jin et al., "P/D-Serve: Serving Disaggregated Large Language Model at
+Scale", 2024, arXiv:2408.08147): the gateway forwards a prompt to the prefill instance with the fewest open
+streams; if that one is busy it refuses, and the gateway tries the next, until one accepts. Here the router's
+own ledger says who would refuse, so nothing has to be sent to find out, and a request that all refuse is
+tried again by the gate.
 """
 
 from __future__ import annotations
