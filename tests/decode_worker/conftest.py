@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -117,10 +117,15 @@ class Pair:
         )
         return await self._serve(Worker(info, service, grpc.aio.server(), segment, registry, fatal))
 
-    async def decode(self, epoch: int = 1) -> Worker:
+    async def decode(
+        self, epoch: int = 1, *, is_mixed: bool = False, latency: Mapping[str, float] | None = None
+    ) -> Worker:
+        """latency: coefficients of the model of its steps, which is not known else."""
         segment = SharedSegment.create(self.layout, self.num_blocks, epoch)
         runner = self._runner(segment, self.layout, lambda chunks: self.hooks.decode_step(chunks))
-        info = self._info("decode-0", worker_pb2.ROLE_DECODE, epoch, "model")
+        role = worker_pb2.ROLE_MIXED if is_mixed else worker_pb2.ROLE_DECODE
+        info = self._info("decode-0", role, epoch, "model")
+        info.latency.update(latency or {})
         registry, fatal = CollectorRegistry(), list[BaseException]()
         service = DecodeService(
             info,
@@ -196,6 +201,7 @@ class Stream:
         self._writing = asyncio.Lock()
         self.sent = 0
         self.snapshot = worker_pb2.Snapshot()
+        self.steps: list[worker_pb2.StepTime] = []
         self.messages: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
         self._news = asyncio.Condition()
 
@@ -244,6 +250,7 @@ class Stream:
                 if message.HasField("snapshot"):
                     async with self._news:
                         self.snapshot = message.snapshot
+                        self.steps += message.snapshot.steps
                         self._news.notify_all()
                 else:
                     self.messages.put_nowait(message)
@@ -260,6 +267,7 @@ class Answer:
     cached_tokens: int = 0
     decode_cached_tokens: int = 0
     times: worker_pb2.StageTimes = field(default_factory=worker_pb2.StageTimes)
+    prompt_logprobs: list[worker_pb2.TokenLogprobs] = field(default_factory=list)
     reserved: asyncio.Event = field(default_factory=asyncio.Event)
     first: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -278,6 +286,7 @@ class Router:
         self._refs = (prefill.ref, decode.ref)
         self.answers: defaultdict[RequestKey, Answer] = defaultdict(Answer)
         self.pair_states: asyncio.Queue[worker_pb2.PairState] = asyncio.Queue()
+        self.blocks: asyncio.Queue[worker_pb2.BlockEvents] = asyncio.Queue()
 
     async def attach(self) -> None:
         await self.prefill.attach()
@@ -341,6 +350,29 @@ class Router:
             await self.start_prefill(key, prompt, wanted, salt, num_output_tokens)
         return answer
 
+    async def read_here(
+        self,
+        key: RequestKey,
+        prompt: Sequence[int],
+        wanted: TokenSampling,
+        salt: str = "",
+        num_output_tokens: int = 0,
+        urgency: worker_pb2.Urgency | None = None,
+    ) -> Answer:
+        """On the decode worker alone, which has to be a mixed one."""
+        self.answers[key].start = num_output_tokens
+        reserve = worker_pb2.Reserve(
+            request_id=key.request_id,
+            attempt=key.attempt,
+            token_ids=prompt,
+            sampling=_wire(wanted),
+            cache_salt=salt,
+            num_output_tokens=num_output_tokens,
+            urgency=urgency,
+        )
+        await self.decode.send(reserve=reserve)
+        return self.answers[key]
+
     async def cancel(self, key: RequestKey) -> None:
         for stream in (self.prefill, self.decode):
             await stream.send(cancel=worker_pb2.Cancel(request_id=key.request_id, attempt=key.attempt))
@@ -362,6 +394,8 @@ class Router:
                     answer.reserved.set()
                 case "pair":
                     self.pair_states.put_nowait(message.pair)
+                case "blocks" if stream is self.decode:
+                    self.blocks.put_nowait(message.blocks)
                 case "failed":
                     answer = self._answer(message.failed)
                     answer.failed = message.failed
@@ -379,6 +413,7 @@ class Router:
         if tokens.HasField("times"):
             answer.times.MergeFrom(tokens.times)
         answer.cached_tokens += tokens.cached_tokens
+        answer.prompt_logprobs += tokens.prompt_logprobs
         if answer.start in answer.tokens:
             answer.first.set()
         answer.stop_reason = tokens.stop_reason or answer.stop_reason
@@ -398,6 +433,7 @@ def _wire(wanted: TokenSampling) -> worker_pb2.TokenSampling:
         max_tokens=wanted.max_tokens,
         stop_token_ids=sorted(wanted.stop_token_ids),
         presence_penalty=wanted.presence_penalty,
+        prompt_logprobs=wanted.prompt_logprobs,
     )
 
 
