@@ -44,6 +44,11 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Route
             delay.FromNanoseconds(int(error.retry_after_s * 1e9))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
             trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))))
+            if isinstance(error, errors.LateError):
+                prediction = {"predicted_ttft_s": f"{error.ttft_s:.3f}"}
+                details.append(
+                    error_details_pb2.ErrorInfo(reason="LATE", domain="prelay", metadata=prediction)
+                )
         case _:
             pass
     status = status_pb2.Status(code=code.value[0], message=str(error))
