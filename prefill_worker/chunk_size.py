@@ -11,7 +11,7 @@ another prompt goes first after each of them. So:
     n* = max n: t_P(n) <= least positive slack of the others that wait. (They wait for one another, too: the
     slack of each is what is left when those before it are read.)
   - What room there is in a step goes to the next prompts up to the same efficient size. It saves them a step
-    of their own, but delays the first: never beyond its deadline.
+    of their own, but delays the first: by half of its slack at most.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ChunkSizes:
                 floor = min(MIN_CHUNK_TOKENS, most)
                 most = max(floor, min(most, self._most_within(least, first.num_before)))
             return StepSize(most, most)
-        within = self._most_within(first.urgency.deadline_s - now, first.num_before)
+        within = self._most_within(first.needs_s + slack / 2, first.num_before)
         most = self._most if slack < first.needs_s else self._efficient
         return StepSize(most, min(self._efficient, within))
 
