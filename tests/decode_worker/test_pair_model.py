@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from prelay.v1 import worker_pb2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
@@ -109,6 +110,53 @@ async def test_cached_prompts_and_preempted_answers_are_those_of_one_engine(pair
         assert answer.token_ids == generate(alone, prompt, wanted)
     assert decode.metric("prelay_preemptions_total") > 0
     assert sum(answer.cached_tokens for _, _, answer in answers) > 0
+
+
+async def test_a_mixed_worker_answers_as_one_engine(pair, make_router, checkpoint):
+    """It reads every second prompt itself, in chunks that are cut by the limits of those who decode, and
+    takes the others over; the pool holds a few of them."""
+    config = EngineConfig(num_blocks=24, block_size=8, max_batch_tokens=24, dtype="float32", threads=1)
+    alone = Engine.load(checkpoint, config, None, lambda fraction: None)
+    pair.num_blocks, pair.layout, pair.max_batch_tokens, pair.backend = 24, alone.layout, 24, "ipc"
+    pair.max_num_seqs = 6
+    pair.load = lambda segment: (
+        Engine.load(checkpoint, config, segment.data_buffer, lambda fraction: None).runner
+    )
+    prefill = await pair.prefill()
+    mixed = await pair.decode(is_mixed=True, latency={"step": 0.001, "rows": 0.001})
+    router = await make_router(prefill, mixed)
+    rng = random.Random(6)
+    common = [rng.randrange(VOCAB_SIZE) for _ in range(40)]
+
+    async def ask(number):
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 12))]
+        prompt = common[: rng.randint(1, 40)] + own
+        wanted = TokenSampling(
+            0.0 if number % 4 < 2 else 0.9, 0, 1.0, number, rng.randint(40, 70), 0, frozenset()
+        )
+        for attempt in range(100_000):
+            key = RequestKey(f"r{number}", attempt)
+            if number % 2:
+                urgency = worker_pb2.Urgency(ttft_left_s=rng.uniform(-1, 5), tpot_s=rng.uniform(0.005, 0.05))
+                answer = await router.read_here(key, prompt, wanted, urgency=urgency)
+            else:
+                answer = await router.submit(key, prompt, wanted)
+            await answer.first.wait()
+            if answer.failed is None:
+                break
+            await next_snapshot(router.decode)
+        await answer.done.wait()
+        assert answer.failed is None
+        return prompt, wanted, answer
+
+    answers = await asyncio.gather(*(ask(number) for number in range(16)))
+    for snapshot in (await router.prefill.idle(), await router.decode.idle()):
+        assert snapshot.free_blocks == 24
+    for prompt, wanted, answer in answers:
+        assert answer.token_ids == generate(alone, prompt, wanted)
+    assert mixed.metric("prelay_preemptions_total") > 0
+    assert mixed.metric("prelay_step_seconds_count", phase="mixed") > 0
+    assert sum(answer.cached_tokens for _, _, answer in answers[1::2]) > 0
 
 
 @pytest.mark.parametrize(("prefill_size", "decode_size"), [(8, 12), (32, 8)])
