@@ -91,6 +91,16 @@ class ServeConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _simulated_workers_have_the_backend(self) -> Self:
+        backend = self.transfer.backend
+        if self.model.load == "simulated" and backend not in ("auto", "ipc"):
+            raise ValueError(
+                f"transfer.backend is {backend}, but model.load is simulated: simulated workers have only "
+                "ipc; set transfer.backend to that, or to auto"
+            )
+        return self
+
     @property
     def pools(self) -> dict[str, PoolSection]:
         """By the names of their sections, which are those of the roles; those without a worker included."""

@@ -18,7 +18,7 @@ from cluster.host_spec import HostSpec
 
 if TYPE_CHECKING:
     # At run time torch is imported by `load_engine`: it takes seconds.
-    from engine.config import EngineConfig, ModelConfig
+    from engine.config import EngineConfig
     from engine.runner import StepRunner
     from transfer.base import Backend, KvMemory
     from transfer.ipc import SharedSegment
@@ -55,11 +55,13 @@ def load_engine(
 ) -> HostEngine:
     """shares: the cores of each rank. on_fatal: told when a rank has ended. Raises EngineError or
     TransferError."""
+    if spec.is_simulated:
+        on_progress("allocating KV cache", 0.0)
+        return _simulated(spec)
     on_progress("importing torch", 0.0)
     importlib.import_module("torch")
     from engine.config import EngineConfig, ModelConfig
     from engine.layout import KvLayout
-    from engine.simulated import simulated_layout
     from transfer.backends import make_backends
     from transfer.base import KvMemory
     from transfer.ipc import SharedSegment
@@ -70,12 +72,11 @@ def load_engine(
         block_size=spec.block_size,
         max_batch_tokens=spec.max_batch_tokens,
         dtype=spec.dtype,
-        load="dummy" if spec.is_simulated else spec.load,
+        load=spec.load,
         threads=spec.threads,
     )
     model = ModelConfig.from_pretrained(spec.checkpoint)
-    whole = simulated_layout(spec.block_size) if spec.is_simulated else KvLayout.of(model, config)
-    layout = WorkerLayout.of(whole, spec.tp_size, spec.pp_size)
+    layout = WorkerLayout.of(KvLayout.of(model, config), spec.tp_size, spec.pp_size)
     layouts = [layout.rank(rank) for rank in range(layout.num_ranks)]
     mib = spec.num_blocks * sum(each.block_nbytes for each in layouts) / 2**20
     on_progress(f"allocating {mib:.0f} MiB of KV cache", _FRACTION_IMPORTED)
@@ -89,8 +90,6 @@ def load_engine(
     memory = KvMemory(layout, tuple(each.blocks for each in segments), segments[0].generations)
     agent = f"{spec.worker_id}-{spec.epoch}"
     backends = make_backends(spec.backend, memory, segments, node_address, agent)
-    if spec.is_simulated:
-        return _simulated(spec, model, memory, backends)
 
     def weights_read(fraction: float) -> None:
         whole_way = _FRACTION_ALLOCATED + (_FRACTION_LOADED - _FRACTION_ALLOCATED) * fraction
@@ -101,22 +100,34 @@ def load_engine(
     return HostEngine(runner, memory, backends, fingerprint, model.vocab_size, spec.latency)
 
 
-def _simulated(
-    spec: HostSpec, model: ModelConfig, memory: KvMemory, backends: Sequence[Backend]
-) -> HostEngine:
+def _simulated(spec: HostSpec) -> HostEngine:
+    """Without torch, so that many of them start in a short time."""
+    from engine.config import ModelConfig
     from engine.latency import LatencyModel
-    from engine.simulated import SimulatedRunner, simulated_fingerprint
+    from engine.simulated import SimulatedRunner, simulated_fingerprint, simulated_layout
+    from transfer.base import KvMemory
+    from transfer.ipc import IpcBackend, SharedSegment
+    from transfer.layout import WorkerLayout
 
+    layout = simulated_layout(spec.block_size)
+    segment = SharedSegment.create(layout, spec.num_blocks, spec.epoch)
+    memory = KvMemory(WorkerLayout.of(layout), (segment.array,), segment.generations)
     runner = SimulatedRunner(
-        memory.ranks[0].numpy(),
+        segment.array,
         spec.block_size,
-        memory.layout.num_layers,
+        layout.num_layers,
         LatencyModel(spec.latency),
         time.perf_counter,
         time.sleep,
     )
-    fingerprint = simulated_fingerprint(spec.checkpoint)
-    return HostEngine(runner, memory, backends, fingerprint, model.vocab_size, spec.latency)
+    return HostEngine(
+        runner,
+        memory,
+        [IpcBackend(memory, [segment])],
+        simulated_fingerprint(spec.checkpoint),
+        ModelConfig.from_pretrained(spec.checkpoint).vocab_size,
+        spec.latency,
+    )
 
 
 def _loaded(

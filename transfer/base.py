@@ -10,17 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from prelay.v1 import transfer_pb2
 
 from engine.config import DTYPE_NBYTES
 from transfer.errors import StaleBlocksError, TransferError
 from transfer.handoff import LinkId
 from transfer.layout import Box, Corner, Part, Route, WorkerLayout
+
+if TYPE_CHECKING:
+    # Importing it takes seconds, and simulated workers do without.
+    import torch
+
+Blocks: TypeAlias = "torch.Tensor | npt.NDArray[np.uint8]"
+"""Bytes of KV; an array only in simulated workers, whose KV is small and in main memory."""
 
 Generations: TypeAlias = npt.NDArray[np.uint32]
 """uint32 [num_blocks]"""
@@ -34,25 +40,30 @@ class KvMemory:
     """
 
     layout: WorkerLayout
-    ranks: tuple[torch.Tensor, ...]
+    ranks: tuple[Blocks, ...]
     generations: Generations
     # The same memory as [num_blocks, layers, 2, tokens, heads, head nbytes]: made here, not for each copy.
-    _blocks: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
+    _blocks: tuple[Blocks, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         blocks = []
         for rank, whole in enumerate(self.ranks):
             layout = self.layout.rank(rank)
             *shape, head_dim = layout.block_shape
-            blocks.append(whole.view(len(whole), *shape, head_dim * DTYPE_NBYTES[layout.dtype]))
+            blocks.append(whole.reshape(len(whole), *shape, head_dim * DTYPE_NBYTES[layout.dtype]))
         object.__setattr__(self, "_blocks", tuple(blocks))
 
-    def corner(self, corner: Corner, first: int, count: int) -> torch.Tensor:
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """`ranks`. Raises TransferError where they are arrays."""
+        return tuple(tensor_of(blocks) for blocks in self.ranks)
+
+    def corner(self, corner: Corner, first: int, count: int) -> Blocks:
         """A view [count, layers, 2, tokens, heads, head nbytes] of `count` blocks from block `first` on."""
         self.check((first, first + count - 1))
         return self.all_blocks(corner)[first : first + count]
 
-    def all_blocks(self, corner: Corner) -> torch.Tensor:
+    def all_blocks(self, corner: Corner) -> Blocks:
         """The same of all blocks of its rank."""
         return self._blocks[corner.rank][:, corner.layers, :, corner.tokens, corner.heads]
 
@@ -136,17 +147,37 @@ def copy_boxes(source: KvMemory, part: Part, boxes: Sequence[Box], target: KvMem
         source.check(box.source.blocks)
         target.check(box.target.blocks)
         theirs, ours = source.all_blocks(box.source), target.all_blocks(box.target)
-        if ours.is_cuda or theirs.is_cuda:
+        if on_cuda(ours) or on_cuda(theirs):
+            to_tensor, from_tensor = tensor_of(ours), tensor_of(theirs)
             for at, to, count in runs(box.source.blocks, box.target.blocks):
-                ours[to : to + count].copy_(theirs[at : at + count])
+                to_tensor[to : to + count].copy_(from_tensor[at : at + count])
             continue
         # numpy takes half of torch's time for small copies, and none of its threads.
-        to_array, from_array = ours.numpy(), theirs.numpy()
+        to_array, from_array = array_of(ours), array_of(theirs)
         for at, to, count in runs(box.source.blocks, box.target.blocks):
             to_array[to : to + count] = from_array[at : at + count]
-    for device in {rank.device for rank in target.ranks if rank.is_cuda}:
+    for device in {tensor_of(rank).device for rank in target.ranks if on_cuda(rank)}:
+        import torch
+
         torch.cuda.current_stream(device).synchronize()
     check_generations(part, source.generations[list(part.blocks)])
+
+
+def on_cuda(blocks: Blocks) -> bool:
+    """Whether they are in a GPU's memory."""
+    return not isinstance(blocks, np.ndarray) and blocks.is_cuda
+
+
+def array_of(blocks: Blocks) -> npt.NDArray[np.uint8]:
+    """The same bytes, which are in main memory."""
+    return blocks if isinstance(blocks, np.ndarray) else blocks.numpy()
+
+
+def tensor_of(blocks: Blocks) -> torch.Tensor:
+    """Raises TransferError for an array: `ipc` alone does without torch."""
+    if isinstance(blocks, np.ndarray):
+        raise TransferError("KV of a simulated worker moves through ipc only: set transfer.backend to ipc")
+    return blocks
 
 
 def check_generations(part: Part, found: npt.NDArray[np.uint32]) -> None:

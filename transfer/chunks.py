@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from transfer.base import KvMemory, runs
+from transfer.base import KvMemory, runs, tensor_of
 from transfer.layout import Corner
 
 Message: TypeAlias = Sequence[Corner]
@@ -91,7 +91,7 @@ def _split(memory: KvMemory, corner: Corner) -> Iterator[Corner]:
 def _views(memory: KvMemory, message: Message) -> Iterator[torch.Tensor]:
     for corner in message:
         for block, _, count in runs(corner.blocks, range(len(corner.blocks))):
-            yield memory.corner(corner, block, count)
+            yield tensor_of(memory.corner(corner, block, count))
 
 
 def _with_parts(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 
-import torch
+import numpy as np
 
-from transfer.base import KvMemory
+from transfer.base import Blocks, KvMemory, array_of, on_cuda, tensor_of
 from transfer.errors import DigestError
 from transfer.layout import Box, Part, Route
 
@@ -45,5 +45,6 @@ def _places(route: Route, box: Box) -> Iterable[int]:
     return (piece * len(route.slices) + box.slice_index for piece in box.pieces)
 
 
-def _crc(view: torch.Tensor) -> int:
-    return zlib.crc32(view.contiguous().cpu().numpy().data)
+def _crc(view: Blocks) -> int:
+    array = array_of(tensor_of(view).cpu() if on_cuda(view) else view)
+    return zlib.crc32(np.ascontiguousarray(array).data)

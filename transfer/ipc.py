@@ -22,21 +22,23 @@ import fcntl
 import mmap
 import os
 import struct
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from prelay.v1 import transfer_pb2
 
 from engine.layout import KvLayout
-from transfer.base import Generations, KvMemory, copy_boxes
-from transfer.cuda_ipc import open_cuda, share_cuda
+from transfer.base import Blocks, Generations, KvMemory, copy_boxes, on_cuda, tensor_of
 from transfer.errors import SegmentError
 from transfer.handoff import LinkId
 from transfer.host_id import host_id
 from transfer.layout import Box, Part, Route, WorkerLayout
+
+if TYPE_CHECKING:
+    import torch
 
 _MAGIC = b"prelayKV"
 _HEADER = struct.Struct("<8sQQQQ")
@@ -74,7 +76,7 @@ class SharedSegment:
         self._generations: Generations = np.frombuffer(
             view, dtype=np.uint32, count=num_blocks, offset=_HEADER.size
         )
-        self._blocks = torch.frombuffer(self._data, dtype=torch.uint8).view(num_blocks, block_nbytes)
+        self._array = np.frombuffer(self._data, dtype=np.uint8).reshape(num_blocks, block_nbytes)
 
     @classmethod
     def create(cls, layout: KvLayout, num_blocks: int, epoch: int) -> SharedSegment:
@@ -107,9 +109,16 @@ class SharedSegment:
         return self._data
 
     @property
-    def blocks(self) -> torch.Tensor:
+    def array(self) -> npt.NDArray[np.uint8]:
         """The same bytes as uint8 [num_blocks, block_nbytes]."""
-        return self._blocks
+        return self._array
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """The same again."""
+        import torch
+
+        return torch.from_numpy(self._array)
 
     @property
     def generations(self) -> Generations:
@@ -140,8 +149,10 @@ class IpcBackend:
         for segment, blocks in zip(self._segments, self._memory.ranks, strict=True):
             ref = segment.ref
             region = answer.ipc.ranks.add(pid=ref.pid, fd=ref.fd, num_bytes=ref.num_bytes)
-            if blocks.is_cuda:
-                region.cuda_handle, region.cuda_offset = share_cuda(blocks)
+            if on_cuda(blocks):
+                from transfer.cuda_ipc import share_cuda
+
+                region.cuda_handle, region.cuda_offset = share_cuda(tensor_of(blocks))
 
     def end_offer(self, link: LinkId) -> None:
         """Who has mapped a segment may go on reading it: generations tell it what its copy is worth."""
@@ -157,7 +168,7 @@ class IpcBackend:
             raise SegmentError(f"the peer has {route.source.num_ranks} ranks and {len(refs)} segments")
         source = map_memory(route.source, refs, theirs.epoch)
         ranks = [
-            open_cuda(region.cuda_handle, region.cuda_offset, blocks.shape) if region.cuda_handle else blocks
+            _open_cuda(region, blocks) if region.cuda_handle else blocks
             for region, blocks in zip(theirs.ipc.ranks, source.ranks, strict=True)
         ]
         return IpcPull(replace(source, ranks=tuple(ranks)), self._memory)
@@ -185,7 +196,7 @@ class IpcPull:
 def map_memory(layout: WorkerLayout, refs: Sequence[SegmentRef], epoch: int) -> KvMemory:
     """The segments of a peer's ranks. Raises SegmentError if one is not there, or is not of the life and
     shape that were announced."""
-    ranks: list[torch.Tensor] = []
+    ranks: list[Blocks] = []
     generations: list[Generations] = []
     for rank, ref in enumerate(refs):
         blocks, generation = _map_segment(ref, epoch, layout.rank(rank).block_nbytes)
@@ -194,7 +205,14 @@ def map_memory(layout: WorkerLayout, refs: Sequence[SegmentRef], epoch: int) -> 
     return KvMemory(layout, tuple(ranks), generations[0])
 
 
-def _map_segment(ref: SegmentRef, epoch: int, block_nbytes: int) -> tuple[torch.Tensor, Generations]:
+def _open_cuda(region: transfer_pb2.IpcSegment, blocks: Blocks) -> Blocks:
+    """blocks: in the segment, of the same shape."""
+    from transfer.cuda_ipc import open_cuda
+
+    return open_cuda(region.cuda_handle, region.cuda_offset, blocks.shape)
+
+
+def _map_segment(ref: SegmentRef, epoch: int, block_nbytes: int) -> tuple[npt.NDArray[np.uint8], Generations]:
     path = f"/proc/{ref.pid}/fd/{ref.fd}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -211,11 +229,8 @@ def _map_segment(ref: SegmentRef, epoch: int, block_nbytes: int) -> tuple[torch.
     num_blocks, data_at = _checked_header(memory, path, epoch, block_nbytes)
     view = memoryview(memory)
     generations: Generations = np.frombuffer(view, np.uint32, num_blocks, _HEADER.size)
-    with warnings.catch_warnings():
-        # Nobody writes through it: it is a source of copies only.
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        data = torch.frombuffer(view[data_at:], dtype=torch.uint8)
-    return data.view(num_blocks, block_nbytes), generations
+    data = np.frombuffer(view[data_at:], dtype=np.uint8)
+    return data.reshape(num_blocks, block_nbytes), generations
 
 
 def _data_offset(num_blocks: int) -> int:

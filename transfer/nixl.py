@@ -51,7 +51,7 @@ class NixlBackend:
     def __init__(self, memory: KvMemory, agent: str, patience_s: float = PATIENCE_S) -> None:
         self._memory = memory
         self._agent = NixlAgent(agent, patience_s)
-        self._ranks = [Place.of(rank) for rank in memory.ranks]
+        self._ranks = [Place.of(rank) for rank in memory.tensors]
         self._generations = Place.of(torch.from_numpy(memory.generations))
         self._registered = [self._agent.register(place) for place in (*self._ranks, self._generations)]
         # Taken before buffers are registered, which are nobody's business.
@@ -98,7 +98,7 @@ class NixlPull:
         self._memory = memory
         self._source = source
         self._found = np.zeros(source.num_blocks, np.uint32)
-        self._buffers = [memory.ranks[0].new_empty(0)] * WINDOW
+        self._buffers = [memory.tensors[0].new_empty(0)] * WINDOW
         self._registered: dict[int, Any] = {}
         self._peer = agent.meet(endpoint.agent, endpoint.metadata)
         try:

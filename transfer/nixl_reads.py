@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 
 from engine.config import DTYPE_NBYTES
-from transfer.base import KvMemory, runs
+from transfer.base import KvMemory, runs, tensor_of
 from transfer.errors import TransferError
 from transfer.layout import Box, Part, WorkerLayout
 from transfer.nixl_agent import Place
@@ -83,7 +83,7 @@ class Read:
                 if source in place
             ]
             wanted = view[:, :, :, box.source.tokens, box.source.heads]
-            ours = self.target.all_blocks(box.target)
+            ours = tensor_of(self.target.all_blocks(box.target))
             for at, to, count in runs([at for at, _ in pairs], [to for _, to in pairs]):
                 ours[to : to + count].copy_(wanted[at : at + count])
         if buffer.is_cuda:

@@ -115,7 +115,7 @@ class TorchDistPull:
         self._group: PairGroup | None = group
         self._memory = memory
         self._num_blocks = num_blocks
-        self._slots = Slots(WINDOW, memory.ranks[0].device)
+        self._slots = Slots(WINDOW, memory.tensors[0].device)
 
     def pull(self, part: Part, boxes: Sequence[Box]) -> None:
         group = self._group
@@ -175,7 +175,7 @@ class _Offer:
         self._name = name
         self._memory = memory
         self._join_group = join_group
-        self._slots = Slots(WINDOW, memory.ranks[0].device)
+        self._slots = Slots(WINDOW, memory.tensors[0].device)
         self._lock = threading.Lock()
         self._group: PairGroup | None = None
         self._ended = False
@@ -281,7 +281,7 @@ class _Window:
 
 
 def _on_cuda(memory: KvMemory) -> bool:
-    return memory.ranks[0].is_cuda
+    return memory.tensors[0].is_cuda
 
 
 def _transport(memory: KvMemory) -> str:

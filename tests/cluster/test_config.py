@@ -85,6 +85,10 @@ def test_a_models_path_counts_from_where_it_was_written(file: Path) -> None:
         ("router: {policy: fastest}", "'fastest' is not a policy; there are "),
         ("router: {policy: colocated}", "colocated, which uses mixed workers only, but mixed.replicas is 0"),
         ("model: {load: simulated}", "model.load is simulated, but model.profile is not given"),
+        (
+            "model: {load: simulated, profile: a.json}\ntransfer: {backend: nixl}",
+            "transfer.backend is nixl, but model.load is simulated",
+        ),
         ("slo: {classes: {standard: {ttft_s: 1, tpot_s: 1, priority: 0.5}}}", "0.5 is not a whole number"),
         (
             "slo: {classes: {standard: {ttft_s: 1, tpot_s: 1, downgrade_to: slow}}}",
