@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from bench.load.slo import DEFAULT
 if TYPE_CHECKING:
     from bench.load.serve import Measured, ServePlan
 
+_NUM_ERRORS = 3
 _EXIT_CODES = """
 \b
 Exit codes:
@@ -185,9 +187,8 @@ def serve(as_json: bool, plot: Path | None, requests_out: Path | None, **chosen:
     else:
         for table in _tables(result):
             Console().print(table)
-    for warning in dict.fromkeys(rate["client"]["warning"] for rate in result["rates"]):
-        if warning:
-            click.echo(f"prelay: warning: {warning}", err=True)
+    if warning := result["client"]["warning"]:
+        click.echo(f"prelay: warning: {warning}", err=True)
     return 0
 
 
@@ -215,9 +216,9 @@ def _raise_file_limit() -> None:
 
 def _tables(result: dict[str, Any]) -> list[Table]:
     slo = result["slo"]
+    ms = "ms, p50 / p90 / p99"
     curve = Table(
-        "req/s", "sent", "good", "goodput", "TTFT p50 / p90 / p99", "TPOT p50 / p90 / p99", "not good",
-        "client",
+        "req/s", "sent", "good", "goodput", f"TTFT {ms}", f"TPOT {ms}", "not good", "client",
         title=f"{result['model']}, TTFT <= {slo['ttft']}, TPOT <= {slo['tpot']}, {result['dataset']}",
     )  # fmt: skip
     for rate in result["rates"]:
@@ -247,16 +248,16 @@ def _tables(result: dict[str, Any]) -> list[Table]:
             f"{found['target']:.0%} up to {found['bound']} {found['rate']:.3g} req/s "
             f"(seeds {found['least']:.3g} - {found['greatest']:.3g})".replace("  ", " ")
         )
-    notes += [f"{count} x {message}" for rate in result["rates"] for message, count in rate["errors"].items()]
+    errors = Counter[str]()
+    for rate in result["rates"]:
+        errors.update(rate["errors"])
+    notes += [f"{count} x {message}" for message, count in errors.most_common(_NUM_ERRORS)]
     curve.caption = "\n".join(notes)
     return [curve, lengths]
 
 
 def _percentiles(found: dict[str, float] | None) -> str:
+    """In ms."""
     if found is None:
         return "-"
-    return " / ".join(_time(found[name]) for name in ("p50", "p90", "p99"))
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return " / ".join(f"{found[name] * 1000:.3g}" for name in ("p50", "p90", "p99"))

@@ -29,7 +29,7 @@ class Answer:
         self._last_s: float | None = None
         self._gaps: array[float] = array("d")
         self._num_tokens = 0
-        self._told: tuple[int, int] | None = None
+        self._told = (0, 0)
         self._reason: str | None = None
         self._failure: tuple[Status, str] | None = None
         self._stages: Mapping[str, float] = {}
@@ -70,12 +70,12 @@ class Answer:
     def row(self) -> Row:
         """What there is to say, once nothing more comes."""
         status, error = self._verdict()
-        prompt_tokens, output_tokens = self._told or (len(self._job.prompt_token_ids), self._num_tokens)
+        prompt_tokens, output_tokens = self._told
         return Row(
             arrival_s=self._job.arrival_s,
             sent_s=self._sent_at - self._started_at,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
+            prompt_tokens=prompt_tokens or len(self._job.prompt_token_ids),
+            output_tokens=output_tokens or self._num_tokens,
             status=status,
             first_s=self._first_s,
             last_s=self._last_s,

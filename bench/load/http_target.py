@@ -149,7 +149,7 @@ class HttpTarget:
     async def _send(self, url: str, headers: Mapping[str, str], body: bytes, answer: Answer) -> None:
         async with self._session.post(url, data=body, headers=headers) as response:
             if response.status != 200:
-                message = _message_of(await response.read())
+                message = _message_of(_parsed(await response.read()))
                 status = Status.REJECTED if response.status == _REJECTED else Status.FAILED
                 answer.fail(f"HTTP {response.status}: {message}", status)
                 return
@@ -168,11 +168,15 @@ def _note(data: bytes, answer: Answer) -> None:
     except ValueError:
         answer.fail(f"an event that is not JSON: {data[:80]!r}")
         return
-    if not isinstance(chunk, dict):
-        answer.fail(f"an event that is no object: {data[:80]!r}")
-        return
-    if chunk.get("error"):
-        answer.fail(f"error in the stream: {_message_of(data)}")
+    try:
+        _note_chunk(chunk, answer)
+    except (AttributeError, KeyError, TypeError):
+        answer.fail(f"an event that is no chunk of a completion: {data[:80]!r}")
+
+
+def _note_chunk(chunk: Any, answer: Answer) -> None:
+    if chunk.get("error") or chunk.get("object") == "error":
+        answer.fail(f"error in the stream: {_message_of(chunk)}")
         return
     for choice in chunk.get("choices") or ():
         delta = choice.get("delta") or {}
@@ -181,20 +185,24 @@ def _note(data: bytes, answer: Answer) -> None:
         if reason := choice.get("finish_reason"):
             answer.finish(reason)
     if usage := chunk.get("usage"):
-        answer.usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+        answer.usage(usage["prompt_tokens"], usage["completion_tokens"])
     if details := chunk.get("prelay"):
-        answer.stages(details.get("stages", {}))
+        answer.stages(details["stages"])
 
 
-def _message_of(body: bytes) -> str:
-    """What an error says, in whatever form it says it."""
+def _parsed(body: bytes) -> Any:
+    """JSON, or the text that it is."""
     try:
-        parsed = json.loads(body)
+        return json.loads(body)
     except ValueError:
-        parsed = None
-    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
+        return body.decode(errors="replace")
+
+
+def _message_of(body: Any) -> str:
+    """What an error says, in whatever form it says it."""
+    error = body.get("error", body) if isinstance(body, dict) else body
     message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-    text = message if isinstance(message, str) else body.decode(errors="replace")
+    text = message if isinstance(message, str) else json.dumps(body)
     return " ".join(text.split())[:200] or "nothing said"
 
 

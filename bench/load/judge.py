@@ -8,8 +8,9 @@ limits as often as one likes.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -24,6 +25,7 @@ BINS = ("<512", "<2k", "<8k", ">=8k")
 """Prompt lengths, so that goodput is not bought by starving long prompts."""
 
 _NUM_ERRORS = 5
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 class Outcome(StrEnum):
@@ -75,7 +77,8 @@ class Judgement:
 
     ttft, itl: of all that got a token (two chunks); tpot: of complete answers of two tokens or more. single:
     complete answers of one token, whose TPOT counts as 0. by_length: of bins that have requests. stages: mean
-    seconds of complete answers in each stage, as the server tells. errors: the most frequent messages.
+    seconds of complete answers in each stage, as the server tells. errors: the most frequent messages; those
+    that differ in numbers alone are one.
     """
 
     requests: int
@@ -128,11 +131,6 @@ class Judgement:
         }
 
 
-def in_window(rows: Iterable[Row], start_s: float, end_s: float) -> list[Row]:
-    """Those that were due in [start_s, end_s)."""
-    return [row for row in rows if start_s <= row.arrival_s < end_s]
-
-
 def outcome_of(row: Row, slo: Slo) -> Outcome:
     """What a request is under its limits."""
     if row.status is not Status.COMPLETE:
@@ -174,7 +172,7 @@ def judge(rows: Sequence[Row], slo: Slo, duration_s: float) -> Judgement:
         output_tokens=sum(row.output_tokens for row in complete),
         by_length=_by_length(rows, outcomes),
         stages=_mean_stages(complete),
-        errors=dict(Counter(row.error for row in rows if row.error).most_common(_NUM_ERRORS)),
+        errors=_errors(rows),
     )
 
 
@@ -191,3 +189,12 @@ def _mean_stages(rows: Sequence[Row]) -> dict[str, float]:
     told = [row.stages for row in rows if row.stages]
     names = dict.fromkeys(name for stages in told for name in stages)
     return {name: sum(stages.get(name, 0.0) for stages in told) / len(told) for name in names}
+
+
+def _errors(rows: Sequence[Row]) -> dict[str, int]:
+    alike: dict[str, str] = {}
+    counts = Counter[str]()
+    for row in rows:
+        if row.error:
+            counts[alike.setdefault(_NUMBER.sub("#", row.error), row.error)] += 1
+    return dict(counts.most_common(_NUM_ERRORS))

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from bench.load.jobs import Row
 from bench.load.judge import Outcome, judge, outcome_of
@@ -20,7 +21,7 @@ from bench.load.slo import Limit
 
 _GOOD, _LATE, _LIMIT, _WAIT = "#1f6f8b", "#c8553d", "#c8553d", "#c9d6db"
 _STAGES = (
-    "#d9d9d9", "#c8a45c", "#1f6f8b", "#588157", "#9cc5d3", "#8d6a9f", "#4f97b0", "#c8553d", "#606060",
+    "#d9d9d9", "#c8a45c", "#1f6f8b", "#588157", "#8d6a9f", "#e3b7a0", "#9cc5d3", "#c8553d", "#606060",
 )  # fmt: skip
 _MAX_BARS = 150
 _TARGET = 0.9
@@ -53,7 +54,7 @@ def _draw_curve(axis: Axes, measured: Measured) -> None:
     ]
     attained = [point.attainment for point in found]
     seeds = [
-        [judge(run.judged, measured.slo, run.window.duration_s).attainment for run in measured.of(rate)]
+        [judge(run.judged, measured.slo, run.duration_s).attainment for run in measured.of(rate)]
         for rate in rates
     ]
     # Seeds have different numbers of requests: the whole lies between them, but for rounding.
@@ -70,7 +71,7 @@ def _draw_curve(axis: Axes, measured: Measured) -> None:
             axis.plot(crossing.rate, _TARGET, "o", color=_LIMIT)
         if crossing.target == _TARGET:
             axis.set_title(
-                f"{_TARGET:.0%} up to {crossing} req/s (seeds {headline.least} to {headline.greatest})",
+                f"{_TARGET:.0%} up to {crossing} req/s ({headline.least} - {headline.greatest} by seed)",
                 fontsize="medium",
             )
     axis.set(xlabel="offered, requests / s", ylabel="attainment (both limits)", ylim=(0, 1.03))
@@ -97,7 +98,7 @@ def _draw_stages(axis: Axes, measured: Measured) -> None:
     axis.set_xticks(range(len(stages)), [_name(rate) for rate in measured.plan.rates])
     axis.set(xlabel="offered, requests / s", ylabel="mean seconds of an answer")
     axis.set_title("where the time goes" + ("" if told else ", as the client sees it"), fontsize="medium")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 
 
 def _seen_stages(rows: Sequence[Row]) -> dict[str, float]:
@@ -149,6 +150,7 @@ def _draw_timeline(axis: Axes, measured: Measured) -> None:
         axis.barh(place, row.first_s, left=row.sent_s, height=0.8, color=_WAIT)
         axis.barh(place, row.last_s - row.first_s, left=row.sent_s + row.first_s, height=0.8, color=color)
     axis.invert_yaxis()
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="s since the start", ylabel="request, in order of arrival")
     for label, color in (
         ("before the first token", _WAIT),

@@ -29,7 +29,7 @@ def _cells(measured: Measured, run: Run) -> list[list[object]]:
         [
             "" if run.rate is None else run.rate,
             run.seed,
-            int(run.window.start_s <= row.arrival_s < run.window.end_s),
+            int(number >= run.first),
             f"{row.arrival_s:.6f}",
             f"{row.sent_s:.6f}",
             row.prompt_tokens,
@@ -39,5 +39,5 @@ def _cells(measured: Measured, run: Run) -> list[list[object]]:
             *("" if value is None else f"{value:.6f}" for value in (row.ttft_s, row.tpot_s, row.last_s)),
             row.error,
         ]
-        for row in run.rows
+        for number, row in enumerate(run.rows)
     ]

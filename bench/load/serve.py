@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,14 +18,15 @@ from bench.load.crossing import Headline, headline
 from bench.load.errors import BadInputError
 from bench.load.idle import check_possible, measure_idle, probe_answer, probe_lengths
 from bench.load.jobs import Job, Row
-from bench.load.judge import Judgement, in_window, judge
+from bench.load.judge import Judgement, judge
 from bench.load.run import run_load
 from bench.load.slo import Slo
 from bench.load.target import ServerInfo, Target
 from bench.load.workload import WorkloadSpec, workload
 
 TARGETS = (0.9, 0.99)
-_IDLE_REPEATS = 3
+_IDLE_REQUESTS, _IDLE_REPEATS = 9, 3
+"""That are sent alone, at least: in all, and of each length."""
 _VOCAB_SIZE = 1000
 
 Show = Callable[[float, str], None]
@@ -52,30 +55,32 @@ class ServePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """What is judged of a run, seconds since its start."""
+class Drawn:
+    """What is to be sent in one run. first: of the jobs that are judged, all from there on; they arrive
+    within duration_s."""
 
-    start_s: float
-    end_s: float
-
-    @property
-    def duration_s(self) -> float:
-        return self.end_s - self.start_s
+    rate: float | None
+    seed: int
+    jobs: Sequence[Job]
+    first: int
+    duration_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One rate, one seed. rows: all of them; judged: those of the window."""
+    """One rate, one seed. rows: of all jobs, in their order."""
 
     rate: float | None
     seed: int
-    window: Window
     rows: Sequence[Row]
+    first: int
+    duration_s: float
     client: ClientUse
 
     @property
-    def judged(self) -> list[Row]:
-        return in_window(self.rows, self.window.start_s, self.window.end_s)
+    def judged(self) -> Sequence[Row]:
+        """Those after the warm-up."""
+        return self.rows[self.first :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class Measured:
         """Of all seeds of a rate together."""
         runs = self.of(rate)
         rows = [row for run in runs for row in run.judged]
-        return judge(rows, self.slo, sum(run.window.duration_s for run in runs))
+        return judge(rows, self.slo, sum(run.duration_s for run in runs))
 
     def headlines(self) -> list[Headline]:
         """Where attainment crosses each of TARGETS; none for a single rate."""
@@ -127,6 +132,7 @@ class Measured:
             "devices": self.plan.devices,
             "left_out": spec.dataset.left_out,
             **only,
+            "client": ClientUse.worst([run.client for run in self.runs]).to_json(),
             "rates": rates,
             "crossings": [found.to_json() for found in self.headlines()],
         }
@@ -143,8 +149,7 @@ class Measured:
             "client_cpu_share": client.cpu_share,
             "client": client.to_json(),
             "by_seed": [
-                judge(run.judged, self.slo, run.window.duration_s).to_json() | {"seed": run.seed}
-                for run in runs
+                judge(run.judged, self.slo, run.duration_s).to_json() | {"seed": run.seed} for run in runs
             ],
         }
 
@@ -156,28 +161,23 @@ async def measure(target: Target, plan: ServePlan, show: Show) -> Measured:
     plan = replace(
         plan, spec=replace(plan.spec, vocabulary=vocabulary_of(plan.vocab_size or info.vocab_size))
     )
-    drawn = [(rate, seed, *_draw(plan, rate, seed)) for seed in range(plan.seeds) for rate in plan.rates]
-    all_jobs = [job for _, _, jobs, _ in drawn for job in jobs]
+    drawn = [_draw(plan, rate, seed) for seed in range(plan.seeds) for rate in plan.rates]
+    all_jobs = [job for one in drawn for job in one.jobs]
     _check_lengths(all_jobs, info)
     slo = await _with_idle(target, plan, all_jobs, show)
-    total_s = sum(window.end_s for *_, window in drawn)
-    done_s = 0.0
     runs: list[Run] = []
-    for rate, seed, jobs, window in drawn:
-        pace = "the trace's pace" if rate is None else f"{rate:g}/s"
-        title = f"{pace}, seed {seed + 1} of {plan.seeds}"
+    for number, one in enumerate(drawn):
+        pace = "the trace's pace" if one.rate is None else f"{one.rate:g}/s"
+        title = f"{pace}, seed {one.seed + 1} of {plan.seeds}"
 
-        def show_run(
-            done: float, said: str, before: float = done_s, part: float = window.end_s, title: str = title
-        ) -> None:
-            show((before + done * part) / total_s, f"{title}: {said}")
+        def show_run(done: float, said: str, before: int = number, title: str = title) -> None:
+            show((before + done) / len(drawn), f"{title}: {said}")
 
         async with ClientMeter() as meter:
             rows = await run_load(
-                target, jobs, slo, show_run, timeout_s=plan.timeout_s, send_slo=plan.send_slo
+                target, one.jobs, slo, show_run, timeout_s=plan.timeout_s, send_slo=plan.send_slo
             )
-        done_s += window.end_s
-        runs.append(Run(rate, seed, window, rows, meter.use(rows)))
+        runs.append(Run(one.rate, one.seed, rows, one.first, one.duration_s, meter.use(rows)))
     return Measured(plan, info, slo, runs)
 
 
@@ -187,23 +187,24 @@ def vocabulary_of(vocab_size: int | None) -> range:
     return range(size // 10, size)
 
 
-def _draw(plan: ServePlan, rate: float | None, seed: int) -> tuple[list[Job], Window]:
+def _draw(plan: ServePlan, rate: float | None, seed: int) -> Drawn:
     if plan.duration_s is not None:
-        window = Window(plan.warmup_s, plan.warmup_s + plan.duration_s)
-        jobs = workload(plan.spec, seed, rate, duration_s=window.end_s)
+        duration_s = plan.duration_s
+        jobs = workload(plan.spec, seed, rate, duration_s=plan.warmup_s + duration_s)
+        first = bisect_left(jobs, plan.warmup_s, key=lambda job: job.arrival_s)
     else:
         assert plan.count is not None
         if rate is None:
             raise BadInputError("--requests needs a --rate; without one, give a --duration")
-        warmup = round(plan.warmup_s * rate)
-        window = Window(warmup / rate, (warmup + plan.count) / rate)
-        jobs = workload(plan.spec, seed, rate, count=warmup + plan.count)
-    if not any(window.start_s <= job.arrival_s < window.end_s for job in jobs):
+        duration_s = plan.count / rate
+        first = round(plan.warmup_s * rate)
+        jobs = workload(plan.spec, seed, rate, count=first + plan.count)
+    if first == len(jobs):
         pace = "the trace's pace" if rate is None else f"a rate of {rate:g}/s"
         raise BadInputError(
-            f"at {pace} no request arrives within {window.duration_s:g} s (seed {seed}); measure for longer"
+            f"at {pace} no request arrives within {duration_s:g} s (seed {seed}); measure for longer"
         )
-    return jobs, window
+    return Drawn(rate, seed, jobs, first, duration_s)
 
 
 def _check_lengths(jobs: Sequence[Job], info: ServerInfo) -> None:
@@ -228,7 +229,7 @@ async def _with_idle(target: Target, plan: ServePlan, jobs: Sequence[Job], show:
         probe_answer(jobs),
         plan.spec.vocabulary,
         plan.spec.salt,
-        _IDLE_REPEATS,
+        max(_IDLE_REPEATS, math.ceil(_IDLE_REQUESTS / len(lengths))),
         lambda done, said: show(0.0, said),
     )
     check_possible(plan.slo, idle)
