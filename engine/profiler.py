@@ -32,6 +32,20 @@ class Limits:
     max_context: int
     num_tokens: int
 
+    def allow(self, shape: StepShape) -> bool:
+        """Whether it is a step, and one that is not too large."""
+        contexts = [cached + new for new, cached in shape.prefill]
+        if shape.decode_batch:
+            contexts.append(-(-shape.decode_context // shape.decode_batch))
+        total = sum(cached + new for new, cached in shape.prefill) + shape.decode_context
+        return (
+            1 <= shape.num_tokens <= self.max_batch_tokens
+            and shape.decode_batch <= self.max_num_seqs
+            and max(contexts) <= self.max_context
+            # Blocks are not full: half a block a sequence is left to spare.
+            and total + 16 * len(contexts) + 16 * shape.decode_batch <= self.num_tokens
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -71,8 +85,8 @@ def choose_steps(limits: Limits, seed: int = 0) -> Steps:
             for batch in (_between(dice, 1, batches[-1]) for _ in range(8))
         ),
     ]
-    fitted = tuple(dict.fromkeys(shape for shape in grid if _fits(shape, limits)))
-    held_out = tuple(dict.fromkeys(s for s in between if _fits(s, limits) and s not in set(fitted)))
+    fitted = tuple(dict.fromkeys(shape for shape in grid if limits.allow(shape)))
+    held_out = tuple(dict.fromkeys(s for s in between if limits.allow(s) and s not in set(fitted)))
     return Steps(fitted, held_out)
 
 
@@ -141,20 +155,6 @@ class _Blocks:
 
 def _decode(batch: int, context: int) -> StepShape:
     return StepShape((), batch, batch * context)
-
-
-def _fits(shape: StepShape, limits: Limits) -> bool:
-    contexts = [cached + new for new, cached in shape.prefill]
-    if shape.decode_batch:
-        contexts.append(-(-shape.decode_context // shape.decode_batch))
-    total = sum(cached + new for new, cached in shape.prefill) + shape.decode_context
-    return (
-        1 <= shape.num_tokens <= limits.max_batch_tokens
-        and shape.decode_batch <= limits.max_num_seqs
-        and max(contexts) <= limits.max_context
-        # Blocks are not full: half a block a sequence is left to spare.
-        and total + 16 * len(contexts) + 16 * shape.decode_batch <= limits.num_tokens
-    )
 
 
 def _powers(first: int, last: int, base: int = 2) -> list[int]:
