@@ -180,7 +180,7 @@ class RouterSection(Section):
     grpc: HostPort = "127.0.0.1:8001"
     metrics: HostPort = "127.0.0.1:9090"
     admin: HostPort = "127.0.0.1:9091"
-    policy: Annotated[str, AfterValidator(_known_policy)] = "least_loaded"
+    policy: Annotated[str, AfterValidator(_known_policy)] = "goodput"
     suspect_after_s: Seconds | None = None
     liveness_timeout_s: Annotated[float, Field(ge=0.2, allow_inf_nan=False)] = 1.5
     max_attempts: Count = 6
