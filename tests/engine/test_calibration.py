@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.calibration import calibrate, calibration_steps
+from engine.engine import Engine
 from engine.fake import FakeRunner
+from engine.generate import generate
 from engine.latency import LatencyModel, StepShape
 from engine.latency_fit import Sample, relative_errors
 from engine.profiler import Limits, choose_steps, num_blocks_of
-from engine.sequence import ChunkResult, ScheduledChunk
+from engine.sequence import ChunkResult, ScheduledChunk, TokenSampling
 
 TRUTH = LatencyModel(
     {
@@ -72,6 +76,18 @@ def test_two_seconds_of_a_slow_core_tell_the_size_of_things() -> None:
     model = calibrate(runner, LIMITS, 16, 2.0, lambda: runner.now)
     assert runner.now - 100.0 < 2.5
     assert model.prefill_s(512) > 10 * model.prefill_s(16) > 10 * model.decode_s(1, 100) > 0
+
+
+def test_a_model_answers_afterwards_as_before(
+    random_checkpoint: Path, load_engine: Callable[..., Engine]
+) -> None:
+    engine = load_engine(random_checkpoint)
+    limits = Limits(16, 4, 64, engine.config.num_blocks * engine.config.block_size)
+    greedy = TokenSampling(0.0, 0, 1.0, 0, 20, 0, frozenset())
+    before = generate(engine, [1, 2, 3], greedy)
+    model = calibrate(engine.runner, limits, engine.config.block_size, 0.2, time.perf_counter)
+    assert model.step_s(StepShape(((8, 0),))) > 0
+    assert generate(engine, [1, 2, 3], greedy) == before
 
 
 @pytest.mark.parametrize("slowness", [1e-3, 1.0, 100.0])

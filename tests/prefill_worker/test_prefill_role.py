@@ -8,13 +8,16 @@ import numpy as np
 from prelay.v1 import transfer_pb2, worker_pb2
 from prometheus_client import CollectorRegistry
 
+from engine.block_changes import BlockChanges
 from engine.block_pool import BlockPool
 from engine.fake import FakeRunner
-from engine.latency import LatencyModel, OnlineLatency
+from engine.latency import LatencyModel, OnlineLatency, StepShape
 from engine.metrics import WorkerMetrics
 from engine.prefix_cache import PrefixCache
+from engine.prefix_digests import prefix_digests, short
 from engine.router_messages import Command, Owner, RouterBatch
 from engine.sequence import ScheduledChunk
+from engine.step_log import Step
 from prefill_worker.loop import PrefillOutput, PrefillRole
 from transfer.handoff import Peer, SendComplete, SendOffer, SendWithdraw
 from transfer.link import FromPuller, LinkUp
@@ -36,6 +39,8 @@ class Bench:
         generations = [0] * NUM_BLOCKS
         memory = np.zeros((NUM_BLOCKS, 64), dtype=np.uint8)
         self.registry = CollectorRegistry()
+        self.latency = OnlineLatency(LatencyModel({"step": 0.5}))
+        self.batches: list[RouterBatch] = []
 
         pool = BlockPool(NUM_BLOCKS, 4, generations)
 
@@ -53,7 +58,7 @@ class Bench:
             max_model_len=50,
             vocab_size=VOCAB_SIZE,
             lease_s=0.4,
-            latency=OnlineLatency(LatencyModel.unknown()),
+            latency=self.latency,
             clock=lambda: self.now,
             metrics=WorkerMetrics(self.registry, "prefill"),
             leases=LeaseMetrics(self.registry),
@@ -61,7 +66,9 @@ class Bench:
         if linked:
             self.role.handle(LinkUp(1, DECODE, "memory"))
 
-    def command(self, name: str, token_ids: Sequence[int]) -> Command:
+    def command(
+        self, name: str, token_ids: Sequence[int], urgency: worker_pb2.Urgency | None = None
+    ) -> Command:
         """A Prefill that arrives now."""
         self.commands += 1
         prefill = worker_pb2.Prefill(
@@ -69,6 +76,7 @@ class Bench:
             token_ids=token_ids,
             sampling=worker_pb2.TokenSampling(max_tokens=4),
             decode=worker_pb2.PeerRef(worker_id=DECODE.worker_id, epoch=DECODE.epoch),
+            urgency=urgency,
         )
         return Command(OWNER, worker_pb2.RouterMessage(seq=self.commands, prefill=prefill), self.now)
 
@@ -76,6 +84,7 @@ class Bench:
         """Tokens, failures, and what is for links."""
         self.role.step(lambda: None)
         outputs = self.role.take_outputs()
+        self.batches += [output for output in outputs if isinstance(output, RouterBatch)]
         messages = [
             message
             for output in outputs
@@ -152,3 +161,29 @@ def test_without_a_link_the_router_hears_of_that_and_of_no_token() -> None:
     assert (failed.request_id, failed.reason) == ("a", worker_pb2.FAILURE_REASON_PEER_UNREACHABLE)
     bench.role.check()
     assert bench.registry.get_sample_value("prelay_kv_blocks", {"state": "free"}) == NUM_BLOCKS
+
+
+def test_the_urgent_overtake_who_came_before_them() -> None:
+    bench = Bench(step_s=0.1)
+    urgencies = {"relaxed": 60.0, "urgent": 2.0, "late": -1.0}
+    for number, (name, left_s) in enumerate(urgencies.items()):
+        urgency = worker_pb2.Urgency(ttft_left_s=left_s)
+        bench.role.handle(bench.command(name, [number] * 16, urgency))
+    done = [sequence.request_id for _ in range(3) for sequence in bench.step()[0]]
+    assert done == ["urgent", "relaxed", "late"]
+
+
+def test_routers_learn_what_a_step_took_and_what_it_left_in_the_cache() -> None:
+    bench = Bench(step_s=2.0)
+    bench.role.handle(bench.command("a", [1, 2, 3, 4, 5, 6]))
+    bench.role.handle(bench.command("b", [9]))
+    bench.step()
+    (batch,) = bench.batches
+    assert list(batch.steps) == [Step(StepShape(((6, 0), (1, 0))), 2.0)]
+    first_block = prefix_digests("model", "", 4, [1, 2, 3, 4])
+    assert batch.blocks == BlockChanges(tuple(map(short, first_block)))
+    assert bench.latency.expect_s(StepShape(((1, 0),))) > 0.5, "it learns, too"
+    bench.role.handle(bench.command("c", [1, 2, 3, 4, 7]))
+    bench.step()
+    assert list(bench.batches[1].steps) == [Step(StepShape(((1, 4),)), 2.0)]
+    assert not bench.batches[1].blocks
