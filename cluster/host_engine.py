@@ -97,7 +97,8 @@ def load_engine(
 
     weights_read(0.0)
     runner, fingerprint = _loaded(spec, config, shares, segments, weights_read, on_fatal)
-    return HostEngine(runner, memory, backends, fingerprint, model.vocab_size, spec.latency)
+    latency = spec.latency or _measured(spec, runner, on_progress)
+    return HostEngine(runner, memory, backends, fingerprint, model.vocab_size, latency)
 
 
 def _simulated(spec: HostSpec) -> HostEngine:
@@ -162,3 +163,17 @@ def _loaded(
             on_fatal,
         )
     return engine.runner, engine.fingerprint
+
+
+def _measured(spec: HostSpec, runner: StepRunner, on_progress: OnProgress) -> Mapping[str, float]:
+    """Coefficients; nothing is served yet, so nobody minds what the steps write into the KV memory."""
+    from engine.calibration import BUDGET_S, calibrate
+    from engine.profiler import Limits
+
+    on_progress("measuring steps", _FRACTION_LOADED)
+    limits = Limits(
+        spec.max_batch_tokens, spec.max_num_seqs, spec.max_model_len, spec.num_blocks * spec.block_size
+    )
+    model = calibrate(runner, limits, spec.block_size, BUDGET_S, time.perf_counter)
+    logger.info("event=calibrated worker=%s latency=%s", spec.worker_id, dict(model.coefficients))
+    return model.coefficients

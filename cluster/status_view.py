@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from prelay.v1 import admin_pb2
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from cluster.status_window import Recent
 
 _STATE_STYLES = {"up": "green", "suspected": "yellow", "down": "bold red"}
 _MISSES = ("ttft_miss", "tpot_miss", "both_miss", "rejected", "error", "cancelled")
-_BAR_CELLS = 10
+_BAR_CELLS = 4
 
 
 def status_view(status: admin_pb2.GetStatusResponse, recent: Recent | None, address: str) -> RenderableType:
@@ -28,7 +28,7 @@ def status_view(status: admin_pb2.GetStatusResponse, recent: Recent | None, addr
         f"up {_duration(status.uptime_s)}"
     )
     return Panel(
-        Group(_requests(status, recent), "", _classes(status, recent), "", _workers(status)),
+        Group(_requests(status, recent), "", _classes(status, recent), "", _pools(status), _workers(status)),
         title=title,
         title_align="left",
         subtitle=f"[dim]{escape(address)}[/]",
@@ -45,20 +45,20 @@ def waiting_view(problem: str, retry_s: float) -> RenderableType:
 def _requests(status: admin_pb2.GetStatusResponse, recent: Recent | None) -> Table:
     grid = Table.grid(padding=(0, 2))
     now = f"[bold]{status.live_requests}[/] live, of which [bold]{status.gated_requests}[/] wait at the gate"
-    if recent is not None:
-        now += (
-            f"   [dim]last {recent.span_s:.0f} s:[/] {recent.count() / recent.span_s:.2f} ended/s, "
-            f"[bold]{recent.count('good') / recent.span_s:.2f} good/s[/], "
-            f"{recent.tokens / recent.span_s:,.1f} tokens/s"
-        )
     grid.add_row("[dim]requests[/]", now)
     since = ", ".join(f"{count:,} {outcome}" for outcome, count in _sorted_outcomes(status.outcomes))
     grid.add_row("[dim]since the start[/]", f"{since or 'none has ended'}; {status.tokens:,} tokens")
+    if recent is not None:
+        rates = (
+            f"[bold]{recent.count('good') / recent.span_s:.2f} good/s[/] of "
+            f"{recent.count() / recent.span_s:.2f} ended/s, {recent.tokens / recent.span_s:,.1f} tokens/s"
+        )
+        grid.add_row(f"[dim]last {recent.span_s:.0f} s[/]", rates)
     for name, quantiles in (("TTFT", status.ttft), ("TPOT", status.tpot)):
         if quantiles.p99_s:
             times = (
                 f"p50 {_time(quantiles.p50_s)}  p90 {_time(quantiles.p90_s)}  p99 {_time(quantiles.p99_s)}"
-                "  [dim]of the last 1,024 requests[/]"
+                "  [dim]of the last 1,024[/]"
             )
             grid.add_row(f"[dim]{name}[/]", times)
     return grid
@@ -67,11 +67,11 @@ def _requests(status: admin_pb2.GetStatusResponse, recent: Recent | None) -> Tab
 def _classes(status: admin_pb2.GetStatusResponse, recent: Recent | None) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("SLO class")
-    for column in ("TTFT limit", "TPOT limit", "ended", "attained"):
+    for column in ("TTFT ≤", "TPOT ≤", "ended", "attained"):
         table.add_column(column, justify="right", no_wrap=True)
     if recent is not None:
         table.add_column(f"last {recent.span_s:.0f} s", justify="right", no_wrap=True)
-    table.add_column("not good" if recent is None else f"not good, last {recent.span_s:.0f} s")
+    table.add_column("not good" if recent is None else "not good of these")
     for name, one in sorted(status.classes.items()):
         lately = one.outcomes if recent is None else recent.outcomes.get(name, {})
         table.add_row(
@@ -86,37 +86,44 @@ def _classes(status: admin_pb2.GetStatusResponse, recent: Recent | None) -> Tabl
     return table
 
 
+def _pools(status: admin_pb2.GetStatusResponse) -> str:
+    pools = []
+    for role, name in ROLE_NAMES.items():
+        states = [state_of(worker) for worker in status.workers if worker.info.role == role]
+        told = [
+            f"[{style}]{states.count(state)} {state}[/]"
+            for state, style in _STATE_STYLES.items()
+            if state in states
+        ]
+        if told:
+            pools.append(f"[bold]{name}[/] {', '.join(told)}")
+    return "   ".join(pools) or "[dim]no workers[/]"
+
+
 def _workers(status: admin_pb2.GetStatusResponse) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    """requests: of this router. queue, tokens: prompts that wait there, and what is not computed of them.
+    seqs, context: that decode, and their tokens. ms: of the last step. KV: blocks in use. cache: blocks that
+    are kept until somebody needs them. Fits into 80 columns."""
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("worker", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for column in ("requests", "queue", "prompt tokens", "decoding", "context", "step"):
+    for column in ("reqs", "queue", "tokens", "seqs", "context", "ms"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("KV in use", no_wrap=True)
-    table.add_column("cached", justify="right", no_wrap=True)
-    workers = in_order(status.workers)
-    for role, name in ROLE_NAMES.items():
-        pool = [worker for worker in workers if worker.info.role == role]
-        if pool:
-            table.add_row(f"[dim]{name}: {_pool_states(pool)}[/]")
-        for worker in pool:
-            table.add_row(*_worker_row(worker))
+    table.add_column("KV", no_wrap=True)
+    table.add_column("cache", justify="right", no_wrap=True)
+    for worker in in_order(status.workers):
+        table.add_row(*_worker_row(worker))
     return table
-
-
-def _pool_states(pool: Sequence[admin_pb2.WorkerStatus]) -> str:
-    states = [state_of(worker) for worker in pool]
-    return ", ".join(f"{states.count(state)} {state}" for state in _STATE_STYLES if state in states)
 
 
 def _worker_row(worker: admin_pb2.WorkerStatus) -> list[RenderableType]:
     info, load, state = worker.info, worker.load, state_of(worker)
     style = _STATE_STYLES[state]
-    name: list[RenderableType] = [f"  [bold]{info.worker_id}[/]", f"[{style}]{state}[/]"]
+    name: list[RenderableType] = [f"[bold]{info.worker_id}[/]", f"[{style}]{state}[/]"]
     if state == "down":
         return name
     used = load.owned_blocks + load.leased_blocks
-    step = f"{load.steps[-1].seconds * 1000:.1f} ms" if load.steps else "[dim]-[/]"
+    step = f"{load.steps[-1].seconds * 1000:.1f}" if load.steps else "[dim]-[/]"
     return [
         *name,
         _count(worker.live_requests),

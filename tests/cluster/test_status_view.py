@@ -47,14 +47,19 @@ def test_everything_is_on_it() -> None:
     assert not [line for line in lines if "TPOT" in line and "p50" in line]
     assert line_of(lines, "standard").split()[2:9] == ["2.00", "s", "200", "ms", "10", "75.0%", "1"]
     assert line_of(lines, "batch").split()[6:9] == ["0", "-", "-"]
-    assert "decode: 1 up, 1 suspected" in line_of(lines, "decode:")
-    assert "prefill: 1 up, 1 down" in line_of(lines, "prefill:")
+    assert "prefill 1 up, 1 down   decode 1 up, 1 suspected   mixed 1 up" in line_of(lines, "mixed 1")
     row = line_of(lines, "decode-10").split()
     assert row[2:8] == ["up", "3", "0", "0", "2", "1,234"]
-    assert "17.1 ms" in line_of(lines, "decode-10")
+    assert "17.1" in line_of(lines, "decode-10")
     assert "53%" in line_of(lines, "decode-10")
     assert line_of(lines, "prefill-0").split()[3:6] == ["3", "4", "2,048"]
     assert line_of(lines, "prefill-1").split()[1:4] == ["prefill-1", "down", "│"]
+
+
+def test_nothing_is_cut_off_on_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(status_view(busy_status(), Recent(20.0, 1000, {}), "127.0.0.1:9091"))
+    assert "…" not in console.export_text()
 
 
 def test_a_router_without_workers_and_requests_is_shown_as_that() -> None:
@@ -66,7 +71,7 @@ def test_a_router_without_workers_and_requests_is_shown_as_that() -> None:
 def test_what_is_recent_stands_beside_what_was_ever() -> None:
     recent = Recent(20.0, 1000, {"standard": {"good": 30, "tpot_miss": 10}})
     lines = drawn(status_view(busy_status(), recent, "x"))
-    assert "last 20 s: 2.00 ended/s, 1.50 good/s, 50.0 tokens/s" in line_of(lines, "gate")
+    assert "1.50 good/s of 2.00 ended/s, 50.0 tokens/s" in line_of(lines, "last 20 s", "good/s")
     assert "75.0%      75.0%  10 tpot_miss" in line_of(lines, "standard")
 
 
@@ -131,7 +136,7 @@ def test_top_goes_on_while_there_is_no_router() -> None:
     assert "Trying again every 2 s" in texts[0]
     assert "policy goodput" in texts[1]
     assert "gone" in texts[2]
-    assert "last 4 s: 0.00 ended/s" in texts[3]
+    assert "last 4 s         0.00 good/s of 0.00 ended/s" in texts[3]
     assert slept == [1.75] * 4
 
 
