@@ -17,8 +17,8 @@ of what it may take (behind, if negative), and with r tokens to come each may ta
 is (S * (m - 1) - elapsed) / (m - 1 - d) for an answer of m tokens. But nobody knows m: the next token may be
 the last. So
 
-  - who is ahead spends half of that on a step (r = 2). However early the answer ends then, its average is
-    within S; and what is left pays for steps that take longer than promised.
+  - who is ahead spends a part of that on a step (r = SPEND_TOKENS). However early the answer ends then, its
+    average is within S; and what is left pays for steps that take longer than promised.
   - who is behind makes up for it within as many tokens as have come, at least CATCH_UP_TOKENS: an answer is
     likely to go on for about as long as it has.
   - who would be late even alone in its steps until max_tokens is not heard: it would slow prompts for
@@ -32,12 +32,15 @@ from dataclasses import dataclass
 
 from engine.latency import OnlineLatency, StepShape
 
+SPEND_TOKENS = 4
+"""What an answer is ahead is spent as if so many tokens were left of it."""
+
 CATCH_UP_TOKENS = 8
 
-MIN_CHUNK_TOKENS = 4
+MIN_CHUNK_TOKENS = 1
 """A step takes so many prompt tokens even if those who decode cannot afford them, so that prompts progress.
-On a CPU core each of them costs about a tenth of a step, on a GPU so few cost nothing."""
-
+On a CPU core each costs about a tenth of a step, so 16 would break every tight limit; where 16 cost nothing,
+as on a GPU, they fit anyway."""
 
 _LEAST_S = 1e-6
 
@@ -62,7 +65,7 @@ class Pace:
     def effective_s(self) -> float:
         """S_eff: how long the next token may take. Negative, if it should have come by now."""
         if self.ahead_s >= 0:
-            return self.tpot_s + self.ahead_s / 2
+            return self.tpot_s + self.ahead_s / SPEND_TOKENS
         return self.tpot_s + self.ahead_s / min(self.most_left, max(self.num_drawn, CATCH_UP_TOKENS))
 
     @property

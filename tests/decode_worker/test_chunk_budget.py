@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_worker.chunk_budget import CATCH_UP_TOKENS, MIN_CHUNK_TOKENS, ChunkBudget, Pace
+from decode_worker.chunk_budget import CATCH_UP_TOKENS, MIN_CHUNK_TOKENS, SPEND_TOKENS, ChunkBudget, Pace
 from engine.latency import LatencyModel, OnlineLatency, StepShape
 
 MODEL = LatencyModel(
@@ -69,7 +69,7 @@ def test_a_promise_is_kept_not_an_expectation() -> None:
 
 def test_what_the_next_token_may_take() -> None:
     assert pace().effective_s == pytest.approx(0.02)
-    assert pace(elapsed_s=0.1).effective_s == pytest.approx(0.02 + 0.1 / 2)
+    assert pace(elapsed_s=0.1).effective_s == pytest.approx(0.02 + 0.1 / SPEND_TOKENS)
     assert pace(elapsed_s=0.3).effective_s == pytest.approx(0.02 - 0.1 / 10), "as many as have come"
     assert pace(elapsed_s=0.3, most_left=5).effective_s == pytest.approx(0.02 - 0.1 / 5), "no more may come"
     assert pace(elapsed_s=0.01, num_drawn=0).effective_s == pytest.approx(0.02 - 0.01 / CATCH_UP_TOKENS)
