@@ -110,7 +110,7 @@ class Estimates:
         cached = self._need_not_be_read(worker, request)
         chunk = worker.capacity.max_batch_tokens
         compute_s, _ = reading_s(worker.latency, request.num_tokens - cached, cached, chunk)
-        wait_s, spare_s = _wait(worker, request, now, told)
+        wait_s, spare_s = _wait(worker, request, now, compute_s, told)
         return PrefillEstimate(wait_s, compute_s, cached, spare_s)
 
     def local(self, worker: WorkerView, request: Request, now: float, *, told: bool = True) -> LocalEstimate:
@@ -124,7 +124,7 @@ class Estimates:
             slack = slack_tokens(latency, batch, cached, worker.writing.limit_s(alone_s), most)
         chunk = max(slack, min(MIN_CHUNK, most)) if told else most
         read_s, steps = reading_s(latency, request.num_tokens - cached, cached, chunk, batch)
-        wait_s, spare_s = _wait(worker, request, now, told)
+        wait_s, spare_s = _wait(worker, request, now, read_s, told)
         if batch.size > 0 and wait_s == 0.0:  # the step under way
             wait_s = latency.corrected_s(latency.model.decode_s(batch.size, batch.context)) / 2
         return LocalEstimate(wait_s, read_s, read_s / steps, slack, cached, spare_s)
@@ -186,7 +186,7 @@ class Estimates:
         return PlacedWork(
             at=now,
             read_s=read_s,
-            deadline=_deadline(request),
+            deadline=_deadline(request, now, read_s),
             priority=request.slo.priority,
             joins_at=joins_at,
             is_local=is_local,
@@ -233,16 +233,23 @@ def _writing_alone_s(worker: WorkerView, tokens: int) -> float:
     return worker.latency.corrected_s(worker.latency.model.decode_s(1, tokens + 1))
 
 
-def _wait(worker: WorkerView, request: Request, now: float, told: bool) -> tuple[float, float]:
+def _wait(
+    worker: WorkerView, request: Request, now: float, compute_s: float, told: bool
+) -> tuple[float, float]:
     """How long the prompt waits on that worker, and how long those that it passes can."""
     capacity, latency = worker.capacity, worker.latency
     step_s = latency.corrected_s(latency.model.prefill_s(capacity.max_batch_tokens))
     if not told:
         return worker.reading.backlog_s(now, step_s), math.inf
-    return worker.reading.ahead(request.slo.priority, _deadline(request), now, step_s)
+    deadline = _deadline(request, now, compute_s)
+    return worker.reading.ahead(request.slo.priority, deadline, now, step_s)
 
 
-def _deadline(request: Request) -> float:
-    """By when the first token has to be there. An answer that has begun and waits for its next one goes
-    before all others."""
-    return -math.inf if request.answered else request.arrived_at + request.slo.limits.ttft_s
+def _deadline(request: Request, now: float, compute_s: float) -> float:
+    """By when the first token has to be there, for the order in which a worker reads (engine/urgency.py). An
+    answer that has begun and waits for its next token goes first, and a prompt that is too late even if it is
+    read at once goes last."""
+    if request.answered:
+        return -math.inf
+    deadline = request.arrived_at + request.slo.limits.ttft_s
+    return deadline if now + compute_s <= deadline else math.inf

@@ -10,10 +10,11 @@ class PlacedWork:
     """Times on the router's clock, seconds.
 
     at: when it was placed. read_s: how long its prompt takes to read, once it is its turn. deadline: by when
-    its first token has to be there; -inf if its answer has begun, as nothing is more urgent. priority: the
-    greater goes first. joins_at: when it is expected to join the batch of who writes the answer. is_local:
-    whether that is who reads the prompt. context: tokens before the first one to come. outputs: p10, p50, p90
-    of the tokens to come. most_outputs: they are never more. tpot_s: limit on the average time between them.
+    its first token has to be there; -inf if its answer has begun, as nothing is more urgent; inf if it is
+    late already, as everything is. priority: the greater goes first. joins_at: when it is expected to join
+    the batch of who writes the answer. is_local: whether that is who reads the prompt. context: tokens before
+    the first one to come. outputs: p10, p50, p90 of the tokens to come. most_outputs: they are never more.
+    tpot_s: limit on the average time between them.
     """
 
     at: float

@@ -107,12 +107,24 @@ def test_prompts_wait_for_those_before_them(scene, make_request):
     assert important.wait_s == first.wait_s
     goes_on = limits(make_request(prompt_tokens=190, arrived_at=-9.0), 0.1).going_on(range(10))
     assert ask(scene.p, goes_on, 0.0).wait_s == first.wait_s
+    # Who is late already goes last.
+    late = limits(make_request(prompt_tokens=200), read_s(200) / 2)
+    assert ask(scene.p, late, 0.0).wait_s == pytest.approx(both_s)
     # Workers that are not told read in the order of arrival.
     fcfs = ask(scene.p, limits(make_request(prompt_tokens=200), 0.1), 0.0, told=False)
     assert (fcfs.wait_s, fcfs.spare_s) == (pytest.approx(both_s), math.inf)
     # Time passes.
     later = ask(scene.p, limits(make_request(prompt_tokens=200), 2.0), 0.01)
     assert later.wait_s == pytest.approx(both_s - 0.01)
+
+
+def test_nobody_waits_for_who_is_late_already(scene, make_request):
+    scene.place(limits(make_request("late", 256, arrived_at=-9.0), 1.0))
+    scene.place(limits(make_request("late too", 256, arrived_at=-9.0), 1.0))
+    request = limits(make_request(prompt_tokens=200), 1.0)
+    estimate = scene.estimates.prefill(scene.p, request, 0.0)
+    assert estimate.wait_s == pytest.approx(read_s(256) / 2)  # what is left of the step under way
+    assert estimate.spare_s == math.inf
 
 
 def test_steps_correct_what_is_expected(scene, make_request):
@@ -244,9 +256,10 @@ def test_what_is_placed_counts_before_any_snapshot(scene, make_request):
 
 def test_a_request_joins_when_it_is_read_and_has_travelled(scene, make_request):
     scene.hold("d", make_request(prompt_tokens=160), 5)
-    scene.estimates.transfers.observe(Pair("p", "d"), 80, 0.5)
+    for tokens in (10, 80, 160):
+        scene.estimates.transfers.observe(Pair("p", "d"), tokens, tokens / 160)
     scene.place(make_request("r", 160), now=2.0)
-    joins_at = 2.0 + read_s(160) + 0.5
+    joins_at = 2.0 + read_s(160) + scene.estimates.transfer_s(scene.p, scene.d, 80)
     ask = scene.estimates.decode
     assert ask(scene.d, make_request("b"), joins_at - 2.0 - 1e-6, 2.0).batch == 1
     assert ask(scene.d, make_request("b"), joins_at - 2.0 + 1e-6, 2.0).batch == 2

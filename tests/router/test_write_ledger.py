@@ -175,6 +175,31 @@ def test_who_is_held_is_still_there():
     assert ledger.after(0.0, 1.0, 0.0).size == 2
 
 
+def test_who_was_held_and_goes_on_does_not_turn_time_back():
+    ledger = WriteLedger()
+    held = decoding(ledger, "held", work(tokens=30))
+    goes_on = decoding(ledger, "goes_on", work(tokens=12))
+    ledger.emitted(goes_on, 8)
+    ledger.emitted(held, 1)
+    assert ledger.after(1.0, 1.0, 0.0).size == 2
+    assert ledger.after(2.0, 1.0, 0.0).size == 1
+
+
+def test_a_worker_is_believed_of_those_that_it_knows():
+    """Who is ahead of its limit can afford more than that."""
+    ledger = WriteLedger()
+    key = RequestKey("r", 1)
+    ledger.add(key, work(tokens=30, tpot_s=0.02))
+    limits = []
+    for _ in range(2):
+        ledger.emitted(key, 1)
+        limits.append(ledger.limit_s(0.01))
+        ledger.snapshot(Batch(1, 12), 0.05)
+        limits.append(ledger.limit_s(0.01))
+    # Read, and on its way; it decodes, but the worker has not said so; it has.
+    assert limits == [0.02, 0.02, 0.02, 0.05]
+
+
 def test_tokens_that_overtake_the_first_one_count():
     """The first token of the decode worker may come before that of the prefill worker."""
     ledger = WriteLedger()
