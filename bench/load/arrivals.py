@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -50,6 +51,8 @@ class Arrivals:
 
     def during(self, rng: np.random.Generator, rate: float, duration_s: float) -> Times:
         """All arrivals in [0, duration_s) at `rate` per second; how many is left to chance."""
+        if self.process is Process.CONSTANT:
+            return np.arange(math.ceil(duration_s * rate)) / rate
         found: list[Times] = []
         last = 0.0
         while last < duration_s:
@@ -57,8 +60,6 @@ class Arrivals:
             found.append(last + np.cumsum(gaps))
             last = float(found[-1][-1])
         times: Times = np.concatenate(found)
-        if self.process is Process.CONSTANT:  # the first one comes at once
-            times = times - 1 / rate
         within: Times = times[times < duration_s]
         return within
 
@@ -78,7 +79,5 @@ class Arrivals:
             case Process.GAMMA:
                 shape = self.cv**-2
                 return rng.gamma(shape, 1 / shape, size=count)
-            case Process.CONSTANT:
-                return np.ones(count)
-            case Process.TRACE:
-                raise ValueError("a trace brings its own arrivals")
+            case _:
+                raise ValueError(f"{self} has no random gaps: a trace brings its own arrivals")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -103,5 +104,5 @@ STREAM = b': a comment\r\n\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:two\ndata: li
 def test_events_do_not_depend_on_where_reads_end(cuts: list[int]) -> None:
     parser = EventParser()
     ends = [0, *sorted(cuts), len(STREAM)]
-    found = [event for at, end in zip(ends, ends[1:], strict=False) for event in parser.feed(STREAM[at:end])]
+    found = [event for at, end in pairwise(ends) for event in parser.feed(STREAM[at:end])]
     assert found == EVENTS

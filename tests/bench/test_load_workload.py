@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_lengths_without_arrivals_are_drawn_at_random(tmp_path: Path) -> None:
 def test_rows_of_a_trace_keep_their_order(plain: Path) -> None:
     dataset = load_dataset(f"trace:{plain}")
     found = [shape.prompt_tokens for shape in dataset.shapes(rng(3), np.zeros(20))]
-    assert all((after - before) % 8 == 1 for before, after in zip(found, found[1:], strict=False))
+    assert all((after - before) % 8 == 1 for before, after in pairwise(found))
 
 
 def test_a_mix_swings_from_one_to_the_other() -> None:
