@@ -45,6 +45,7 @@ def ready_json(ready: Ready) -> dict[str, Any]:
         "event": "ready",
         "model": ready.config.model.name,
         "max_model_len": ready.config.model.max_model_len,
+        "policy": ready.config.router.policy,
         "http": ready.addresses.http,
         "grpc": ready.addresses.grpc,
         "metrics": ready.addresses.metrics,
@@ -79,7 +80,7 @@ def ready_panel(ready: Ready) -> Panel:
         ("HTTP", f"http://{addresses.http}", "OpenAI-compatible, under /v1"),
         ("gRPC", addresses.grpc, "prelay.v1.Inference, health, reflection"),
         ("metrics", f"http://{addresses.metrics}/metrics", "Prometheus; /targets lists the workers"),
-        ("admin", addresses.admin, "prelay.v1.RouterAdmin"),
+        ("admin", addresses.admin, "prelay.v1.RouterAdmin; `prelay top` looks at it"),
     ):
         listeners.add_row(f"[bold]{name}[/]", f"[cyan]{url}[/]", f"[dim]{note}[/]")
     workers = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
@@ -96,5 +97,8 @@ def ready_panel(ready: Ready) -> Panel:
             info.metrics_address,
         )
     body = Group(listeners, "", workers, "", "[dim]Ctrl-C stops everything.[/]")
-    title = f"prelay serves [bold]{ready.config.model.name}[/], ready in {ready.startup_s:.1f} s"
+    title = (
+        f"prelay serves [bold]{ready.config.model.name}[/], policy [bold]{ready.config.router.policy}[/], "
+        f"ready in {ready.startup_s:.1f} s"
+    )
     return Panel(body, title=title, title_align="left", expand=False)

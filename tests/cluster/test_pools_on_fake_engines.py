@@ -1,4 +1,4 @@
-"""Two prefill and two decode workers behind a real router, in one process: all but the model is real.
+"""A few workers of each role behind a real router, in one process: all but the model is real.
 
 A fake engine's answer is a hash of its whole context as it stands in the KV blocks, so an equal answer means
 that the right blocks were handed over, whatever was cancelled beside it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 from prelay.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from prometheus_client import CollectorRegistry
 
+from cluster.roles import ROLE_NAMES
 from decode_worker.servicer import DecodeService, DecodeSettings
 from engine.fake import FakeRunner, fake_answer, fake_logprobs
 from engine.layout import KvLayout
@@ -24,6 +25,7 @@ from engine.sequence import TokenSampling
 from prefill_worker.servicer import PrefillService, PrefillSettings
 from router.app import Router
 from router.settings import RouterSettings
+from router.slo import SloClass
 from router.worker_link import ROLE_OF_PROTO, Registration
 from transfer.base import KvMemory
 from transfer.ipc import IpcBackend, SharedSegment
@@ -33,6 +35,8 @@ STORYTELLER = Path(__file__).parents[2] / "deploy" / "models" / "storyteller"
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32")
 NUM_BLOCKS = 128
 EPOCH = 1
+PREFILL, DECODE, MIXED = worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE, worker_pb2.ROLE_MIXED
+TWO_AND_TWO = (PREFILL, PREFILL, DECODE, DECODE)
 
 Service = PrefillService | DecodeService
 
@@ -76,14 +80,13 @@ async def worker(
 
 @asynccontextmanager
 async def pools(
-    router: Router, address: str
+    router: Router, address: str, roles: Sequence[worker_pb2.Role] = TWO_AND_TWO
 ) -> AsyncIterator[tuple[inference_pb2_grpc.InferenceStub, list[CollectorRegistry]]]:
-    """Two workers of each role behind the router; a client's stub and the workers' metrics."""
+    """A worker of each of `roles` behind the router; a client's stub and the workers' metrics."""
     async with AsyncExitStack() as stack:
         workers = [
-            await stack.enter_async_context(worker(role, f"{name}-{index}"))
-            for role, name in ((worker_pb2.ROLE_PREFILL, "prefill"), (worker_pb2.ROLE_DECODE, "decode"))
-            for index in range(2)
+            await stack.enter_async_context(worker(role, f"{ROLE_NAMES[role]}-{index}"))
+            for index, role in enumerate(roles)
         ]
         for info, _ in workers:
             await router.workers.register(
@@ -93,13 +96,22 @@ async def pools(
         yield inference_pb2_grpc.InferenceStub(channel), [registry for _, registry in workers]
 
 
-@pytest.fixture
-async def router() -> AsyncIterator[tuple[Router, str]]:
+@asynccontextmanager
+async def routed(policy: str) -> AsyncIterator[tuple[Router, str]]:
+    """A router and its gRPC address. Nothing is ever late."""
     anywhere = {door: "127.0.0.1:0" for door in ("http", "grpc", "metrics", "admin")}
-    router = Router(RouterSettings(checkpoint=str(STORYTELLER), model_name="fake", **anywhere))
+    lenient = {"default": SloClass(ttft_s=600.0, tpot_s=600.0)}
+    settings = RouterSettings(str(STORYTELLER), "fake", slo_classes=lenient, policy=policy, **anywhere)
+    router = Router(settings)
     addresses = await router.start()
     yield router, addresses.grpc
     await router.stop()
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[tuple[Router, str]]:
+    async with routed("goodput") as router:
+        yield router
 
 
 def free_blocks(registry: CollectorRegistry) -> float:
@@ -131,10 +143,21 @@ async def ask(
     return tokens
 
 
-async def test_200_at_once_with_cancellations_leave_right_answers_and_no_blocks(router: tuple[Router, str]):
-    app, address = router
+@pytest.mark.parametrize(
+    ("policy", "roles"),
+    [
+        ("least_loaded", TWO_AND_TWO),
+        ("goodput", TWO_AND_TWO),
+        ("goodput", [PREFILL, MIXED]),
+        ("goodput", [PREFILL, DECODE, MIXED]),
+        ("colocated", [MIXED, MIXED]),
+    ],
+)
+async def test_200_at_once_with_cancellations_leave_right_answers_and_no_blocks(
+    policy: str, roles: Sequence[worker_pb2.Role]
+):
     rng = random.Random(1)
-    async with pools(app, address) as (stub, registries):
+    async with routed(policy) as (app, address), pools(app, address, roles) as (stub, registries):
         prompts = [[rng.randrange(3, 2000) for _ in range(rng.randint(1, 200))] for _ in range(200)]
         lengths = [rng.randint(1, 60) for _ in prompts]
         leaves = [rng.randrange(length) if rng.random() < 0.4 else None for length in lengths]

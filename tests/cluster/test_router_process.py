@@ -17,7 +17,7 @@ from cluster.router_process import RouterProcess
 from router.settings import RouterSettings
 
 
-def settings(http: str = "127.0.0.1:0", checkpoint: str = "") -> str:
+def settings(http: str = "127.0.0.1:0", admin: str = "127.0.0.1:0", checkpoint: str = "") -> str:
     given = router_settings(demo_config(), "INFO")
     return RouterSettings(
         checkpoint=checkpoint or given.checkpoint,
@@ -25,7 +25,7 @@ def settings(http: str = "127.0.0.1:0", checkpoint: str = "") -> str:
         http=http,
         grpc=given.grpc,
         metrics=given.metrics,
-        admin=given.admin,
+        admin=admin,
     ).to_json()
 
 
@@ -48,6 +48,8 @@ async def test_an_address_in_use_and_a_dead_router_are_told(on_line: Callable[[s
     router = await RouterProcess.start(settings(), on_line)
     with pytest.raises(AddressInUseError, match=router.addresses.http):
         await RouterProcess.start(settings(http=router.addresses.http), on_line)
+    with pytest.raises(AddressInUseError, match=f"admin.*{router.addresses.admin}"):
+        await RouterProcess.start(settings(admin=router.addresses.admin), on_line)
     os.kill(router.pid, signal.SIGKILL)
     assert "exit code -9" in str(await router.ended())
     await router.remove("decode-0", 1)

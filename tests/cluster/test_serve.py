@@ -41,7 +41,8 @@ Ready = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def server(start_server: Callable[..., Server]) -> Server:
-    return start_server()
+    # In a class in which nothing is late: what the policy does with requests that are is not tested here.
+    return start_server("--slo-class", "batch")
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def test_a_serving_deployment_stops_on_request(
         "ray: ready",
         "importing torch",
         "KV cache",
+        "measuring steps",
         "prefill-0: ready",
     ],
 )

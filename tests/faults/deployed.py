@@ -26,7 +26,14 @@ from cluster.demo.prompts import DemoPrompt, FrontEnd, demo_prompts
 from cluster.demo.reference import Reference, compute_references, difference
 
 KV_TOKENS = 8192
-_ROOM = ("--set", f"prefill.kv_cache_tokens={KV_TOKENS}", "--set", f"decode.kv_cache_tokens={KV_TOKENS}")
+_ROOM = (
+    "--set",
+    f"prefill.kv_cache_tokens={KV_TOKENS}",
+    "--set",
+    f"decode.kv_cache_tokens={KV_TOKENS}",
+    "--slo-class",
+    "batch",  # in which nothing is late, and so refused, that merely waits for a worker to come back
+)
 
 TWO_AND_TWO = (*_ROOM, "--set", "prefill.replicas=2", "--set", "decode.replicas=2")
 
