@@ -45,7 +45,7 @@ class RouterSettings:
     admin: str = "127.0.0.1:0"
     slo_classes: dict[str, SloClass] = field(default_factory=lambda: {"default": SloClass(2.0, 0.2)})
     default_slo_class: str = "default"
-    policy: str = "least_loaded"
+    policy: str = "goodput"
     suspect_after_s: float | None = None
     liveness_timeout_s: float = 1.5
     max_attempts: int = 6

@@ -154,6 +154,7 @@ async def start_cluster(checkpoint: Path) -> AsyncIterator[StartCluster]:
             checkpoint=str(checkpoint), model_name="fake", http="127.0.0.1:0", grpc="127.0.0.1:0",
             metrics="127.0.0.1:0", admin="127.0.0.1:0", stop_grace_s=0.05, liveness_timeout_s=60.0,
             slo_classes={"default": SloClass(30.0, 30.0), "strict": SloClass(1e-9, 1e-9)},
+            policy="least_loaded",  # of equals it takes the first: so tests know who is asked
         )  # fmt: skip
         policies = POLICIES if policy is None else {base.policy: policy}
         router = Router(replace(base, **settings), clock, policies)
