@@ -80,9 +80,11 @@ class RouterProcess:
         except TimeoutError:
             raise RouterError(f"the router did not listen within {_START_TIMEOUT_S:.0f} s") from None
         if not ready_line:
-            message = "\n".join(relay.last_lines) or f"the router ended with exit code {process.returncode}"
-            error = AddressInUseError if process.returncode == _EXIT_ADDRESS_IN_USE else RouterError
-            raise error(message)
+            if process.returncode == _EXIT_ADDRESS_IN_USE:
+                raise AddressInUseError(relay.last_lines[-1])  # before it gRPC may have said the same its way
+            raise RouterError(
+                "\n".join(relay.last_lines) or f"the router ended with exit code {process.returncode}"
+            )
         relay.forward_to(on_line)
         return cls(process, RouterAddresses(**json.loads(ready_line)), relay)
 
