@@ -131,8 +131,8 @@ class Bench:
             answer.append(decoded.token_id)
             if decoded.decode_queue_s is not None:
                 self.queue_s[decoded.key] = decoded.decode_queue_s
+            assert (decoded.read is not None) == (decoded.index == 0)
             if decoded.read is not None:
-                assert decoded.index == 0
                 self.reads[decoded.key] = decoded.read
                 asked = sampling.prompt_logprobs
                 scored = (
