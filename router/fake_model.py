@@ -86,3 +86,15 @@ class FakeJob:
     def ends_at_once(self) -> bool:
         """Whether the token that is drawn next is the last one."""
         return len(self.answer) == len(self.answered) + 1
+
+
+def not_of_role(role: worker_pb2.Role, command: worker_pb2.Reserve | worker_pb2.Prefill) -> str | None:
+    """Why a worker of that role does not take the command; None if it does."""
+    reads = isinstance(command, worker_pb2.Prefill)
+    if reads != (role == worker_pb2.ROLE_PREFILL):
+        return "not what a worker of this role does"
+    if isinstance(command, worker_pb2.Reserve):
+        alone = not command.HasField("prefill")
+        if alone and role != worker_pb2.ROLE_MIXED:
+            return "a decode worker reads no prompts: name a prefill worker"
+    return None

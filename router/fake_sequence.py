@@ -9,15 +9,17 @@ from prelay.v1 import worker_pb2
 
 from engine.sequence import RequestKey
 from router.fake_model import FakeJob, fake_logprobs
+from router.fake_stream import FakeStream
 
 
 @dataclass(slots=True)
 class FakeSequence:
-    """urgency: as it was told. unread: tokens of the prompt that are still to be read here. emitted: tokens
-    of the answer that are out, from here. arrived: at a decode worker, that the hand-off is over. running:
-    not paused.
+    """stream: to the router that placed it. urgency: as it was told. unread: tokens of the prompt that are
+    still to be read here. emitted: tokens of the answer that are out, from here. arrived: at a decode worker,
+    that the hand-off is over. running: not paused.
     """
 
+    stream: FakeStream
     key: RequestKey
     sampling: worker_pb2.TokenSampling
     urgency: worker_pb2.Urgency

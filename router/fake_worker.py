@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing
 
 import grpc
 import grpc.aio
@@ -27,8 +28,9 @@ from prelay.v1 import worker_pb2, worker_pb2_grpc
 from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
 from router.fake_holds import Hold, Holds
-from router.fake_model import FakeJob, FakeModel
+from router.fake_model import FakeJob, FakeModel, not_of_role
 from router.fake_sequence import FakeSequence
+from router.fake_stream import FakeStream, PairRefusal
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
@@ -51,20 +53,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._peers = peers
         self._heartbeat_s = heartbeat_s
         self._holds = Holds()
-        self._steps: list[worker_pb2.StepTime] = []
+        self._streams: list[FakeStream] = []
         self._cached: dict[int, None] = {}
         self._sequences: dict[RequestKey, FakeSequence] = {}
         self._failures: list[worker_pb2.FailureReason] = []
         self._handoff_failures: list[worker_pb2.FailureReason] = []
-        self._pairs: dict[str, worker_pb2.PeerRef] = {}
-        self._pair_refusal: tuple[worker_pb2.FailureReason, str] | None = None
+        self._pair_refusal: PairRefusal | None = None
         self._beating = True
         self._thawed = asyncio.Event()
         self._thawed.set()
-        self._broken = asyncio.Event()
-        self._outgoing: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
-        self._all_out = asyncio.Event()
-        self._seen = 0
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
 
     @property
@@ -90,7 +87,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     @property
     def paired(self) -> set[tuple[str, int]]:
         """(worker id, epoch) of the prefill workers that it was told to pair with, and not to leave."""
-        return {(peer.worker_id, peer.epoch) for peer in self._pairs.values()}
+        return {(peer.worker_id, peer.epoch) for stream in self._streams for peer in stream.pairs.values()}
 
     @property
     def free_blocks(self) -> int:
@@ -105,9 +102,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def kill(self) -> None:
         """Ends at once, as a killed process does."""
-        self._broken.set()
+        self.break_stream()
         self._thawed.set()
-        self._drop_all()
+        self._drop_all(self._sequences.values())
         await self._server.stop(None)
 
     def hold(self, hold: Hold) -> None:
@@ -127,8 +124,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         await self._holds.until(holds)
 
     def break_stream(self) -> None:
-        """Ends the stream to the router, which counts as the worker's death."""
-        self._broken.set()
+        """Ends the streams to all routers, which counts as the worker's death."""
+        for stream in self._streams:
+            stream.break_off()
 
     def fall_silent(self) -> None:
         """No more snapshots; everything else goes on."""
@@ -158,13 +156,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         """All requests that are here now fail."""
         for sequence in list(self._sequences.values()):
             self._drop(sequence)
-            self._fail(sequence.key, reason)
+            sequence.stream.fail(sequence.key, reason)
         await self._holds.notify()
 
     def refuse_pairs(self, reason: worker_pb2.FailureReason, message: str) -> None:
         """From now on no pair is linked; the router is told."""
         self.refuse_pairs_silently(reason, message)
-        self._say_pairs()
+        for stream in self._streams:
+            stream.say_pairs(self._pair_refusal)
 
     def refuse_pairs_silently(self, reason: worker_pb2.FailureReason, message: str) -> None:
         """The same, but the router is told only when it asks."""
@@ -173,11 +172,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def accept_pairs(self) -> None:
         """All pairs are linked again; the router is told."""
         self._pair_refusal = None
-        self._say_pairs()
+        for stream in self._streams:
+            stream.say_pairs(None)
 
     def say_steps(self, *steps: worker_pb2.StepTime) -> None:
         """The next snapshot says that these steps were run."""
-        self._steps.extend(steps)
+        for stream in self._streams:
+            stream.steps.extend(steps)
 
     def say_blocks(self, stored: Iterable[int] = (), removed: Iterable[int] = ()) -> None:
         """Blocks came into the prefix cache, and others left it; a router that attaches later is told what is
@@ -186,7 +187,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._cached.update(dict.fromkeys(event.stored))
         for digest in event.removed:
             self._cached.pop(digest, None)
-        self._outgoing.put_nowait(worker_pb2.WorkerMessage(blocks=worker_pb2.BlockEvents(events=[event])))
+        for stream in self._streams:
+            stream.put(blocks=worker_pb2.BlockEvents(events=[event]))
 
     async def Attach(  # the name that the interface gives it
         self,
@@ -200,34 +202,30 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this is epoch {self.info.epoch}, not {hello.hello.epoch}",
             )
-        self._broken.clear()
-        self._outgoing = asyncio.Queue()
-        yield worker_pb2.WorkerMessage(hello=self.info)
+        stream = FakeStream()
+        self._streams.append(stream)
+        stream.put(hello=self.info)
         if self._cached:
-            self.say_blocks(stored=self._cached)
-        tasks = [asyncio.create_task(self._obey(request_iterator)), asyncio.create_task(self._beat())]
-        broken = asyncio.create_task(self._broken.wait())
+            event = worker_pb2.BlockEvent(stored=self._cached)
+            stream.put(blocks=worker_pb2.BlockEvents(events=[event]))
+        obeying = asyncio.create_task(self._obey(stream, request_iterator))
+        beating = asyncio.create_task(self._beat(stream))
         try:
-            while not self._broken.is_set():
-                getting = asyncio.create_task(self._outgoing.get())
-                await asyncio.wait((getting, broken), return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    break
-                await self._thawed.wait()
-                yield getting.result()
-                if self._outgoing.empty():
-                    self._all_out.set()
+            async with aclosing(stream.messages(self._thawed)) as messages:
+                async for message in messages:
+                    yield message
         finally:
-            for task in (*tasks, broken):
-                task.cancel()
-            self._pairs.clear()
-            self._drop_all()
+            obeying.cancel()
+            beating.cancel()
+            self._streams.remove(stream)
+            self._drop_all(one for one in self._sequences.values() if one.stream is stream)
 
-    async def _obey(self, request_iterator: AsyncIterator[worker_pb2.RouterMessage]) -> None:
+    async def _obey(
+        self, stream: FakeStream, request_iterator: AsyncIterator[worker_pb2.RouterMessage]
+    ) -> None:
         async for message in request_iterator:
             await self._thawed.wait()
-            self._seen = message.seq
+            stream.seen = message.seq
             kind = message.WhichOneof("message")
             match kind:
                 case "reserve":
@@ -237,39 +235,42 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                         message.reserve.sampling.max_tokens - message.reserve.num_output_tokens,
                     )
                     room = has_room(num_blocks, self.free_blocks, len(self._sequences))
-                    self._begin(message.reserve, num_blocks, room)
+                    self._begin(stream, message.reserve, num_blocks, room)
                 case "prefill":
                     num_blocks = -(-len(message.prefill.token_ids) // self.info.block_size)
-                    self._begin(message.prefill, num_blocks, num_blocks <= self.free_blocks)
+                    self._begin(stream, message.prefill, num_blocks, num_blocks <= self.free_blocks)
                 case "cancel" | "pause" | "resume":
                     named = getattr(message, kind)
                     sequence = self._sequences.get(RequestKey(named.request_id, named.attempt))
                     if sequence is not None:
                         self._steer(sequence, kind)
                 case "pair":
-                    self._pairs[message.pair.prefill.worker_id] = message.pair.prefill
-                    self._say_pair(message.pair.prefill)
+                    stream.pair(message.pair.prefill, self._pair_refusal)
                 case "unpair":
-                    known = self._pairs.get(message.unpair.prefill.worker_id)
-                    if known is not None and known.epoch == message.unpair.prefill.epoch:
-                        del self._pairs[known.worker_id]
+                    stream.unpair(message.unpair.prefill)
             self.received[str(kind)] += 1
             self.commands.append(message)
             await self._holds.notify()
 
-    def _begin(self, command: worker_pb2.Reserve | worker_pb2.Prefill, num_blocks: int, room: bool) -> None:
+    def _begin(
+        self,
+        stream: FakeStream,
+        command: worker_pb2.Reserve | worker_pb2.Prefill,
+        num_blocks: int,
+        room: bool,
+    ) -> None:
         key = RequestKey(command.request_id, command.attempt)
         job = FakeJob.of(self._model, command)
         if not room:
-            self._fail(key, worker_pb2.FAILURE_REASON_NO_BLOCKS)
+            stream.fail(key, worker_pb2.FAILURE_REASON_NO_BLOCKS)
         elif self._failures:
-            self._fail(key, self._failures.pop(0))
+            stream.fail(key, self._failures.pop(0))
         elif job is None:
-            self._fail(key, worker_pb2.FAILURE_REASON_INVALID, "these are not the tokens of the answer")
-        elif (why := self._not_mine(command)) is not None:
-            self._fail(key, worker_pb2.FAILURE_REASON_INVALID, why)
+            stream.fail(key, worker_pb2.FAILURE_REASON_INVALID, "these are not the tokens of the answer")
+        elif (why := not_of_role(self.info.role, command)) is not None:
+            stream.fail(key, worker_pb2.FAILURE_REASON_INVALID, why)
         else:
-            sequence = FakeSequence(key, command.sampling, command.urgency, num_blocks, job)
+            sequence = FakeSequence(stream, key, command.sampling, command.urgency, num_blocks, job)
             sequence.running.set()
             self._sequences[key] = sequence
             if isinstance(command, worker_pb2.Prefill):
@@ -279,15 +280,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             else:
                 life = self._serve_alone(sequence)
             sequence.task = asyncio.create_task(life)
-
-    def _not_mine(self, command: worker_pb2.Reserve | worker_pb2.Prefill) -> str | None:
-        """Why a worker of this role does not take the command."""
-        reads = isinstance(command, worker_pb2.Prefill)
-        if reads != (self.info.role == worker_pb2.ROLE_PREFILL):
-            return "not what a worker of this role does"
-        if not reads and not command.HasField("prefill") and self.info.role != worker_pb2.ROLE_MIXED:
-            return "a decode worker reads no prompts: name a prefill worker"
-        return None
 
     def _steer(self, sequence: FakeSequence, kind: str) -> None:
         match kind:
@@ -309,11 +301,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _read(self, sequence: FakeSequence) -> None:
         sequence.unread = sequence.context
-        await self._pass(Hold.PREFILL)
+        await self._pass(sequence, Hold.PREFILL)
         sequence.unread = 0
 
     async def _first_token(self, sequence: FakeSequence) -> None:
-        await self._pass(Hold.FIRST_TOKEN)
+        await self._pass(sequence, Hold.FIRST_TOKEN)
         times = worker_pb2.StageTimes(prefill_queue_s=1e-6, prefill_s=1e-6)
         self._send(sequence, len(sequence.job.answered), times, prefilled=True)
 
@@ -324,14 +316,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             return
         if self._handoff_failures:
             self._drop(sequence)
-            self._fail(key, self._handoff_failures.pop(0))
+            sequence.stream.fail(key, self._handoff_failures.pop(0))
         else:
             sequence.arrived.set()
 
     async def _decode(self, sequence: FakeSequence) -> None:
-        await self._pass(Hold.RESERVE)
+        await self._pass(sequence, Hold.RESERVE)
         reserved = worker_pb2.Reserved(request_id=sequence.key.request_id, attempt=sequence.key.attempt)
-        self._outgoing.put_nowait(worker_pb2.WorkerMessage(reserved=reserved))
+        sequence.stream.put(reserved=reserved)
         await sequence.arrived.wait()
         await self._write(sequence, handed_over=True)
 
@@ -346,19 +338,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         first = len(job.answered) + 1
         for index in range(first, len(job.answer)):
             after_transfer = handed_over and index == first
-            await self._pass(Hold.TRANSFER if after_transfer else Hold.DECODE)
+            await self._pass(sequence, Hold.TRANSFER if after_transfer else Hold.DECODE)
             await sequence.running.wait()
             times = worker_pb2.StageTimes(transfer_s=1e-6, decode_queue_s=1e-6, kv_bytes=len(job.prompt))
             self._send(sequence, index, times if after_transfer else None)
         self._drop(sequence)
         await self._holds.notify()
 
-    async def _pass(self, hold: Hold) -> None:
+    async def _pass(self, sequence: FakeSequence, hold: Hold) -> None:
         await self._holds.pass_by(hold)
         await asyncio.sleep(0)  # each token is a step of its own
-        while not self._outgoing.empty():  # and no step is faster than the stream
-            self._all_out.clear()
-            await self._all_out.wait()
+        await sequence.stream.all_out()  # and no step is faster than the stream
         await self._thawed.wait()
 
     def _send(
@@ -370,52 +360,34 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         prefilled: bool = False,
     ) -> None:
         tokens = sequence.token(index, times, prefilled=prefilled, caches=self._model.caches)
-        self._outgoing.put_nowait(worker_pb2.WorkerMessage(step=worker_pb2.StepTokens(sequences=[tokens])))
-
-    def _fail(self, key: RequestKey, reason: worker_pb2.FailureReason, message: str = "") -> None:
-        failed = worker_pb2.Failed(
-            request_id=key.request_id, attempt=key.attempt, reason=reason, message=message
-        )
-        self._outgoing.put_nowait(worker_pb2.WorkerMessage(failed=failed))
-
-    def _say_pairs(self) -> None:
-        for peer in self._pairs.values():
-            self._say_pair(peer)
-
-    def _say_pair(self, peer: worker_pb2.PeerRef) -> None:
-        state = worker_pb2.PairState(worker_id=peer.worker_id, epoch=peer.epoch)
-        if self._pair_refusal is None:
-            state.linked, state.backend = True, "fake"
-        else:
-            state.reason, state.message = self._pair_refusal
-        self._outgoing.put_nowait(worker_pb2.WorkerMessage(pair=state))
+        sequence.stream.put(step=worker_pb2.StepTokens(sequences=[tokens]))
 
     def _drop(self, sequence: FakeSequence) -> None:
         self._sequences.pop(sequence.key, None)
         if sequence.task is not None and sequence.task is not asyncio.current_task():
             sequence.task.cancel()
 
-    def _drop_all(self) -> None:
-        for sequence in list(self._sequences.values()):
+    def _drop_all(self, sequences: Iterable[FakeSequence]) -> None:
+        for sequence in list(sequences):
             self._drop(sequence)
 
-    async def _beat(self) -> None:
+    async def _beat(self, stream: FakeStream) -> None:
         beat = 0
         while True:
             await self._thawed.wait()
             beat += 1
             if self._beating:
-                self._outgoing.put_nowait(worker_pb2.WorkerMessage(snapshot=self._snapshot(beat)))
+                stream.put(snapshot=self._snapshot(stream, beat))
             await asyncio.sleep(self._heartbeat_s)
 
-    def _snapshot(self, seq: int) -> worker_pb2.Snapshot:
+    def _snapshot(self, stream: FakeStream, seq: int) -> worker_pb2.Snapshot:
         writes = self.info.role != worker_pb2.ROLE_PREFILL
         decoding = [one for one in self._sequences.values() if writes and one.decodes]
         limits = [one.urgency.tpot_s for one in decoding if one.urgency.HasField("tpot_s")]
-        steps, self._steps = self._steps, []
+        steps, stream.steps = stream.steps, []
         return worker_pb2.Snapshot(
             seq=seq,
-            commands_seen=self._seen,
+            commands_seen=stream.seen,
             running_requests=len(self._sequences),
             queue_tokens=sum(one.unread for one in self._sequences.values()),
             free_blocks=self.free_blocks,
