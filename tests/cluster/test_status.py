@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +84,27 @@ def test_the_command_prints_a_table_or_json(router: str) -> None:
 
 def test_top_prints_one_status_where_there_is_no_terminal(router: str) -> None:
     assert "policy goodput" in run("top", "--admin", router).output
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_top_gives_the_terminal_back_when_it_is_ended(router: str, signum: signal.Signals) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "cluster.cli", "top", "--admin", router]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    written = b""
+    while b"goodput" not in written:
+        written += os.read(ours, 65536)
+    process.send_signal(signum)
+    with contextlib.suppress(OSError):  # how Linux says that nobody has the terminal open any more
+        while part := os.read(ours, 65536):
+            written += part
+    os.close(ours)
+    assert process.wait() == 0
+    enter, leave = b"\x1b[?1049h", b"\x1b[?1049l"
+    assert written.startswith(enter)
+    assert written.endswith(leave)
 
 
 @pytest.mark.parametrize("command", ["status", "top"])
