@@ -24,9 +24,7 @@ from engine.block_pool import BlockPool
 from engine.latency import OnlineLatency, StepShape
 from engine.prefix_cache import PrefixCache
 from engine.sequence import ChunkResult, RequestKey, ScheduledChunk
-from engine.urgency import Rank, rank
-
-FAIR_STEPS = 32
+from engine.urgency import FAIR_STEPS, Rank, rank
 
 
 class DecodeScheduler:

@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from decode_worker.chunk_budget import MIN_CHUNK_TOKENS
-from decode_worker.scheduler import FAIR_STEPS
 from engine.block_pool import Holder
 from engine.fake import fake_answer
 from engine.latency import LatencyModel, StepShape
 from engine.sequence import RequestKey, ScheduledChunk
-from engine.urgency import Urgency
+from engine.urgency import FAIR_STEPS, Urgency
 from tests.decode_worker.scheduler_bench import Bench, key, limited
 
 MODEL = LatencyModel({"step": 0.010, "rows": 0.001})
