@@ -4,6 +4,9 @@ Slack-EDF: the greater priority first; of these, who can still have its first to
 deadline first (Liu and Layland 1973), and after all of them the late ones, the shortest first. Plain EDF
 collapses in overload, for it spends itself on those whose deadline has just become hopeless.
 
+Such an order can keep somebody behind others for ever. So schedulers put the oldest first, whatever its
+urgency, in every FAIR_STEPS-th step.
+
 Who reads on after its first token (its worker was lost) has no deadline: somebody waits in the middle of an
 answer, and each moment counts against the time between its tokens. It was due when it arrived. So is, first
 come, first served, a prompt of which nothing is told.
@@ -14,6 +17,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import TypeAlias
+
+FAIR_STEPS = 32
+"""In overload a thirty-second of the work is the price of it that nobody waits for ever."""
 
 
 @dataclass(frozen=True, slots=True)

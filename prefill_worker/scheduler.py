@@ -24,12 +24,9 @@ from engine.block_pool import BlockPool, Holder
 from engine.latency import OnlineLatency
 from engine.prefix_cache import PrefixCache
 from engine.sequence import ChunkResult, RequestKey, ScheduledChunk, TokenHistory, TokenSampling
-from engine.urgency import Rank, Urgency, rank
+from engine.urgency import FAIR_STEPS, Rank, Urgency, rank
 from prefill_worker.chunk_size import ChunkSizes, StepSize, Waiting
 from prefill_worker.prompts import ComputedPart, Prefilled, Prompt
-
-FAIR_STEPS = 32
-"""In overload a thirty-second of the work is the price of it that nobody waits for ever."""
 
 
 class PrefillScheduler:

@@ -11,9 +11,9 @@ from engine.block_pool import BlockPool, Holder
 from engine.latency import LatencyModel, OnlineLatency
 from engine.prefix_cache import PrefixCache
 from engine.sequence import ChunkResult, RequestKey, TokenSampling
-from engine.urgency import Urgency
+from engine.urgency import FAIR_STEPS, Urgency
 from prefill_worker.chunk_size import ChunkSizes, StepSize, Waiting
-from prefill_worker.scheduler import FAIR_STEPS, PrefillScheduler
+from prefill_worker.scheduler import PrefillScheduler
 
 SAMPLING = TokenSampling(0.0, 0, 1.0, 0, 10, 0, frozenset())
 MODEL = LatencyModel({"step": 1.0, "rows": 0.1})
