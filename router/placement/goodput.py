@@ -52,6 +52,17 @@ class _Search:
     has_any: bool = False
     is_possible: bool = False
 
+    def may_read(self, worker: WorkerView) -> bool:
+        """Whether a prefill worker comes into question."""
+        return not worker.refused and can_read(worker, self.request) and worker.worker_id not in self.avoid
+
+    def may_write(self, worker: WorkerView) -> bool:
+        """Whether a decode or mixed worker has room."""
+        request = self.request
+        return (
+            worker.worker_id not in self.avoid and can_write(worker, request) and has_blocks(worker, request)
+        )
+
     def is_good(self, option: Option) -> bool:
         if option.ttft_s > self.slack_s:
             return False
@@ -70,9 +81,9 @@ class GoodputPlacement:
         self._estimates = estimates
         self._rng = rng
         self._bookings = Bookings()
-        self._prefills = Candidates(pool, prefixes, rng, (Role.PREFILL,))
-        self._writers = Candidates(pool, prefixes, rng, WRITERS)
-        self._mixed = Candidates(pool, prefixes, rng, (Role.MIXED,))
+        self._prefills = Candidates(pool, prefixes, rng, (Role.PREFILL,), _unread_tokens)
+        self._writers = Candidates(pool, prefixes, rng, WRITERS, _batch_size)
+        self._mixed = Candidates(pool, prefixes, rng, (Role.MIXED,), _unread_and_batch)
 
     def choose(self, request: Request, avoid: Collection[str], now: float) -> Decision | None:
         self._bookings.look(request.request_id, now)
@@ -112,9 +123,9 @@ class GoodputPlacement:
     def _best(self, search: _Search) -> Option | None:
         """The good option with the earliest first token."""
         explores = self._rng.random() < EXPLORE
-        readers = [one for one in self._prefills.look(search.request) if _may_read(one, search)]
+        readers = self._prefills.look(search.request, search.may_read)
         pair = self._best_pair(search, readers, explores) if readers else None
-        mixed = [one for one in self._mixed.look(search.request) if _may_write(one, search)]
+        mixed = self._mixed.look(search.request, search.may_write)
         local = self._best_local(search, mixed, explores) if mixed else None
         if local is None or (pair is not None and pair.ttft_s < local.ttft_s):
             return pair
@@ -123,7 +134,7 @@ class GoodputPlacement:
     def _best_pair(self, search: _Search, readers: Sequence[WorkerView], explores: bool) -> Option | None:
         """Of the first prefill worker, by the time of the first token, that has good writers: the one of
         these with the shortest steps."""
-        writers = [one for one in self._writers.look(search.request) if _may_write(one, search)]
+        writers = self._writers.look(search.request, search.may_write)
         if not writers:
             return None
         search.has_any = True
@@ -176,10 +187,13 @@ def _starts_soon(option: Option) -> bool:
     return option.wait_s <= STAGE_S if reader.latency.model.is_known else has_slot(reader)
 
 
-def _may_read(worker: WorkerView, search: _Search) -> bool:
-    return not worker.refused and can_read(worker, search.request) and worker.worker_id not in search.avoid
+def _unread_tokens(worker: WorkerView) -> int:
+    return worker.outstanding_tokens
 
 
-def _may_write(worker: WorkerView, search: _Search) -> bool:
-    request = search.request
-    return worker.worker_id not in search.avoid and can_write(worker, request) and has_blocks(worker, request)
+def _batch_size(worker: WorkerView) -> int:
+    return worker.requests
+
+
+def _unread_and_batch(worker: WorkerView) -> int:
+    return worker.outstanding_tokens + worker.requests

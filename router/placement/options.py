@@ -77,6 +77,8 @@ class Options:
         wait_s, ttft_s = booked_s + read.wait_s, booked_s + read.ttft_s
         decode = self._estimates.decode(writer, self._request, ttft_s + transfer_s, self._now)
         does_harm = read.compute_s > read.spare_s or self._harms_batch(writer, decode)
+        if not does_harm and len(writer.reading) and writer.reading.backlog_s(self._now, 0.0) > ttft_s:
+            does_harm = not self._has_slack(writer, decode.batch, decode.context, decode.limit_s)
         return Option(Kind.DISAGGREGATED, reader, writer, wait_s, ttft_s, transfer_s, decode, does_harm)
 
     def local(self, worker: WorkerView, booked_s: float) -> Option:
@@ -84,9 +86,20 @@ class Options:
         read = self._estimates.local(worker, self._request, self._now, told=not self._is_lost)
         wait_s, ttft_s = booked_s + read.wait_s, booked_s + read.ttft_s
         decode = self._estimates.decode(worker, self._request, ttft_s, self._now)
-        has_slack = read.slack_tokens >= MIN_CHUNK or worker.writing.now.size == 0
-        does_harm = not has_slack or read.compute_s > read.spare_s or self._harms_batch(worker, decode)
+        does_harm = read.compute_s > read.spare_s or self._harms_batch(worker, decode)
+        does_harm = does_harm or (read.slack_tokens < MIN_CHUNK and worker.writing.now.size > 0)
+        if not does_harm and decode.batch > 1:
+            others = decode.context * (decode.batch - 1) // decode.batch
+            does_harm = not self._has_slack(worker, decode.batch - 1, others, decode.limit_s)
         return Option(Kind.LOCAL, None, worker, wait_s, ttft_s, 0.0, decode, does_harm)
+
+    def _has_slack(self, worker: WorkerView, batch: int, context: int, limit_s: float) -> bool:
+        """Whether a step of the batch still keeps the limit with the least chunk of a prompt in it."""
+        latency = worker.latency
+        step_s = latency.corrected_s(
+            latency.model.mixed_s(batch, context, MIN_CHUNK, self._request.num_tokens)
+        )
+        return step_s * latency.margin <= limit_s
 
     def _harms_batch(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
         if decode.is_feasible or decode.batch == 1:

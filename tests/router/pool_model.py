@@ -9,13 +9,17 @@ step within their limits. Messages take `message_s` each way. Not modelled: bloc
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from engine.latency import LatencyModel, StepShape
+from decode_worker.chunk_budget import ChunkBudget, Pace
+from engine.latency import LatencyModel, OnlineLatency, StepShape
 from engine.sequence import RequestKey
+from engine.urgency import Urgency, rank
+from prefill_worker.chunk_size import ChunkSizes, Waiting
 from router.admission.base import Refusal
 from router.pair_table import LinkState, Pair, PairLink
 from router.estimates import Estimates
@@ -29,8 +33,7 @@ from router.requests import Request
 MESSAGE_S = 0.001
 BEAT_S = 0.2
 RETRY_S = 0.01
-MIN_CHUNK = 4
-MAX_CREDIT = 4.0  # steps that an early answer may make up for at once
+IMMINENT_TOKENS = 64
 
 
 @dataclass
@@ -45,11 +48,26 @@ class Job:
     emitted: int = 0
     first_at: float | None = None
     last_at: float | None = None
-    unread: int = 0
+    unread: int = 1_000_000
 
     @property
     def key(self) -> RequestKey:
         return RequestKey(self.request.request_id, self.attempt)
+
+    @property
+    def num_read(self) -> int:
+        return self.request.num_tokens - self.unread
+
+    @property
+    def urgency(self) -> Urgency:
+        slo = self.request.slo
+        return Urgency(self.request.arrived_at + slo.limits.ttft_s, slo.limits.tpot_s, slo.priority)
+
+    def pace(self, now: float) -> Pace:
+        assert self.first_at is not None
+        most_left = self.request.sampling.max_tokens - self.emitted
+        tpot_s = self.request.slo.limits.tpot_s
+        return Pace(tpot_s, now - self.first_at, self.emitted - 1, most_left, _context(self))
 
     @property
     def ttft_s(self) -> float:
@@ -80,15 +98,19 @@ class Machine:
 
 
 class ModelWorker:
-    """One worker of any role."""
+    """One worker of any role, told how urgent requests are or not."""
 
     def __init__(self, pools: Pools, view: WorkerView, machine: Machine, is_told: bool) -> None:
         self.pools, self.view, self.machine, self.is_told = pools, view, machine, is_told
         self.prompts: list[Job] = []
+        self.coming: dict[RequestKey, Job] = {}
         self.writing: list[Job] = []
         self.inbox: list[Callable[[], None]] = []
         self.commands_seen = 0
         self.is_busy = False
+        self._latency = OnlineLatency(machine.model)
+        self._sizes = ChunkSizes(self._latency, machine.max_batch_tokens)
+        self._budget = ChunkBudget(self._latency, machine.max_batch_tokens)
 
     def tell(self, what: Callable[[], None]) -> None:
         """A command: taken between steps."""
@@ -100,91 +122,99 @@ class ModelWorker:
         job.unread = job.request.num_tokens
         self.prompts.append(job)
 
+    def reserve(self, job: Job) -> None:
+        self.coming[job.key] = job
+
+    def write(self, job: Job) -> None:
+        self.coming.pop(job.key, None)
+        self.writing.append(job)
+
     def snapshot(self) -> None:
+        tightest = self._tightest()
         self.view.snapshot(
             Load(
                 commands_seen=self.commands_seen,
-                requests=len(self.prompts) + len(self.writing),
+                requests=len(self.prompts) + len(self.coming) + len(self.writing),
                 queue_tokens=sum(job.unread for job in self.prompts),
                 free_blocks=self.machine.num_blocks,
                 decoding_requests=len(self.writing),
                 decode_context=sum(_context(job) for job in self.writing),
-                least_tpot_s=self._limit_s() or 0.0,
+                least_tpot_s=0.0 if tightest is None else tightest.sustained_s,
             ),
             self.pools.now,
         )
 
-    def _limit_s(self) -> float:
-        """The longest that the next step may take for nobody's average to be beyond its limit."""
-        now, least = self.pools.now, float("inf")
-        for job in self.writing:
-            limit = job.request.slo.limits.tpot_s
-            assert job.first_at is not None
-            left = limit * job.emitted - (now - job.first_at)
-            if left >= 0.0:  # else it is lost
-                least = min(least, left, MAX_CREDIT * limit)
-        return least
+    def _tightest(self) -> Pace | None:
+        if not self.is_told:
+            return None
+        return self._budget.tightest(job.pace(self.pools.now) for job in self.writing)
 
-    def _chunk_budget(self, first: Job) -> int:
-        most = self.machine.max_batch_tokens - len(self.writing)
-        if not self.is_told or not self.writing:
-            return most
-        limit_s = self._limit_s()
-        context = sum(_context(job) for job in self.writing)
-        done = first.request.num_tokens - first.unread
-        low, high = MIN_CHUNK, max(MIN_CHUNK, most)
-        while low < high:
-            middle = (low + high + 1) // 2
-            seconds = self.machine.model.mixed_s(len(self.writing), context, middle, done)
-            if seconds * (1 + self.machine.noise) <= limit_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def _chunks(self) -> list[tuple[Job, int]]:
+        prompts = self._in_order()
+        left = self.machine.max_batch_tokens - len(self.writing)
+        first_left = left
+        if self.is_told and prompts and self.view.role is Role.MIXED:
+            tightest = self._tightest()
+            limit_s = math.inf if tightest is None else tightest.effective_s
+            if self.pools.spares_coming:
+                soon = [job for job in self.coming.values() if job.unread <= IMMINENT_TOKENS]
+                limit_s = min((limit_s, *(job.request.slo.limits.tpot_s for job in soon)))
+            context = sum(_context(job) for job in self.writing)
+            wanted = [(job.unread, job.num_read) for job in prompts]
+            left = first_left = self._budget.num_tokens(
+                len(self.writing), context, None if limit_s == math.inf else limit_s, wanted
+            )
+        elif self.is_told and prompts:
+            size = self._sizes.step(
+                self._waiting(prompts[0]), [self._waiting(one) for one in prompts[1:]], self.pools.now
+            )
+            first_left, left = size.first, max(size.first, size.together)
+        chunks = []
+        for job in prompts:
+            new = min(left, job.unread) if chunks else min(first_left, job.unread)
+            if new <= 0:
+                break
+            left -= new
+            chunks.append((job, new))
+        return chunks
+
+    def _waiting(self, job: Job) -> Waiting:
+        return Waiting(job.urgency, job.unread, job.num_read, self._needs_s(job))
+
+    def _needs_s(self, job: Job) -> float:
+        return self.machine.model.prefill_s(job.unread, job.num_read)
 
     def _in_order(self) -> list[Job]:
         if not self.is_told:
             return self.prompts
         now = self.pools.now
-
-        def urgency(job: Job) -> tuple[float, float, float]:
-            deadline = job.request.arrived_at + job.request.slo.limits.ttft_s
-            rest = self.machine.model.prefill_s(job.unread, job.request.num_tokens - job.unread)
-            on_time = now + rest <= deadline
-            return (-job.request.slo.priority, not on_time, deadline if on_time else job.unread)
-
-        return sorted(self.prompts, key=urgency)
+        return sorted(
+            self.prompts,
+            key=lambda job: rank(job.urgency, job.request.arrived_at, self._needs_s(job), now),
+        )
 
     def _step(self) -> None:
         for command in self.inbox:
             command()
         self.inbox.clear()
-        chunks: list[tuple[Job, int]] = []
-        prompts = self._in_order()
-        if prompts:
-            budget = self._chunk_budget(prompts[0])
-            for job in prompts:
-                if budget <= 0:
-                    break
-                new = min(budget, job.unread)
-                budget -= new
-                chunks.append((job, new))
-        if not chunks and not self.writing:
-            self.is_busy = False
+        chunks = self._chunks()
+        self.is_busy = bool(chunks or self.writing)
+        if not self.is_busy:
             return
-        self.is_busy = True
         shape = StepShape(
-            prefill=tuple((new, job.request.num_tokens - job.unread) for job, new in chunks),
+            prefill=tuple((new, job.num_read) for job, new in chunks),
             decode_batch=len(self.writing),
             decode_context=sum(_context(job) for job in self.writing),
         )
-        seconds = self.machine.model.step_s(shape) * self.pools.rng.uniform(1.0, 1.0 + 2 * self.machine.noise)
+        noise = self.pools.rng.uniform(1.0 - self.machine.noise, 1.0 + self.machine.noise)
+        seconds = noise * self.machine.model.step_s(shape)
         writing = list(self.writing)
         self.pools.at(self.pools.now + seconds, lambda: self._end_step(shape, seconds, chunks, writing))
 
     def _end_step(
         self, shape: StepShape, seconds: float, chunks: list[tuple[Job, int]], writing: list[Job]
     ) -> None:
+        self._latency.observe(shape, seconds)
         self.view.observe(shape, seconds)
         for job in writing:
             if self.pools.token(self, job):
@@ -193,14 +223,12 @@ class ModelWorker:
             job.unread -= new
             if job.unread == 0:
                 self.prompts.remove(job)
-                is_done = self.pools.token(self, job)
-                if is_done or job.decision is None:
+                if self.pools.token(self, job):
                     continue
                 if self.view.role is Role.MIXED:
                     self.writing.append(job)
                 else:
                     self.pools.hand_off(self, job)
-        self.is_busy = False
         self._step()
 
 
@@ -211,6 +239,7 @@ class Pools:
     machines: dict[str, tuple[Role, Machine]]
     policy_name: str
     seed: int
+    spares_coming: bool = True
     now: float = 0.0
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
 
@@ -303,10 +332,12 @@ class Pools:
             return
         reader = self.workers[decision.prefill]
         # Reserve, Reserved, Prefill: the decode worker answers between steps.
-        self._send(writer, job, lambda: self.at(self.now + MESSAGE_S, lambda: self._reserved(reader, job)))
 
-    def _reserved(self, reader: ModelWorker, job: Job) -> None:
-        self._send(reader, job, lambda: reader.read(job))
+        def reserve() -> None:
+            writer.reserve(job)
+            self.at(self.now + MESSAGE_S, lambda: self._send(reader, job, lambda: reader.read(job)))
+
+        self._send(writer, job, reserve)
 
     def _send(self, worker: ModelWorker, job: Job, what: Callable[[], None]) -> None:
         number = self._commands[worker.view.worker_id] = self._commands.get(worker.view.worker_id, 0) + 1
@@ -325,7 +356,7 @@ class Pools:
         seconds = MESSAGE_S + reader.machine.transfer_s * job.request.num_tokens
         pair = Pair(reader.view.worker_id, writer.view.worker_id)
         self.estimates.transfers.observe(pair, job.request.num_tokens, seconds)
-        self.at(self.now + seconds, lambda: writer.tell(lambda: writer.writing.append(job)))
+        self.at(self.now + seconds, lambda: writer.tell(lambda: writer.write(job)))
 
     def token(self, worker: ModelWorker, job: Job) -> bool:
         """A token of the answer; returns whether it was the last."""
@@ -345,6 +376,7 @@ class Pools:
             worker.view.release(job.key)
         writer.emitted(job.key, 1)
         if is_done:
+            self.workers[job.decision.decode].coming.pop(job.key, None)
             writer.release(job.key)
             self.lengths.observe(job.request, job.num_tokens)
             self._left -= 1
