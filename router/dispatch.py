@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -45,7 +46,7 @@ from router.pool_view import PoolView, WorkerView
 from router.prefix_index import PrefixIndex
 from router.pump import Pump
 from router.record import Detokenizes
-from router.recovery import Cause, Loss, Recovery, Verdict, judge_failed, reason_name, worker_lost
+from router.recovery import Cause, Loss, Recovery, Verdict, judge_failed, pause_s, reason_name, worker_lost
 from router.urgency import Urgency, urgency
 
 _log = logging.getLogger(__name__)
@@ -306,14 +307,21 @@ class Dispatcher:
         )  # fmt: skip
         self._metrics.recovery(loss.cause)
         live.recovered = live.recovered or bool(live.record.token_ids)
-        self._to_gate(live)
+        self._to_gate(live, pause_s(loss, live.lost_attempts))
         self._outage.look()
 
-    def _to_gate(self, live: LiveRequest) -> None:
+    def _to_gate(self, live: LiveRequest, after_s: float = 0.0) -> None:
         """Whoever was told of the placement forgets it; the next one goes on after what the client has."""
         self._leave_workers(live)
         live.record.lost(self._clock())
         live.request = live.request.going_on(live.record.token_ids)
+        if after_s:
+            loop = asyncio.get_running_loop()
+            live.pause = loop.call_later(after_s, self._end_pause, live)
+        else:
+            self._end_pause(live)
+
+    def _end_pause(self, live: LiveRequest) -> None:
         self._gate.add(live.request)
         self._pump.soon()
 

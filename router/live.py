@@ -55,6 +55,7 @@ class LiveRequest:
     recovered: bool = False  # a placement was lost after the first token
     avoid: set[str] = field(default_factory=set)  # workers that have failed it
     unread_timer: asyncio.TimerHandle | None = None  # set while too much is unread
+    pause: asyncio.TimerHandle | None = None  # set when it has waited before it went to the gate again
 
     @property
     def is_local(self) -> bool:

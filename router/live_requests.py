@@ -207,6 +207,8 @@ class LiveRequests:
     def _close(self, live: LiveRequest, details: Details) -> None:
         del self._live[live.request.request_id]
         live.timer.cancel()
+        if live.pause is not None:
+            live.pause.cancel()
         self._pace.ended(live)
         self._gate.remove(live.request.request_id)
         self._leave_workers(live)

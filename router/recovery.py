@@ -9,6 +9,9 @@ Two limits turn that into a clean error in the end: the attempts of one request 
 request that kills workers must not kill them all), and a budget for the router as a whole (a cluster that
 collapses must not be given its whole load again and again). Guaranteed: never more retries than `burst` plus
 `share` times the requests that were let in.
+
+Where workers that are up fail a request again and again, time passes between its attempts, so that a link
+that one of them still believes in has been found dead before the attempts are used up.
 """
 
 from __future__ import annotations
@@ -64,6 +67,9 @@ class Verdict(Enum):
     PLACE_AGAIN = "place_again"
 
 
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
 _CAUSES = {
     worker_pb2.FAILURE_REASON_PEER_UNREACHABLE: Cause.PEER_UNREACHABLE,
     worker_pb2.FAILURE_REASON_PEER_MISMATCH: Cause.PEER_MISMATCH,
@@ -94,6 +100,14 @@ def reason_name(failed: worker_pb2.Failed) -> str:
     if failed.reason not in worker_pb2.FailureReason.values():
         return f"reason {failed.reason}"
     return worker_pb2.FailureReason.Name(failed.reason).removeprefix("FAILURE_REASON_").lower()
+
+
+def pause_s(loss: Loss, lost_attempts: int) -> float:
+    """How long a request waits until it is placed again. lost_attempts: with this one."""
+    if loss.cause is Cause.WORKER_LOST or lost_attempts < 2:
+        return 0.0  # what failed is out of the way, or there may be another pair
+    pause: float = _FIRST_PAUSE_S * 2 ** (lost_attempts - 2)
+    return min(_LONGEST_PAUSE_S, pause)
 
 
 class RetryBudget:

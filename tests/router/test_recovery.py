@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from prelay.v1 import worker_pb2
 
 from router.errors import HandoffFailedError, InvalidRequestError, WorkerFailedError, WorkerLostError
-from router.recovery import Cause, Loss, Recovery, RetryBudget, Verdict, judge_failed, worker_lost
+from router.recovery import Cause, Loss, Recovery, RetryBudget, Verdict, judge_failed, pause_s, worker_lost
 
 REASON = worker_pb2.FailureReason
 
@@ -111,3 +111,12 @@ def test_quiet_times_are_not_saved_up(idle_requests):
         budget.admitted()
         budget.ended()
     assert sum(budget.take() for _ in range(50)) == 2
+
+
+def test_attempts_that_workers_fail_have_time_between_them():
+    """One is made up for at once; who is gone is in nobody's way."""
+    pauses = [pause_s(Loss(Cause.PEER_UNREACHABLE, "why"), lost) for lost in range(1, 10)]
+    assert pauses[:4] == [0.0, 0.05, 0.1, 0.2]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 1.0
+    assert [pause_s(Loss(Cause.WORKER_LOST, "why"), lost) for lost in range(1, 10)] == [0.0] * 9

@@ -377,3 +377,21 @@ async def test_many_streams_through_a_storm(start_cluster):
     assert sum(cluster.sample("prelay_recoveries_total", cause=cause) for cause in ("worker_lost",)) > 10
     assert cluster.sample("prelay_stage_seconds_count", stage=Stage.RECOVERY) == 50
     await cluster.settled()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_request_that_waits_between_attempts(start_cluster, make_request, leaves):
+    cluster = await start_cluster(clock=lambda: 0.0)
+    live = cluster.router.dispatcher.live
+    cluster.decode.fail_next(*[REASON.FAILURE_REASON_INTERNAL] * 2)
+    live.submit(make_request(max_tokens=3))
+    await cluster.until(lambda: live["r"].pause is not None)
+    assert live.gated == 0
+    request = live["r"]
+    if leaves:
+        live.cancel("r")
+        assert request.pause.cancelled()
+    await cluster.until(lambda: len(live) == 0)
+    assert live.outcomes == {Outcome.CANCELLED if leaves else Outcome.GOOD: 1}
+    assert cluster.decode.received["reserve"] == (2 if leaves else 3)
+    await cluster.settled()
