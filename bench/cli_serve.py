@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,48 +217,45 @@ def _raise_file_limit() -> None:
 
 def _tables(result: dict[str, Any]) -> list[Table]:
     slo = result["slo"]
-    ms = "ms, p50 / p90 / p99"
-    curve = Table(
-        "req/s", "sent", "good", "goodput", f"TTFT {ms}", f"TPOT {ms}", "not good", "client",
-        title=f"{result['model']}, TTFT <= {slo['ttft']}, TPOT <= {slo['tpot']}, {result['dataset']}",
-    )  # fmt: skip
-    for rate in result["rates"]:
-        misses = {name: count for name, count in rate["outcomes"].items() if count and name != "good"}
-        curve.add_row(
-            "trace" if rate["rate"] is None else f"{rate['rate']:g}",
-            str(rate["requests"]),
-            f"{rate['attainment']:.1%}",
-            f"{rate['goodput']:.2f}/s",
-            _percentiles(rate["ttft_s"]),
-            _percentiles(rate["tpot_s"]),
-            ", ".join(f"{count} {name}" for name, count in misses.items()),
-            f"{rate['client_cpu_share']:.0%}",
-        )
+    title = f"{result['model']}, TTFT <= {slo['ttft']}, TPOT <= {slo['tpot']}\n{result['dataset']}"
+    spread = "ms, p50 / p90 / p99"
+    curve = Table("req/s", "sent", "good", "goodput", f"TTFT {spread}", f"TPOT {spread}", title=title)
     lengths = Table("req/s", "prompt", "requests", "good", title="by length of the prompt")
     for rate in result["rates"]:
-        for name, found in rate["by_length"].items():
-            lengths.add_row(
-                "trace" if rate["rate"] is None else f"{rate['rate']:g}",
-                name,
-                str(found["requests"]),
-                f"{found['attainment']:.1%}",
-            )
-    notes = []
+        name = "trace" if rate["rate"] is None else f"{rate['rate']:g}"
+        share, goodput = f"{rate['attainment']:.1%}", f"{rate['goodput']:.2f}/s"
+        times = _percentiles(rate["ttft_s"]), _percentiles(rate["tpot_s"])
+        curve.add_row(name, str(rate["requests"]), share, goodput, *times)
+        for length, found in rate["by_length"].items():
+            lengths.add_row(name, length, str(found["requests"]), f"{found['attainment']:.1%}")
+    curve.caption = "\n".join(_notes(result))
+    return [curve, lengths]
+
+
+def _notes(result: dict[str, Any]) -> Iterator[str]:
     for found in result["crossings"]:
-        notes.append(
-            f"{found['target']:.0%} up to {found['bound']} {found['rate']:.3g} req/s "
-            f"(seeds {found['least']:.3g} - {found['greatest']:.3g})".replace("  ", " ")
-        )
+        highest = f"{found['bound']} {found['rate']:.3g}".strip()
+        seeds = f"seeds {found['least']:.3g} - {found['greatest']:.3g}"
+        yield f"{found['target']:.0%} up to {highest} req/s ({seeds})"
     errors = Counter[str]()
     for rate in result["rates"]:
         errors.update(rate["errors"])
-    notes += [f"{count} x {message}" for message, count in errors.most_common(_NUM_ERRORS)]
-    curve.caption = "\n".join(notes)
-    return [curve, lengths]
+        misses = [f"{count} {name}" for name, count in rate["outcomes"].items() if count and name != "good"]
+        if misses:
+            name = "trace" if rate["rate"] is None else f"{rate['rate']:g} req/s"
+            yield f"{name}: {', '.join(misses)}"
+    for message, count in errors.most_common(_NUM_ERRORS):
+        yield f"{count} x {message}"
+    yield f"client: {result['client']['cpu_share']:.0%} of a core"
 
 
 def _percentiles(found: dict[str, float] | None) -> str:
     """In ms."""
     if found is None:
         return "-"
-    return " / ".join(f"{found[name] * 1000:.3g}" for name in ("p50", "p90", "p99"))
+    return " / ".join(_ms(found[name]) for name in ("p50", "p90", "p99"))
+
+
+def _ms(seconds: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.3g}"

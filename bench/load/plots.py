@@ -124,8 +124,7 @@ def _draw_distribution(
     axis.axvline(limit.value, color=_LIMIT, linestyle="--", linewidth=1)
     axis.text(limit.value, 0.02, f" {limit}", color=_LIMIT, fontsize="small")
     unit = "times that of the request alone" if limit.relative else "s"
-    axis.set(xlabel=f"{name}, {unit}", ylabel="share of all that were sent", ylim=(0, 1.03))
-    axis.set_xlim(left=0)
+    axis.set(xlabel=f"{name}, {unit}", ylabel="share of all that were sent", ylim=(0, 1.03), xscale="log")
     axis.legend(frameon=False, fontsize="small", title="req/s")
 
 

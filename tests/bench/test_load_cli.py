@@ -134,7 +134,7 @@ def test_for_people(run: Run, server: Server, capfd: pytest.CaptureFixture[str])
     server.sheds = False
     assert run(*arguments, *SYNTHETIC) == 0
     table = " ".join(capfd.readouterr().out.split())
-    assert "fake, TTFT <= 60 s, TPOT <= 60 s, synthetic:prompt=8-20,answer=3" in table
+    assert "fake, TTFT <= 60 s, TPOT <= 60 s synthetic:prompt=8-20,answer=3" in table
     assert "90% up to >= 200 req/s" in table
     assert "<512" in table
     assert not any("x-slo-ttft-ms" in headers for headers in server.headers)
