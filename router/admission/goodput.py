@@ -5,10 +5,11 @@
     limits of its class cannot be kept for it        let in: it is served soon, and counts as a miss
 
 "Almost certainly" is judged by the side of the prediction that favours the request. It is let in if it would
-be in time with one larger request given up for it, or with `OPTIMISM` times its limit. To let in one too many
-costs little, as the gate puts those that turn out late after all others, where rejecting by a prediction that
-is biased costs as much as the bias. But those that wait although they are late are the proof that too many
-were let in: the more they are, the less optimistic is the judgement.
+be in time with `OPTIMISM` times its limit, or with a larger one given up for it. To let in one too many costs
+the others little, as the gate puts those that turn out late after all others, while rejecting by a prediction
+that is biased costs as much as the bias. But those that wait although they are late are the proof that too
+many were let in: the more they are, the less is it enough that others could be given up, but for those whom
+fairness guards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from router.pool_view import PoolView
 from router.requests import Request
 
 OPTIMISM = 1.25
-_PESSIMISM = 0.9
 _MANY_LATE_LIMITS = 4.0
 """Late ones are many if serving them took so many times the TTFT limit ..."""
 _MANY_LATE_SHARE = 0.25
@@ -110,23 +110,25 @@ class GoodputAdmission:
         if idle is None or idle[0] > limits.ttft_s or idle[1] > limits.tpot_s:
             return None  # nothing is known, or nobody could ever keep the limits of its class
         outlook = self._gate.outlook(request, now, ahead)
-        optimism = self._optimism(limits.ttft_s)
-        if not outlook.kept and outlook.ttft_s > optimism * limits.ttft_s:
+        crowd = self._crowd(limits.ttft_s)
+        hopeful_s = outlook.ttft_s / OPTIMISM
+        least_s = outlook.kept_ttft_s - (1 - crowd) * outlook.larger_s
+        if not outlook.guarded:
+            least_s += crowd * (hopeful_s - least_s)
+        if min(least_s, hopeful_s) > limits.ttft_s:
             return self._ttft_error(request, outlook)
-        soon, later = min(outlook.ttft_s, limits.ttft_s), limits.ttft_s
-        overrun = self._writers.overrun(request, soon, now)
-        if overrun > optimism:
-            overrun = min(overrun, self._writers.overrun(request, later, now))
-        if overrun > optimism:
-            return self._tpot_error(request, outlook, overrun)
+        most_s = OPTIMISM * limits.tpot_s
+        tpot_s = self._writers.tpot_s(request, min(outlook.ttft_s, limits.ttft_s), now)
+        if tpot_s > most_s:  # perhaps there are fewer when its time to first token is up
+            tpot_s = min(tpot_s, self._writers.tpot_s(request, limits.ttft_s, now))
+        if tpot_s > most_s:
+            return self._tpot_error(request, outlook, tpot_s)
         return None
 
-    def _optimism(self, ttft_limit_s: float) -> float:
-        late = max(
-            self._gate.late_s / (_MANY_LATE_LIMITS * ttft_limit_s),
-            self._gate.num_late / (_MANY_LATE_SHARE * self._max_gated_requests),
-        )
-        return OPTIMISM - (OPTIMISM - _PESSIMISM) * min(1.0, late)
+    def _crowd(self, ttft_limit_s: float) -> float:
+        """How many late ones wait: 0 for none, 1 for many."""
+        by_time = self._gate.late_s / (_MANY_LATE_LIMITS * ttft_limit_s)
+        return min(1.0, max(by_time, self._gate.num_late / (_MANY_LATE_SHARE * self._max_gated_requests)))
 
     def _ttft_error(self, request: Request, outlook: Outlook) -> LateError:
         limit_s = request.slo.limits.ttft_s
@@ -138,11 +140,11 @@ class GoodputAdmission:
         )
         return LateError(message, retry_after_s, outlook.ttft_s)
 
-    def _tpot_error(self, request: Request, outlook: Outlook, overrun: float) -> LateError:
+    def _tpot_error(self, request: Request, outlook: Outlook, tpot_s: float) -> LateError:
         message = (
-            "the request would be late: on the least loaded worker that could write its answer, each token "
-            f"would take {overrun:.2g} times as long as those that it works for can wait for theirs; its "
-            f"time to first token is predicted to be {outlook.ttft_s:.3g} s; try again in "
-            f"{self._retry_after_s:.3g} s, or allow more time"
+            f"the request would be late: each token of its answer is predicted to take {tpot_s:.3g} s, as many "
+            f"are written already, and its limit is {request.slo.limits.tpot_s:g} s; its time to first token "
+            f"is predicted to be {outlook.ttft_s:.3g} s; try again in {self._retry_after_s:.3g} s, or allow "
+            "more time"
         )
         return LateError(message, self._retry_after_s, outlook.ttft_s)

@@ -21,19 +21,19 @@ class Writers:
         self._estimates = estimates
         self._turn = 0
 
-    def overrun(self, request: Request, in_s: float, now: float) -> float:
-        """By how much the steps of the least loaded writer would be longer than they may be for all whose
-        answers it writes, if the request joined them `in_s` from now: 1 is not at all; 0 where none is up."""
+    def tpot_s(self, request: Request, in_s: float, now: float) -> float:
+        """The least time per token that one has for the request, if that joins it `in_s` from now; 0 where
+        none is up. What it does to those who are there is for the placement to judge."""
         estimates = (self._estimates.decode(one, request, in_s, now) for one in self._some())
-        return min((one.step_s / one.limit_s for one in estimates), default=0.0)
+        return min((one.step_s for one in estimates), default=0.0)
 
     def have_room(self, request: Request, now: float) -> bool:
-        """Whether one of them would take the request now, and keep everybody's limits."""
-        for one in self._some():
-            estimate = self._estimates.decode(one, request, 0.0, now)
-            if may_write(one, request) and estimate.step_s <= estimate.limit_s:
-                return True
-        return False
+        """Whether one of them would take the request now, and be in time."""
+        return any(
+            may_write(one, request)
+            and self._estimates.decode(one, request, 0.0, now).step_s <= request.slo.limits.tpot_s
+            for one in self._some()
+        )
 
     def _some(self) -> Iterator[WorkerView]:
         workers = self._pool.placeable(*WRITERS)

@@ -7,6 +7,7 @@ import math
 _MEMORY_S = 10.0
 _PRIOR_S = 1.0
 _LEAST, _MOST = 0.1, 10.0
+_SLOWEST, _FASTEST = 0.6, 1.7
 
 
 class DrainRate:
@@ -18,6 +19,12 @@ class DrainRate:
         self._reader_s = self._work_s = _PRIOR_S
         self._looked_at = 0.0
         self._busy = False
+
+    @property
+    def pace(self) -> float:
+        """How much faster than predicted a reader is with one prompt. No more than predictions may be wrong:
+        what is beyond has other reasons."""
+        return min(_FASTEST, max(_SLOWEST, self.share))
 
     @property
     def share(self) -> float:

@@ -99,13 +99,18 @@ class Guards:
         self._work_s = work_s
         self._promised_s: dict[str, float] = {}
 
-    def guards(self, tenant: str, length: int, work_s: float) -> bool:
-        """Whether the next request of that tenant and bin is guarded; if so, what it takes is spent."""
+    def need(self, tenant: str, length: int, work_s: float) -> float:
+        """How much of what it is due is missing to the next request's bin or tenant, whichever lacks more: 0
+        to 1. If something is, the request is counted as if it had had its turn."""
         entitled = self._entitled.get(length, 0.0) + self._entitled_each
         self._entitled[length] = entitled
         has_s = self._work_s.get(tenant, 0.0) + self._promised_s.get(tenant, 0.0)
-        guarded = self._attained.get(length, 0) < entitled or has_s < self._tenant_work_s
-        if guarded:
+        need = max(_missing(self._attained.get(length, 0), entitled), _missing(has_s, self._tenant_work_s))
+        if need > 0:
             self._attained[length] = self._attained.get(length, 0) + 1
             self._promised_s[tenant] = self._promised_s.get(tenant, 0.0) + work_s
-        return guarded
+        return need
+
+
+def _missing(has: float, due: float) -> float:
+    return max(0.0, 1 - has / due) if due > 0 else 0.0

@@ -28,7 +28,8 @@ from itertools import chain, islice
 from router.gate.drain import DrainRate
 from router.gate.fairness import Fairness
 from router.gate.line import Line
-from router.gate.plan import make_plan
+from router.gate.moore_hodgson import PLAIN
+from router.gate.plan import hold_of, make_plan
 from router.gate.readers import Readers
 from router.gate.waiting import Place, Waiting
 from router.requests import Request
@@ -37,17 +38,23 @@ LATE_SHARE = 0.05
 _CANDIDATES = 4
 _LOOKS = 16
 _PLAN_EVERY_S = 0.005
-_PLAN_EVERY_S_EACH = 20e-6  # a plan costs a microsecond or two for each that waits
+_PLAN_EVERY_S_EACH = 100e-6  # a plan costs two microseconds or three for each that waits
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a request could expect at the gate. ttft_s: its time to first token if all that are due before it
-    go before it. kept: whether it would be in time, if need be with others given up for it. ahead: requests
-    that are due before it."""
+    """What a request could expect at the gate: times to its first token.
+
+    ttft_s: if all that are due before it go before it. kept_ttft_s: if only those do that are kept, and that
+    would not be given up for it by fairness. larger_s: by how much sooner it could be if the largest of these
+    were given up for it, as it is larger. ahead: requests that are due before it.
+    guarded: whether fairness demands that it is let in if it can be in time.
+    """
 
     ttft_s: float
-    kept: bool
+    kept_ttft_s: float
+    larger_s: float
+    guarded: bool
     ahead: int
 
 
@@ -105,8 +112,9 @@ class GoodputGateQueue:
         self._placed_since = False
         if self._plan_is_old(now):
             self._plan(now)
-        chosen = list(islice(self._in_order(now), _CANDIDATES))
-        self._offered = {one.request.request_id: now <= one.start_by for one in chosen}
+        wait_s = self._wait_s(now)
+        chosen = list(islice(self._in_order(now + wait_s), _CANDIDATES))
+        self._offered = {one.request.request_id: now + wait_s <= one.start_by for one in chosen}
         return [one.request for one in chosen]
 
     def outlook(self, request: Request, now: float, with_it: int = 0) -> Outlook:
@@ -114,18 +122,23 @@ class GoodputGateQueue:
         one = self._of(request)
         kept, given_up = self._lines[Place.KEPT], self._lines[Place.GIVEN_UP]
         first_s = self._lines[Place.RESUMED].work_s + with_it * one.read_s
-        alone_s = now - request.arrived_at + self.readers.ttft_s(request, now) + first_s / self.rate
-        before_s, limit_s = kept.work_before_s(one.by_deadline), request.slo.limits.ttft_s
-        least_s = alone_s + before_s / self.rate
-        if before_s and alone_s <= limit_s < least_s:
-            guards = self._fairness.guards(len(self._tenants.keys() | {request.tenant}))
-            guarded = guards.guards(request.tenant, one.length, one.read_s)
-            least_s -= _gives_way_s(one, guarded, kept.before(one.by_deadline)) / self.rate
+        read_s = self.readers.ttft_s(request, now) / self._drain.pace
+        alone_s = now - request.arrived_at + read_s + first_s / self.rate
+        before_s = kept_s = kept.work_before_s(one.by_deadline)
+        larger_s = 0.0
+        if before_s:
+            one.hold = hold_of(one, self._fairness.guards(len(self._tenants.keys() | {request.tenant})))
+            if alone_s + before_s / self.rate > request.slo.limits.ttft_s:
+                lower_s, larger_s = _gives_way_s(one, kept.before(one.by_deadline))
+                kept_s -= lower_s
         passed_over = [other for other in given_up if other.by_deadline < one.by_deadline]
+        passed_over_s = sum(other.read_s for other in passed_over)
         return Outlook(
-            ttft_s=alone_s + (before_s + sum(other.read_s for other in passed_over)) / self.rate,
-            kept=least_s <= limit_s,
-            ahead=len(self._lines[Place.RESUMED]) + len(kept.before(one.by_deadline)) + len(passed_over),
+            ttft_s=alone_s + (before_s + passed_over_s) / self.rate,
+            kept_ttft_s=alone_s + kept_s / self.rate,
+            larger_s=larger_s / self.rate,
+            guarded=one.hold > PLAIN,
+            ahead=len(self._lines[Place.RESUMED]) + kept.count_before(one.by_deadline) + len(passed_over),
         )
 
     def refused(self, request: Request) -> None:
@@ -133,9 +146,15 @@ class GoodputGateQueue:
         self._fairness.missed(self._of(request).length)
 
     def _of(self, request: Request) -> Waiting:
-        return Waiting.of(request, self._arrivals, self.readers.read_s(request))
+        return Waiting.of(request, self._arrivals, self.readers.read_s(request), self._drain.pace)
 
-    def _in_order(self, now: float) -> Iterator[Waiting]:
+    def _wait_s(self, now: float) -> float:
+        """Until a reader could begin with the next one."""
+        first = next(iter(self._lines[Place.KEPT]), None)
+        return 0.0 if first is None else self.readers.wait_s(first.request, now)
+
+    def _in_order(self, start: float) -> Iterator[Waiting]:
+        """start: when reading can begin."""
         yield from self._lines[Place.RESUMED]
         oldest = self._oldest_late() if self._late_credit_s else None
         if oldest is not None and self._late_credit_s >= oldest.read_s:
@@ -143,7 +162,7 @@ class GoodputGateQueue:
         else:
             oldest = None
         # Who has fallen behind since the last plan is moved by the next one.
-        yield from (one for one in islice(self._lines[Place.KEPT], _LOOKS) if now <= one.start_by)
+        yield from (one for one in islice(self._lines[Place.KEPT], _LOOKS) if start <= one.start_by)
         rest = [
             *islice(self._lines[Place.GIVEN_UP], _CANDIDATES),
             *islice(self._lines[Place.LATE], _CANDIDATES + 1),
@@ -211,14 +230,10 @@ class GoodputGateQueue:
             self._fairness.placed(one.request.tenant, one.length, one.read_s)
 
 
-def _gives_way_s(one: Waiting, guarded: bool, before: list[Waiting]) -> float:
-    """Work that would be given up for `one`: the largest that is larger than it, or, where it is guarded, all
-    that is not."""
-    loose = [
-        other.read_s
-        for other in before
-        if not other.guarded and other.request.slo.priority == one.request.slo.priority
-    ]
-    if guarded:
-        return sum(loose)
-    return max((read_s for read_s in loose if read_s > one.read_s), default=0.0)
+def _gives_way_s(one: Waiting, before: list[Waiting]) -> tuple[float, float]:
+    """Work that fairness gives up for `one`, all that has a lower hold; and the largest that is held alike,
+    if that is larger than it."""
+    equals = [other for other in before if other.by_deadline[0] == one.by_deadline[0]]
+    lower_s = sum(other.read_s for other in equals if other.hold < one.hold)
+    larger = (other.read_s for other in equals if other.hold == one.hold and other.read_s > one.read_s)
+    return lower_s, max(larger, default=0.0)

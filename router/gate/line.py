@@ -44,6 +44,10 @@ class Line(Generic[_Item]):
         """What stands before the key."""
         return self._items[: bisect_left(self._keys, key)]
 
+    def count_before(self, key: Key) -> int:
+        """How many stand before the key."""
+        return bisect_left(self._keys, key)
+
     def work_before_s(self, key: Key) -> float:
         """Work of all that stands before the key."""
         return sum(self._work_s[: bisect_left(self._keys, key)])

@@ -6,59 +6,51 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
-
-class Hold(IntEnum):
-    """Who is given up for whom: nobody while there is one of a lower hold to give up."""
-
-    LOOSE = 0
-    PLAIN = 1
-    GUARDED = 2
+LOOSE, PLAIN, FIRMEST = 0, 1, 33
+"""Holds: nobody is given up while there is one of a lower hold to give up. Those above PLAIN are guarded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """work_s: what it takes one machine. due: when it has to be done."""
+    """work_s: what it takes one machine. start_by: when it has to begin. hold: from LOOSE to FIRMEST."""
 
     work_s: float
-    due: float
-    hold: Hold = Hold.PLAIN
+    start_by: float
+    hold: int = PLAIN
 
 
 def given_up(jobs: Sequence[Job], start: float, rate: float = 1.0) -> tuple[set[int], float]:
-    """Indices of the jobs to give up so that all others are done when they are due, and the work of these.
+    """Indices of the jobs to give up so that all others begin in time, and the work of these.
 
-    jobs: earliest due first. start: when the first of them can begin. rate: work that all machines together
-    do per second.
+    jobs: by when they have to be done, earliest first. start: when the first of them can begin. rate: work
+    that all machines together do per second.
 
-    Jobs are taken in this order; when one would overrun, the largest so far is given up. So those that are
+    Jobs are taken in this order; when one would be late, the largest so far is given up. So those that are
     left are as many as possible and take as little as possible: on one machine, with all held alike, no
     choice keeps more. The work of several machines is taken to be spread evenly over them.
     """
     lost: set[int] = set()
-    largest: list[list[tuple[float, int]]] = [[] for _ in Hold]
-    held_s = [0.0] * len(Hold)  # work that is kept, by hold
+    weakest: list[tuple[int, float, int]] = []  # of those that are kept, the next to be given up first
+    kept_s = [0.0] * (FIRMEST + 1)  # their work, by hold
+    before_s = 0.0
     for index, job in enumerate(jobs):
-        if start + job.work_s > job.due:
+        room_s = (job.start_by - start) * rate  # for work before it
+        if room_s < 0:
             lost.add(index)
             continue
         hold = job.hold
-        if hold is Hold.GUARDED and _done(start, held_s[hold], job, rate) > job.due:
-            hold = Hold.PLAIN  # not even giving up all the others would help
-        heapq.heappush(largest[hold], (-job.work_s, index))
-        before_s = sum(held_s)
-        held_s[hold] += job.work_s
-        while _done(start, before_s, job, rate) > job.due:
-            lowest = next(one for one in Hold if largest[one])
-            size, victim = heapq.heappop(largest[lowest])
+        if hold > PLAIN and sum(kept_s[hold:]) > room_s:
+            hold = PLAIN  # not even giving up all that may be given up for it would help
+        heapq.heappush(weakest, (hold, -job.work_s, index))
+        kept_s[hold] += job.work_s
+        while before_s > room_s:
+            victim_hold, size, victim = heapq.heappop(weakest)
             lost.add(victim)
-            held_s[lowest] += size
-            before_s += size
+            kept_s[victim_hold] += size
             if victim == index:
                 break
-    return lost, max(0.0, sum(held_s))
-
-
-def _done(start: float, before_s: float, job: Job, rate: float) -> float:
-    return start + before_s / rate + job.work_s
+            before_s += size
+        else:
+            before_s += job.work_s
+    return lost, max(0.0, before_s)

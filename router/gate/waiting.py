@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 from router.gate.fairness import length_bin
 from router.gate.line import Key
+from router.gate.moore_hodgson import PLAIN
 from router.requests import Request
 
 SOON = 3.0
@@ -27,55 +28,49 @@ class Place(Enum):
 
 @dataclass(slots=True)
 class Waiting:
-    """number: counts the requests as they come. read_s: what it takes a reader. start_by: when reading has to
-    begin, at the latest; plan_by: with something in reserve. can: whether it could be in time if nothing else
-    were there. guarded: in the last plan."""
+    """read_s: what it takes of the readers' time, as predicted. can: whether it could be in time if nothing
+    else were there. start_by: when reading has to begin, at the latest; plan_by: with something in reserve.
+    length: its bin of prompt lengths. by_deadline, by_size, by_arrival: where it stands in a line. hold: in
+    the last plan."""
 
     request: Request
-    number: int
     place: Place
     read_s: float
+    can: bool
     start_by: float
     plan_by: float
-    can: bool
-    guarded: bool = False
+    length: int
+    by_deadline: Key
+    by_size: Key
+    by_arrival: Key
+    hold: int = PLAIN
 
     @classmethod
-    def of(cls, request: Request, number: int, read_s: float) -> Waiting:
-        limit_s = request.slo.limits.ttft_s
-        can = read_s <= limit_s
-        wait_s = limit_s - read_s if can else (SOON - 1) * read_s
+    def of(cls, request: Request, number: int, read_s: float, pace: float) -> Waiting:
+        """number: counts the requests as they come. pace: how fast readers have turned out to be, against
+        what is predicted."""
+        arrived_at, limit_s, priority = request.arrived_at, request.slo.limits.ttft_s, request.slo.priority
+        own_s = read_s / pace
+        can = own_s <= limit_s
+        wait_s = limit_s - own_s if can else (SOON - 1) * own_s
+        plan_by = arrived_at + (1 - _MARGIN) * wait_s
         return cls(
             request,
-            number,
             Place.RESUMED if request.answered else Place.KEPT,
             read_s,
-            start_by=request.arrived_at + wait_s,
-            plan_by=request.arrived_at + (1 - _MARGIN) * wait_s,
-            can=can,
+            can,
+            start_by=arrived_at + wait_s,
+            plan_by=plan_by,
+            length=length_bin(len(request.prompt_token_ids)),
+            by_deadline=(-priority, plan_by + own_s, number),
+            by_size=(-priority, read_s, number),
+            by_arrival=(arrived_at, number),
         )
 
     @property
     def due(self) -> float:
         """When reading has to be done, with something in reserve."""
-        return self.plan_by + self.read_s
-
-    @property
-    def length(self) -> int:
-        """Its bin of prompt lengths."""
-        return length_bin(len(self.request.prompt_token_ids))
-
-    @property
-    def by_arrival(self) -> Key:
-        return (self.request.arrived_at, self.number)
-
-    @property
-    def by_deadline(self) -> Key:
-        return (-self.request.slo.priority, self.due, self.number)
-
-    @property
-    def by_size(self) -> Key:
-        return (-self.request.slo.priority, self.read_s, self.number)
+        return self.by_deadline[1]
 
     @property
     def key(self) -> Key:
