@@ -65,8 +65,11 @@ class Router:
         settings: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
         policies: Mapping[str, Callable[[PolicyInputs], Policy]] = POLICIES,
+        rng: random.Random | None = None,
     ) -> None:
-        """Reads the tokenizer. Raises SettingsError, or engine.errors.EngineError for a bad checkpoint."""
+        """rng: of placement; each router needs its own, as those side by side must not choose alike.
+
+        Reads the tokenizer. Raises SettingsError, or engine.errors.EngineError for a bad checkpoint."""
         self._settings = settings
         model = ServedModel.load(settings.model_name, Path(settings.checkpoint), settings.max_model_len)
         slo = SloPolicy(settings.slo_classes, settings.default_slo_class)
@@ -86,7 +89,7 @@ class Router:
             self.pool,
             prefixes,
             estimates,
-            random.Random(),
+            rng or random.Random(),
             settings.max_gated_requests,
             settings.retry_after_s,
         )

@@ -14,11 +14,12 @@ PairRefusal = tuple[worker_pb2.FailureReason, str]
 
 
 class FakeStream:
-    """seen: number of the last command. pairs: prefill workers that the router wants linked, by id. steps:
-    what the next snapshot says of them."""
+    """seen: number of the last command. snapshots: that were sent. pairs: prefill workers that the router
+    wants linked, by id. steps: what the next snapshot says of them."""
 
     def __init__(self) -> None:
         self.seen = 0
+        self.snapshots = 0
         self.pairs: dict[str, worker_pb2.PeerRef] = {}
         self.steps: list[worker_pb2.StepTime] = []
         self._outgoing: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
@@ -28,12 +29,12 @@ class FakeStream:
     async def messages(self, thawed: asyncio.Event) -> AsyncGenerator[worker_pb2.WorkerMessage, None]:
         """What goes out, until the stream is broken; nothing while the worker is not `thawed`."""
         broken = asyncio.create_task(self._broken.wait())
+        getting: asyncio.Task[worker_pb2.WorkerMessage] | None = None
         try:
             while not self._broken.is_set():
                 getting = asyncio.create_task(self._outgoing.get())
                 await asyncio.wait((getting, broken), return_when=asyncio.FIRST_COMPLETED)
                 if not getting.done():
-                    getting.cancel()
                     return
                 await thawed.wait()
                 yield getting.result()
@@ -41,6 +42,8 @@ class FakeStream:
                     self._all_out.set()
         finally:
             broken.cancel()
+            if getting is not None:
+                getting.cancel()
 
     def break_off(self) -> None:
         """Ends it."""

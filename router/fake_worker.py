@@ -180,6 +180,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         for stream in self._streams:
             stream.steps.extend(steps)
 
+    def beat_now(self) -> None:
+        """A snapshot out of turn."""
+        for stream in self._streams:
+            self._say_load(stream)
+
     def say_blocks(self, stored: Iterable[int] = (), removed: Iterable[int] = ()) -> None:
         """Blocks came into the prefix cache, and others left it; a router that attaches later is told what is
         there."""
@@ -372,21 +377,20 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._drop(sequence)
 
     async def _beat(self, stream: FakeStream) -> None:
-        beat = 0
         while True:
             await self._thawed.wait()
-            beat += 1
             if self._beating:
-                stream.put(snapshot=self._snapshot(stream, beat))
+                self._say_load(stream)
             await asyncio.sleep(self._heartbeat_s)
 
-    def _snapshot(self, stream: FakeStream, seq: int) -> worker_pb2.Snapshot:
+    def _say_load(self, stream: FakeStream) -> None:
         writes = self.info.role != worker_pb2.ROLE_PREFILL
         decoding = [one for one in self._sequences.values() if writes and one.decodes]
         limits = [one.urgency.tpot_s for one in decoding if one.urgency.HasField("tpot_s")]
         steps, stream.steps = stream.steps, []
-        return worker_pb2.Snapshot(
-            seq=seq,
+        stream.snapshots += 1
+        snapshot = worker_pb2.Snapshot(
+            seq=stream.snapshots,
             commands_seen=stream.seen,
             running_requests=len(self._sequences),
             queue_tokens=sum(one.unread for one in self._sequences.values()),
@@ -397,3 +401,4 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             least_tpot_s=min(limits, default=0.0),
             steps=steps,
         )
+        stream.put(snapshot=snapshot)

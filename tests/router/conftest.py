@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -142,22 +143,24 @@ StartCluster = Callable[..., Awaitable[Cluster]]
 @pytest.fixture
 async def start_cluster(checkpoint: Path) -> AsyncIterator[StartCluster]:
     """Starts clusters: keyword arguments are RouterSettings; `model`, `prefill` and `decode` are about the
-    fakes; `policy` stands in for the one that the settings name."""
+    fakes. `policy` stands in for the one that `policy_name` names: of equals, least_loaded takes the first,
+    so tests know who is asked."""
     running: list[Cluster] = []
 
     async def start(
         model: FakeModel | None = None, prefill: dict[str, Any] | None = None,
         decode: dict[str, Any] | None = None, clock: Callable[[], float] = time.monotonic,
-        policy: Callable[[PolicyInputs], Policy] | None = None, **settings: Any,
+        policy: Callable[[PolicyInputs], Policy] | None = None, policy_name: str = "least_loaded",
+        **settings: Any,
     ) -> Cluster:  # fmt: skip
         base = RouterSettings(
             checkpoint=str(checkpoint), model_name="fake", http="127.0.0.1:0", grpc="127.0.0.1:0",
             metrics="127.0.0.1:0", admin="127.0.0.1:0", stop_grace_s=0.05, liveness_timeout_s=60.0,
             slo_classes={"default": SloClass(30.0, 30.0), "strict": SloClass(1e-9, 1e-9)},
-            policy="least_loaded",  # of equals it takes the first: so tests know who is asked
+            policy=policy_name,
         )  # fmt: skip
-        policies = POLICIES if policy is None else {base.policy: policy}
-        router = Router(replace(base, **settings), clock, policies)
+        policies = POLICIES if policy is None else {policy_name: policy}
+        router = Router(replace(base, **settings), clock, policies, random.Random(len(running)))
         fleet = FakeFleet(
             model or FakeModel(eos_token_id=EOS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
         )
