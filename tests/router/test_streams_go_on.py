@@ -392,6 +392,6 @@ async def test_a_request_that_waits_between_attempts(start_cluster, make_request
         live.cancel("r")
         assert request.pause.cancelled()
     await cluster.until(lambda: len(live) == 0)
-    assert live.outcomes == {Outcome.CANCELLED if leaves else Outcome.GOOD: 1}
+    assert live.tally.outcomes == {Outcome.CANCELLED if leaves else Outcome.GOOD: 1}
     assert cluster.decode.received["reserve"] == (2 if leaves else 3)
     await cluster.settled()
