@@ -10,7 +10,7 @@ from router.requests import Delta
 
 
 class AnswerStream:
-    """An async iterator of deltas. What the reader has not taken yet is merged into one delta, never queued.
+    """An async iterator of deltas. What the reader has not taken yet comes as one delta.
 
     How much that is, is bounded from outside (`reader_pace.py`): `unread_tokens` says how much there is, and
     `on_read` when it has been taken. Ends after the delta that carries `finish`; raises the RouterError that
@@ -22,7 +22,8 @@ class AnswerStream:
         on_read."""
         self._cancel = cancel
         self._on_read = on_read
-        self._pending: Delta | None = None
+        self._pending: list[Delta] = []
+        self._unread_tokens = 0
         self._error: RouterError | None = None
         self._ended = False
         self._changed = asyncio.Event()
@@ -30,11 +31,12 @@ class AnswerStream:
     @property
     def unread_tokens(self) -> int:
         """Tokens that the reader has not taken yet."""
-        return 0 if self._pending is None else len(self._pending.token_ids)
+        return self._unread_tokens
 
     def put(self, delta: Delta) -> None:
         """More of the answer."""
-        self._pending = delta if self._pending is None else self._pending.then(delta)
+        self._pending.append(delta)
+        self._unread_tokens += len(delta.token_ids)
         self._changed.set()
 
     def fail(self, error: RouterError) -> None:
@@ -47,8 +49,9 @@ class AnswerStream:
 
     async def __anext__(self) -> Delta:
         while True:
-            if self._pending is not None:
-                delta, self._pending = self._pending, None
+            if self._pending:
+                pending, self._pending, self._unread_tokens = self._pending, [], 0
+                delta = pending[0] if len(pending) == 1 else Delta.joined(pending)
                 self._ended = delta.finish is not None
                 self._on_read()
                 return delta

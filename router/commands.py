@@ -116,8 +116,8 @@ def token_batch(sequence: worker_pb2.SequenceTokens, *, from_reader: bool) -> To
         stop_reason=_STOP_REASONS.get(sequence.stop_reason),
         stage_times=times,
         kv_bytes=sequence.times.kv_bytes,
-        logprobs=[_logprobs(message) for message in sequence.logprobs],
-        prompt_logprobs=[_logprobs(message) for message in sequence.prompt_logprobs],
+        logprobs=list(map(_logprobs, sequence.logprobs)),
+        prompt_logprobs=list(map(_logprobs, sequence.prompt_logprobs)),
         cached_tokens=sequence.cached_tokens,
     )
 

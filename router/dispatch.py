@@ -27,7 +27,6 @@ from collections.abc import Callable
 
 from prelay.v1 import worker_pb2
 
-from engine.sequence import RequestKey
 from router import commands
 from router.admission.shortage import shortage_of
 from router.errors import RouterError
@@ -220,10 +219,10 @@ class Dispatcher:
         _, tokens_to_come, _ = self._lengths.quantiles(live.request)
         return urgency(live.request, now, live.record.first_token_at, tokens_to_come)
 
-    def _find(self, link: CommandLink, key: RequestKey) -> LiveRequest | None:
+    def _find(self, link: CommandLink, request_id: str, attempt: int) -> LiveRequest | None:
         """The live request that `link` speaks of; None when it has ended, or that attempt of it has."""
-        live = self.live.get(key.request_id)
-        if live is None or live.record.attempt != key.attempt or link not in (live.prefill, live.decode):
+        live = self.live.get(request_id)
+        if live is None or live.record.attempt != attempt or link not in (live.prefill, live.decode):
             return None
         return live
 
@@ -236,27 +235,25 @@ class Dispatcher:
             _log.warning("worker=%s event=%s epoch=%d", link.worker_id, event, link.epoch)
 
     def _on_reserved(self, link: CommandLink, reserved: worker_pb2.Reserved) -> None:
-        key = RequestKey(reserved.request_id, reserved.attempt)
-        live = self._find(link, key)
+        live = self._find(link, reserved.request_id, reserved.attempt)
         if live is None or live.prefilling or live.prefill is None or live.decode is None:
             return
         live.prefilling = True
         live.travelling_tokens = max(0, live.request.num_tokens - reserved.cached_tokens)
-        now, peer = self._clock(), commands.peer(live.decode.info)
+        now, key, peer = self._clock(), live.record.key, commands.peer(live.decode.info)
         live.record.reserved(now)
         number = live.prefill.send(commands.prefill(key, live.request, peer, self._urgency(live, now)))
         self._pool[live.prefill.worker_id].sent(key, number)
 
     def _on_tokens(self, link: CommandLink, sequence: worker_pb2.SequenceTokens) -> None:
-        key = RequestKey(sequence.request_id, sequence.attempt)
-        live = self._find(link, key)
+        live = self._find(link, sequence.request_id, sequence.attempt)
         if live is None:
             return
         if link is live.decode:
             live.decoding = True
         from_reader = link is live.prefill or live.is_local
         if link is live.prefill:
-            self._pool[link.worker_id].release(key)
+            self._pool[link.worker_id].release(live.record.key)
             self._pump.soon()
         elif sequence.HasField("times") and not from_reader:
             self._learning.handed_over(live, sequence.times)
@@ -272,7 +269,7 @@ class Dispatcher:
         self.live.emit(live, delta)
 
     def _on_failed(self, link: CommandLink, failed: worker_pb2.Failed) -> None:
-        live = self._find(link, RequestKey(failed.request_id, failed.attempt))
+        live = self._find(link, failed.request_id, failed.attempt)
         if live is None:
             return
         _log.info(

@@ -59,6 +59,8 @@ class RequestRecord:
     def __init__(self, request: Request, detokenizer: Detokenizes) -> None:
         self.request = request
         self.attempt = 0
+        self.key = RequestKey(request.request_id, 0)
+        """Names the placement in force; what carries another attempt is not about it."""
         self.prefill_worker = ""
         self.decode_worker = ""
         self.placement = ""
@@ -78,16 +80,12 @@ class RequestRecord:
         self.last_token_at: float | None = None
         self._details: Details | None = None
 
-    @property
-    def key(self) -> RequestKey:
-        """Names the placement in force; what carries another attempt is not about it."""
-        return RequestKey(self.request.request_id, self.attempt)
-
     def place(
         self, now: float, prefill_worker: str, decode_worker: str, kind: Kind = Kind.DISAGGREGATED
     ) -> RequestKey:
         """The request leaves the gate for its workers, which may be one, as a new attempt."""
         self.attempt += 1
+        self.key = RequestKey(self.request.request_id, self.attempt)
         self.prefill_worker = prefill_worker
         self.decode_worker = decode_worker
         self.placement = kind.value

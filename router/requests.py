@@ -145,10 +145,6 @@ class Delta:
     scored: tuple[ScoredToken, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
-    def then(self, later: Delta) -> Delta:
-        """This delta and the one after it as one."""
-        return Delta.joined((self, later))
-
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
         """Consecutive deltas as one."""
