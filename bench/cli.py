@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
 from bench.cli_serve import serve
 from bench.errors import MeasurementError
@@ -192,6 +193,7 @@ def transfer(plot: Path | None, as_json: bool, rounds: int, **chosen: str) -> in
 
 
 bench.add_command(serve)
+bench.add_command(goodput)
 
 
 @click.command(

@@ -44,9 +44,7 @@ def profile_of(model: ModelPart, folder: Path) -> Path | None:
         latency = read_profile(model.profile)
     except ConfigError as error:
         raise BadInputError(str(error)) from error
-    scaled = LatencyModel(
-        {name: value * model.time_scale for name, value in latency.coefficients.items()}
-    )
+    scaled = LatencyModel({name: value * model.time_scale for name, value in latency.coefficients.items()})
     target = folder / "profile.json"
     target.write_text(json.dumps(scaled.to_json()))
     return target

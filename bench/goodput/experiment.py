@@ -157,3 +157,34 @@ def known(what: str, names: list[str], there: Mapping[str, object]) -> None:
     for name in names:
         if name not in there:
             raise BadInputError(f"{what}: there is no {name!r}; there are {', '.join(there)}")
+
+
+def chosen_part(
+    experiment: Experiment,
+    workloads: list[str] | None,
+    deployments: list[str] | None,
+    rounds: int | None,
+    seconds: float | None,
+) -> Experiment:
+    """With only these workloads and deployments, and so many rounds and seconds; None leaves all as it is.
+
+    Raises BadInputError.
+    """
+    update: dict[str, Any] = {}
+    for name, chosen, there in (
+        ("workloads", workloads, experiment.workloads),
+        ("deployments", deployments, experiment.deployments),
+    ):
+        if chosen is not None:
+            known(f"--{name}", chosen, there)
+            if not chosen:
+                raise BadInputError(f"--{name} is empty; there are {', '.join(there)}")
+            update[name] = {one: there[one] for one in chosen}
+    measure = {
+        **({} if rounds is None else {"rounds": rounds}),
+        **({} if seconds is None else {"seconds": seconds}),
+    }
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise BadInputError(f"--seconds {seconds:g}: a number greater than 0 is needed")
+    update["measure"] = experiment.measure.model_copy(update=measure)
+    return experiment.model_copy(update=update)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.load.crossing import Crossing, crossing
+from bench.load.crossing import crossing
 
 _DRAWS = 500
 _PERCENTILES = (5, 95)
@@ -56,7 +56,7 @@ def figure_of(rounds: Sequence[Round], target: float, devices: int) -> Figure:
         return Figure(target, value, None, whole.bound)
     rng = np.random.default_rng(len(rounds))
     draws = [
-        _rate(crossing(_pooled([rounds[index] for index in chosen]), target)) / devices
+        _of_draw(_pooled([rounds[index] for index in chosen]), target) / devices
         for chosen in rng.integers(len(rounds), size=(_DRAWS, len(rounds)))
     ]
     low, high = (float(found) for found in np.percentile(draws, _PERCENTILES))
@@ -64,8 +64,15 @@ def figure_of(rounds: Sequence[Round], target: float, devices: int) -> Figure:
     return Figure(target, value, (min(low, value), max(high, value)), whole.bound)
 
 
-def _rate(found: Crossing) -> float:
-    return 0.0 if found.bound == "<" else found.rate
+def _of_draw(pooled: Round, target: float) -> float:
+    """Where even the lowest rate of a draw is too much, on the line from there to a rate of 0, where all
+    would be good: the other rounds have seen that lower rates are possible."""
+    found = crossing(pooled, target)
+    if found.bound != "<":
+        return found.rate
+    good, requests = pooled[found.rate]
+    attained = good / requests if requests else 0.0
+    return found.rate * min(1.0, (1 - target) / (1 - attained))
 
 
 def _pooled(rounds: Sequence[Round]) -> dict[float, tuple[int, int]]:

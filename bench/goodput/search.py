@@ -48,13 +48,13 @@ def next_place(
         if found.bound == "<":
             if (lowest := min(counts)) > least:
                 return max(least, lowest - _WIDE)
-            sides = (lowest,)
+            sides = [lowest]
         else:
             low = max(place for place in counts if place <= found.rate)
             high = min(place for place in counts if place > found.rate)
             if high - low > 1:
                 return (low + high) // 2
-            sides = (low, high)
+            sides = [low, high]
         for place in sides:
             if place not in own:
                 return place

@@ -57,7 +57,9 @@ class Variant:
     def under(self, limits: Limits) -> ServeConfig:
         """With these limits as those of every request."""
         slo_class = {"ttft_s": limits.ttft_s, "tpot_s": limits.tpot_s}
-        slo = type(self.config.slo).model_validate({"default": "workload", "classes": {"workload": slo_class}})
+        slo = type(self.config.slo).model_validate(
+            {"default": "workload", "classes": {"workload": slo_class}}
+        )
         return self.config.model_copy(update={"slo": slo})
 
 
@@ -73,7 +75,9 @@ def variants_of(experiment: Experiment, name: str, checkpoint: Path, profile: Pa
             tried.setdefault(section, {})[last] = value
         setting = ", ".join(f"{key}={value}" for key, value in choice)
         layers = (experiment.common, part.serve, tried)
-        found.append(Variant(name, setting, _config(f"deployments.{name}", experiment, layers, checkpoint, profile)))
+        found.append(
+            Variant(name, setting, _config(f"deployments.{name}", experiment, layers, checkpoint, profile))
+        )
     return found
 
 

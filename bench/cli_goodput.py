@@ -1,0 +1,229 @@
+"""`prelay bench goodput`: the command line of the comparison of deployments."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.cli_parts import need_directory, need_matplotlib
+from bench.errors import MeasurementError
+from bench.load.errors import BadInputError
+
+if TYPE_CHECKING:
+    from bench.goodput.experiment import Experiment
+    from bench.goodput.teller import Teller
+
+_SHAPES = Path(__file__).parent / "shapes"
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  done, whatever the figures are
+  1  a deployment did not start or ended, or no request can meet the limits
+  2  the command line, the experiment or a trace is wrong
+  130  interrupted; what was measured until then is in the file
+"""
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.option(
+    "--config", "config_file", type=Path, required=True, metavar="FILE.yaml", help="The experiment."
+)
+@click.option(
+    "--traces",
+    type=Path,
+    metavar="DIR",
+    help="Where the files of the workloads are (default: where FILE.yaml is).",
+)
+@click.option("--workloads", metavar="A,B", help="Only these.")
+@click.option("--deployments", metavar="A,B", help="Only these.")
+@click.option("--rounds", type=click.IntRange(1), metavar="N", help="Instead of measure.rounds.")
+@click.option("--seconds", type=float, metavar="S", help="Instead of measure.seconds.")
+@click.option(
+    "--overload",
+    is_flag=True,
+    help="Then 0.5, 1, 1.5 and 3 times each one's own 90 % rate, and how it recovers.",
+)
+@click.option(
+    "--map", "as_map", is_flag=True, help="Instead, the plane of limits (the part map of FILE.yaml)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--plot", type=Path, metavar="FILE.png", help="Draw the result.")
+@click.option(
+    "--resume",
+    type=Path,
+    metavar="FILE.json",
+    help="Keep every point here, and do not measure again what is here already (default: a new file).",
+)
+def goodput(as_json: bool, plot: Path | None, resume: Path | None, **chosen: Any) -> int:
+    """Goodput per device of deployments on the same cores: each is started, loaded and stopped in turn.
+
+    For each workload and deployment the highest rate is searched at which 90 % (and 99 %) of all requests
+    meet both limits. Rounds, each with a seed of its own, visit all deployments in a changing order. Every
+    point is kept as soon as it is measured: Ctrl-C loses only the one that runs, --resume goes on.
+
+    \b
+    Examples:
+      prelay bench goodput --config deploy/bench/two-cores.yaml --traces ~/traces --plot all.png
+      prelay bench goodput --config deploy/bench/two-cores.yaml --resume chat.json --overload --json
+      prelay bench goodput --config deploy/bench/large-pools.yaml --rounds 1 --seconds 20
+    """
+    need_matplotlib(plot)
+    need_directory("--resume", resume)
+    target = resume or Path(time.strftime("goodput-%Y%m%d-%H%M%S.json"))
+    _raise_file_limit()
+    try:
+        experiment = _experiment(chosen)
+        with tempfile.TemporaryDirectory(prefix="prelay-bench-") as folder, _telling() as teller:
+            result = asyncio.run(_measure(experiment, chosen, target, Path(folder), teller, plot))
+    except BadInputError as error:
+        raise click.UsageError(str(error)) from error
+    except MeasurementError as error:
+        raise MeasurementError(f"{error}\n{_kept(target)}") from error
+    except KeyboardInterrupt:
+        click.echo(f"prelay: interrupted; {_kept(target)}", err=True)
+        return 130
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print(result)
+    click.echo(_kept(target), err=True)
+    return 0
+
+
+async def _measure(
+    experiment: Experiment,
+    chosen: dict[str, Any],
+    target: Path,
+    folder: Path,
+    teller: Teller,
+    plot: Path | None,
+) -> dict[str, Any]:
+    from bench.goodput.plan import plan_of
+    from bench.goodput.record import Record
+    from bench.goodput.report import result_of
+    from bench.goodput.run import measure_rounds
+
+    about = {"about": _about(), "measure": experiment.measure.model_dump(mode="json")}
+    traces = chosen["traces"] or chosen["config_file"].absolute().parent
+    if chosen["as_map"]:
+        return await _measure_map(experiment, target, folder, teller, plot, about)
+    plan = plan_of(experiment, _SHAPES, traces, folder)
+    record = Record.open(target, experiment, about["about"])
+    curves = await measure_rounds(plan, record, teller)
+    result = result_of(curves, record, about)
+    if chosen["overload"]:
+        from bench.goodput.overload import measure_overload
+
+        result["overload"] = await measure_overload(plan, curves, record, teller)
+    if plot is not None:
+        from bench.goodput.plots import draw_goodput, draw_overload
+
+        draw_goodput(result, plot)
+        if chosen["overload"]:
+            draw_overload(result["overload"], plot.with_stem(f"{plot.stem}-overload"))
+    return result
+
+
+async def _measure_map(
+    experiment: Experiment,
+    target: Path,
+    folder: Path,
+    teller: Teller,
+    plot: Path | None,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    from bench.goodput.plane import measure_map
+    from bench.goodput.record import Record
+
+    if experiment.map is None:
+        raise BadInputError("--map: the experiment has no part `map`")
+    record = Record.open(target, experiment, about["about"])
+    result = {**about, "map": await measure_map(experiment, _SHAPES, folder, record, teller)}
+    if plot is not None:
+        from bench.goodput.plots import draw_map
+
+        draw_map(result["map"], plot)
+    return result
+
+
+def _experiment(chosen: dict[str, Any]) -> Experiment:
+    """With what the command line says instead. Raises BadInputError."""
+    from bench.goodput.experiment import chosen_part, load_experiment
+
+    return chosen_part(
+        load_experiment(chosen["config_file"]),
+        _names(chosen["workloads"]),
+        _names(chosen["deployments"]),
+        chosen["rounds"],
+        chosen["seconds"],
+    )
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextmanager
+def _telling() -> Iterator[Teller]:
+    """A bar on standard error, below a line for each point; where that is no terminal, only the lines."""
+    from bench.goodput.teller import Teller
+
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.fields[what]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("goodput", total=1.0, what="checking the experiment")
+        yield Teller(
+            lambda share, what: bar.update(task, completed=share, what=what),
+            lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True),
+        )
+
+
+def _about() -> dict[str, Any]:
+    from bench.profile import cpu_name
+
+    return {
+        "machine": cpu_name(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("prelay", "torch")},
+    }
+
+
+def _kept(target: Path) -> str:
+    if not target.exists():
+        return "nothing was measured"
+    return f"what was measured is kept in {target}; --resume {target} goes on from there"
+
+
+def _raise_file_limit() -> None:
+    """Each request that is under way may have a socket."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _print(result: dict[str, Any]) -> None:
+    from bench.goodput.report import tables
+
+    for table in tables(result) if "workloads" in result else ():
+        Console().print(table)
+    if "overload" in result:
+        from bench.goodput.overload import overload_table
+
+        Console().print(overload_table(result["overload"]))
+    if "map" in result:
+        from bench.goodput.plane import map_tables
+
+        for table in map_tables(result["map"]):
+            Console().print(table)

@@ -1,0 +1,33 @@
+"""From an experiment to a plan of which every part has been checked: nothing is started before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.goodput.checkpoint import checkpoint_of, profile_of
+from bench.goodput.experiment import Experiment
+from bench.goodput.run import Plan
+from bench.goodput.sources import source_of
+from bench.goodput.variants import references, variants_of
+from bench.load.errors import BadInputError
+from cluster.errors import ModelError
+
+
+def plan_of(experiment: Experiment, shapes: Path, traces: Path, folder: Path) -> Plan:
+    """shapes: that come with prelay. traces: where files of workloads are. folder: for what has to be
+    written. Raises BadInputError."""
+    checkpoint, profile = (
+        checkpoint_of(experiment.model, shapes, folder),
+        profile_of(experiment.model, folder),
+    )
+    try:
+        variants = {
+            name: variants_of(experiment, name, checkpoint, profile) for name in experiment.deployments
+        }
+        alone = references(experiment, checkpoint, profile)
+    except ModelError as error:
+        raise BadInputError(f"model: {error}") from error
+    longest = alone[0].config.model.max_model_len
+    assert longest is not None
+    sources = [source_of(name, part, traces, longest) for name, part in experiment.workloads.items()]
+    return Plan(experiment, sources, variants, alone)

@@ -1,0 +1,177 @@
+"""What is measured, in which order, until nothing is missing.
+
+1. What requests of every workload take alone, on the two smallest deployments: gives the limits.
+2. Round by round, workload by workload: every deployment is started once, in an order that changes from round
+   to round, measured at one rate after the other, and stopped. So what drifts hits all alike. A round has a
+   seed of its own: arrivals and lengths depend on it and the rate alone, the same for all deployments.
+3. Of the values that a deployment has to try, those that were best in the first round for 90 % and for 99 %
+   go on.
+
+Everything is kept as soon as it is measured, and nothing that is kept is measured again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.goodput.curves import Curve
+from bench.goodput.experiment import Experiment
+from bench.goodput.limits import Idle, Typical
+from bench.goodput.points import Point
+from bench.goodput.record import Record
+from bench.goodput.search import Grid
+from bench.goodput.sources import Source
+from bench.goodput.teller import Teller
+from bench.goodput.variants import Variant
+from bench.goodput.visit import idle_times, run_at, typical_of, visiting
+from bench.load.slo import IdlePoint, IdleTimes
+
+TARGETS = (0.9, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """variants: of each deployment. references: see `variants.references`."""
+
+    experiment: Experiment
+    sources: Sequence[Source]
+    variants: Mapping[str, Sequence[Variant]]
+    references: Sequence[Variant]
+
+
+async def measure_rounds(plan: Plan, record: Record, teller: Teller) -> dict[str, list[Curve]]:
+    """The curves by workload, all measured. Raises MeasurementError."""
+    rounds = plan.experiment.measure.rounds
+    teller.expect(len(plan.references) + rounds * len(plan.sources) * len(plan.variants))
+    idles = await measure_idle_times(plan.references, plan.sources, record, teller)
+    curves = {source.name: curves_of(plan, source, idles[source.name]) for source in plan.sources}
+    for number in range(rounds):
+        for source in plan.sources:
+            rng = random.Random(f"{number} {source.name}")
+            for name in rng.sample(list(plan.variants), len(plan.variants)):
+                mine = [curve for curve in curves[source.name] if curve.variant.deployment == name]
+                going_on = mine if number == 0 else best_of(mine, record.points, {0})
+                with teller.part(f"round {number + 1} of {rounds}, {source.name}, {name}") as tell:
+                    for curve in rng.sample(going_on, len(going_on)):
+                        await measure_visit([curve], number, plan.experiment, record, teller.line, tell)
+    return curves
+
+
+def curves_of(plan: Plan, source: Source, idle: Idle) -> list[Curve]:
+    """Of all variants under one workload."""
+    limits = idle.limits(source.slo)
+    return [
+        Curve(source, variant, limits, idle.median)
+        for variants in plan.variants.values()
+        for variant in variants
+    ]
+
+
+def best_of(curves: Sequence[Curve], points: Sequence[Point], rounds: set[int] | None = None) -> list[Curve]:
+    """For each target the one with the greatest goodput; one, if it is the same. curves: all measured."""
+    best = [max(curves, key=lambda curve: curve.figure(points, target, rounds).value) for target in TARGETS]
+    return list({id(curve): curve for curve in best}.values())
+
+
+async def measure_idle_times(
+    references: Sequence[Variant], sources: Sequence[Source], record: Record, teller: Teller
+) -> dict[str, Idle]:
+    """By workload. Raises MeasurementError."""
+    typicals: dict[str, Typical] = {source.name: typical_of(source) for source in sources}
+    for reference in references:
+        known = {
+            (line["workload"], tuple(line["lengths"]), line["answer"])
+            for line in record.others("idle")
+            if line["reference"] == reference.deployment
+        }
+        missing = [
+            source
+            for source in sources
+            if (source.name, typicals[source.name].lengths, typicals[source.name].answer) not in known
+        ]
+        with teller.part(f"requests alone, {reference.deployment}") as tell:
+            if missing:
+                async with visiting(reference.config, tell) as visit:
+                    for source in missing:
+                        typical = typicals[source.name]
+                        times = await idle_times(visit, source, typical, tell)
+                        line = {
+                            "workload": source.name,
+                            "reference": reference.deployment,
+                            "lengths": list(typical.lengths),
+                            "answer": typical.answer,
+                            "times": times.to_json(),
+                        }
+                        record.add("idle", line)
+                        teller.line(f"{source.name}, alone on {reference.deployment}: {_said(times)}")
+    return {name: idle_of(record, name, typical) for name, typical in typicals.items()}
+
+
+def idle_of(record: Record, workload: str, typical: Typical) -> Idle:
+    """What has been measured of it."""
+    found: dict[str, IdleTimes] = {}
+    for line in record.others("idle"):
+        if (line["workload"], tuple(line["lengths"]), line["answer"]) == (
+            workload,
+            typical.lengths,
+            typical.answer,
+        ):
+            found[line["reference"]] = IdleTimes(
+                [IdlePoint(one["prompt_tokens"], one["ttft_s"], one["tpot_s"]) for one in line["times"]]
+            )
+    return Idle(typical, found)
+
+
+async def measure_visit(
+    curves: Sequence[Curve],
+    number: int,
+    experiment: Experiment,
+    record: Record,
+    line: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> None:
+    """One round of one variant, for all of the curves: of one workload, and of a policy that does not look at
+    limits if they have several. Does not start it if nothing is missing. Raises MeasurementError."""
+    measure = experiment.measure
+
+    def missing() -> tuple[Curve, int] | None:
+        setting = curves[0].setting
+        own = [point for point in record.points if point.of == setting and point.round == number]
+        if len(curves) == 1:
+            own = curves[0].of(own)
+        if len(own) >= measure.max_points * len(curves):
+            return None
+        for curve in curves:
+            place = curve.next_place(record.points, number, measure, TARGETS)
+            if place is not None:
+                return curve, place
+        return None
+
+    if missing() is None:
+        return
+    first = curves[0]
+    variant, limits = first.variant, first.limits
+    async with visiting(variant.under(limits), tell) as visit:
+        while (found := missing()) is not None:
+            _, place = found
+            rate = Grid(measure.step).rate(place)
+
+            def show(said: str, rate: float = rate) -> None:
+                tell(f"{variant.setting or variant.policy}, {rate:.3g}/s: {said}")
+
+            duration_s, rows, said = await run_at(visit, first.source, rate, number, limits, measure, show)
+            point = Point(first.setting, number, place, rate, limits, duration_s, rows, said)
+            record.add_point(point)
+            line(
+                f"round {number + 1}, {first.source.name}, {variant.name}, {rate:.3g}/s: "
+                f"{point.judged(limits).attainment:.1%} of {len(rows)} good"
+            )
+
+
+def _said(times: IdleTimes) -> str:
+    return ", ".join(
+        f"{point.prompt_tokens} tokens {point.ttft_s * 1000:.0f} ms and {point.tpot_s * 1000:.1f} ms a token"
+        for point in times.points
+    )

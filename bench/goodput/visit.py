@@ -1,0 +1,135 @@
+"""From the start of a deployment to its end: what requests take alone, and one rate after the other."""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.errors import MeasurementError
+from bench.goodput.counters import counted_between, read_counters
+from bench.goodput.experiment import MeasurePart
+from bench.goodput.limits import SAMPLE, Typical
+from bench.goodput.serving import Served, serving
+from bench.goodput.sources import Source
+from bench.load.client_use import ClientMeter
+from bench.load.connect import connect
+from bench.load.idle import measure_idle
+from bench.load.jobs import Job, Row
+from bench.load.judge import judge
+from bench.load.run import run_load
+from bench.load.serve import vocabulary_of
+from bench.load.slo import IdleTimes, Limits, Slo
+from bench.load.target import ServerInfo, Target
+from bench.load.workload import WorkloadSpec, workload
+from cluster.config import ServeConfig
+
+_IDLE_REPEATS = 5
+_MAX_STRETCH = 4
+"""A point may take so many times `seconds` to get its requests."""
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A deployment that is up."""
+
+    served: Served
+    target: Target
+    info: ServerInfo
+
+    @property
+    def vocabulary(self) -> range:
+        return vocabulary_of(self.info.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What came of some jobs: a row each, what the router counted, and how busy the client was."""
+
+    rows: Sequence[Row]
+    counted: dict[str, int]
+    client: dict[str, Any]
+
+
+@asynccontextmanager
+async def visiting(config: ServeConfig, show: Show) -> AsyncIterator[Visit]:
+    """config: see `serving`. Raises MeasurementError."""
+    show("starting")
+    async with serving(config, lambda line: show(f"starting, {line}")) as served:
+        async with connect(f"grpc://{served.grpc}") as target:
+            yield Visit(served, target, await served.while_up(target.check()))
+        show("stopping")
+
+
+def spec_of(source: Source, vocabulary: range, *salt: object) -> WorkloadSpec:
+    """salt: what makes the contents of prompts differ from those of all other runs."""
+    key = zlib.crc32("/".join(map(str, (source.name, *salt))).encode())
+    return WorkloadSpec(source.dataset, source.arrivals, vocabulary, salt=key)
+
+
+def typical_of(source: Source) -> Typical:
+    """By a sample that is always the same."""
+    spec = replace(spec_of(source, range(100, 200)), arrivals=source.arrivals)
+    return Typical.of(workload(spec, 0, 1.0, count=SAMPLE))
+
+
+async def idle_times(visit: Visit, source: Source, typical: Typical, show: Show) -> IdleTimes:
+    """What requests of a workload take alone here."""
+    key = zlib.crc32(source.name.encode())
+    work = measure_idle(
+        visit.target,
+        sorted(set(typical.lengths)),
+        typical.answer,
+        visit.vocabulary,
+        key,
+        _IDLE_REPEATS,
+        lambda done, said: show(f"{source.name}: {said}"),
+    )
+    return await visit.served.while_up(work)
+
+
+def window_s(measure: MeasurePart, rate: float) -> float:
+    """How long a rate is judged."""
+    return min(max(measure.seconds, measure.min_requests / rate), _MAX_STRETCH * measure.seconds)
+
+
+def least_rate(measure: MeasurePart) -> float:
+    """Below which not even the longest window would bring enough requests."""
+    return measure.min_requests / (_MAX_STRETCH * measure.seconds)
+
+
+async def send(visit: Visit, jobs: Sequence[Job], limits: Limits, timeout_s: float, show: Show) -> Sent:
+    """Waits until all are answered. Raises MeasurementError if the deployment ends."""
+    slo = Slo.fixed(limits.ttft_s, limits.tpot_s)
+    before = await read_counters(visit.served.metrics)
+    async with ClientMeter() as meter:
+        # The limits are those of the deployment's only class, so requests need not bring them.
+        work = run_load(
+            visit.target, jobs, slo, lambda done, said: show(said), timeout_s=timeout_s, send_slo=False
+        )
+        rows = await visit.served.while_up(work)
+    after = await read_counters(visit.served.metrics)
+    return Sent(rows, counted_between(before, after), meter.use(rows).to_json())
+
+
+async def run_at(
+    visit: Visit, source: Source, rate: float, seed: int, limits: Limits, measure: MeasurePart, show: Show
+) -> tuple[float, list[Row], dict[str, Any]]:
+    """Seconds that were judged, the rows of these, and what is to be said of them."""
+    duration_s = window_s(measure, rate)
+    # Served twice, a prompt would be found in a cache: what it says depends on where and when, too.
+    spec = spec_of(source, visit.vocabulary, visit.served.grpc, seed, rate)
+    jobs = workload(spec, seed, rate, duration_s=measure.warmup_s + duration_s)
+    first = bisect_left(jobs, measure.warmup_s, key=lambda job: job.arrival_s)
+    if first == len(jobs):
+        raise MeasurementError(f"{source.name}: at {rate:.3g}/s nothing arrives within {duration_s:g} s")
+    sent = await send(visit, jobs, limits, measure.timeout_s, show)
+    rows = [replace(row, arrival_s=row.arrival_s - measure.warmup_s) for row in sent.rows[first:]]
+    judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
+    said = {**judged.to_json(), "counted": sent.counted, "client": sent.client}
+    return duration_s, rows, said
