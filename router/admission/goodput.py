@@ -142,8 +142,8 @@ class GoodputAdmission:
 
     def _tpot_error(self, request: Request, outlook: Outlook, tpot_s: float) -> LateError:
         message = (
-            f"the request would be late: each token of its answer is predicted to take {tpot_s:.3g} s, as many "
-            f"are written already, and its limit is {request.slo.limits.tpot_s:g} s; its time to first token "
+            f"the request would be late: each token of its answer is predicted to take {tpot_s:.3g} s, for "
+            f"many are written, and its limit is {request.slo.limits.tpot_s:g} s; its time to first token "
             f"is predicted to be {outlook.ttft_s:.3g} s; try again in {self._retry_after_s:.3g} s, or allow "
             "more time"
         )

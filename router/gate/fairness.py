@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
+from collections.abc import Set
 
 LENGTH_BINS = (512, 2048, 8192)
 """Prompts of fewer tokens than the first, than the second, ... and the others."""
@@ -57,14 +58,14 @@ class Fairness:
         """A request was refused, or can no longer be in time."""
         self._outcome(length, False)
 
-    def guards(self, num_tenants: int) -> Guards:
-        """num_tenants: of whom something waits; where it is one, none is small."""
+    def guards(self, tenants: Set[str]) -> Guards:
+        """tenants: of whom something waits."""
         attained = sum(self._attained.values()) / max(1, len(self._outcomes))
         return Guards(
             {bin_: BIN_SHARE * attained * count for bin_, count in self._offered.items()},
             BIN_SHARE * attained,
             dict(self._attained),
-            TENANT_SHARE * self._total_work_s / max(1, num_tenants),
+            TENANT_SHARE * self._total_work_s / max(1, len(self._work_s.keys() | tenants)),
             self._work_s,
         )
 

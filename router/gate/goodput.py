@@ -127,7 +127,7 @@ class GoodputGateQueue:
         before_s = kept_s = kept.work_before_s(one.by_deadline)
         larger_s = 0.0
         if before_s:
-            one.hold = hold_of(one, self._fairness.guards(len(self._tenants.keys() | {request.tenant})))
+            one.hold = hold_of(one, self._fairness.guards(self._tenants.keys() | {request.tenant}))
             if alone_s + before_s / self.rate > request.slo.limits.ttft_s:
                 lower_s, larger_s = _gives_way_s(one, kept.before(one.by_deadline))
                 kept_s -= lower_s
@@ -138,7 +138,10 @@ class GoodputGateQueue:
             kept_ttft_s=alone_s + kept_s / self.rate,
             larger_s=larger_s / self.rate,
             guarded=one.hold > PLAIN,
-            ahead=len(self._lines[Place.RESUMED]) + kept.count_before(one.by_deadline) + len(passed_over),
+            ahead=len(self._lines[Place.RESUMED])
+            + with_it
+            + kept.count_before(one.by_deadline)
+            + len(passed_over),
         )
 
     def refused(self, request: Request) -> None:
@@ -161,9 +164,14 @@ class GoodputGateQueue:
             yield oldest
         else:
             oldest = None
-        # Who has fallen behind since the last plan is moved by the next one.
-        yield from (one for one in islice(self._lines[Place.KEPT], _LOOKS) if start <= one.start_by)
+        behind = []  # since the last plan; the next one moves them
+        for one in islice(self._lines[Place.KEPT], _LOOKS):
+            if start <= one.start_by:
+                yield one
+            else:
+                behind.append(one)
         rest = [
+            *behind,
             *islice(self._lines[Place.GIVEN_UP], _CANDIDATES),
             *islice(self._lines[Place.LATE], _CANDIDATES + 1),
         ]
@@ -183,7 +191,7 @@ class GoodputGateQueue:
         waiting = sorted(
             chain(self._lines[Place.KEPT], self._lines[Place.GIVEN_UP]), key=lambda one: one.by_deadline
         )
-        guards = self._fairness.guards(len(self._tenants))
+        guards = self._fairness.guards(self._tenants.keys())
         first_s = self._lines[Place.RESUMED].work_s
         plan = make_plan(waiting, guards, self.readers, self.rate, first_s, now)
         for place, members in ((Place.KEPT, plan.kept), (Place.GIVEN_UP, plan.given_up)):
