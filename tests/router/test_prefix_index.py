@@ -79,7 +79,7 @@ class IndexMachine(RuleBasedStateMachine):
     def what_is_not_known_is_forgotten(self, worker_id, digest):
         self.index.removed(worker_id, [digest])
 
-    @rule(token_ids=PROMPTS, tenant=st.sampled_from(["", "a"]), answered=st.integers(0, 3))
+    @rule(token_ids=PROMPTS, tenant=st.sampled_from(["", "a"]), answered=st.integers(0, 2))
     def look_up(self, token_ids, tenant, answered):
         self.count += 1
         asked = request(f"r{self.count % 8}-{token_ids}{tenant}", token_ids, tenant)
@@ -134,6 +134,14 @@ def test_the_last_token_is_always_computed():
     index.stored("p0", digests_of(tokens))
     assert index.cached_tokens("p0", request("r", tokens)) == 6
     assert index.cached_tokens("p0", request("s", [*tokens, 8])) == 8
+
+
+def test_an_answer_that_has_begun_is_part_of_it():
+    tokens = list(range(9))
+    index = PrefixIndex(pool_of({"p0": 2}))
+    index.stored("p0", digests_of(tokens))
+    assert index.cached_tokens("p0", request("r", tokens[:3]).going_on(tokens[3:])) == 8
+    assert index.cached_tokens("p0", request("r", tokens[:3])) == 2
 
 
 def test_a_few_holders_are_enough():
