@@ -4,10 +4,11 @@
     python deploy/prometheus/slo_rules.py --check           # is the file what its own target comes to?
 
 With a target of T, 1 - T of the requests may be bad: the budget. Burn is the share that is bad over the share
-that may be: a burn of 1 all the time uses up the budget, and the largest there can be is M = 1 / (1 - T), when
-nothing is good. The multiwindow thresholds of the Site Reliability Workbook (chapter 5) were made for T = 0.999,
-where M is 1000; with T = 0.9, M is 10, and their 14.4 could never be exceeded. So each threshold here is theirs,
-or a point part of the way from 1 to M if that is less: 3.25, 1.9 and 1 for T = 0.9, theirs from T = 0.99 on.
+that may be: a burn of 1 all the time uses up the budget, and the largest there can be is M = 1 / (1 - T),
+when nothing is good. The multiwindow thresholds of the Site Reliability Workbook (chapter 5) were made for
+T = 0.999, where M is 1000; with T = 0.9, M is 10, and their 14.4 could never be exceeded. So each threshold
+here is theirs, or a point part of the way from 1 to M if that is less: 3.25, 1.9 and 1 for T = 0.9, theirs
+from T = 0.99 on.
 """
 
 from __future__ import annotations
@@ -71,16 +72,20 @@ def rules(target: float) -> str:
 
 
 def _window(window: str, target: float) -> list[str]:
-    """Judged requests, attainment by class and of all, and burn."""
+    """Judged and good requests, attainment by class and of all, and burn."""
     good = f'rate(prelay_requests_total{{outcome="good"}}[{window}])'
     judged = f'rate(prelay_requests_total{{outcome!="cancelled"}}[{window}])'
     return [
         f"      - record: slo_class:prelay_requests_judged:rate{window}",
         f"        expr: sum by (slo_class) ({judged})",
+        f"      - record: slo_class:prelay_requests_good:rate{window}",
+        f"        expr: sum by (slo_class) ({good})",
         f"      - record: slo_class:prelay_attainment:ratio_rate{window}",
-        f"        expr: sum by (slo_class) ({good}) / slo_class:prelay_requests_judged:rate{window}",
+        f"        expr: slo_class:prelay_requests_good:rate{window}"
+        f" / slo_class:prelay_requests_judged:rate{window}",
         f"      - record: prelay:attainment:ratio_rate{window}",
-        f"        expr: sum({good}) / sum(slo_class:prelay_requests_judged:rate{window})",
+        f"        expr: sum(slo_class:prelay_requests_good:rate{window})"
+        f" / sum(slo_class:prelay_requests_judged:rate{window})",
         f"      - record: slo_class:prelay_budget_burn:ratio_rate{window}",
         f"        expr: (1 - slo_class:prelay_attainment:ratio_rate{window}) / {1 - target:.6g}",
     ]
