@@ -46,7 +46,9 @@ async def test_answers_are_those_that_fake_engines_give(
         "--set", f"model.profile={profile}",
         "--set", "transfer.digest_share=1",
         "--prefill", "3",
-        "--decode", "3",
+        "--decode", "2",
+        "--mixed", "1",
+        "--slo-class", "batch",
     )  # fmt: skip
     ready = server.ready()
     assert len(ready["workers"]) == 6
