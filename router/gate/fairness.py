@@ -15,7 +15,7 @@ from collections.abc import Set
 
 LENGTH_BINS = (512, 2048, 8192)
 """Prompts of fewer tokens than the first, than the second, ... and the others."""
-BIN_SHARE = 0.85
+BIN_SHARE = 0.9
 TENANT_SHARE = 0.8
 _WINDOW = 512
 
@@ -103,15 +103,15 @@ class Guards:
     def need(self, tenant: str, length: int, work_s: float) -> float:
         """How much of what it is due is missing to the next request's bin or tenant, whichever lacks more: 0
         to 1. If something is, the request is counted as if it had had its turn."""
-        entitled = self._entitled.get(length, 0.0) + self._entitled_each
-        self._entitled[length] = entitled
+        entitled = self._entitled[length] = self._entitled.get(length, 0.0) + self._entitled_each
+        attained = self._attained.get(length, 0)
         has_s = self._work_s.get(tenant, 0.0) + self._promised_s.get(tenant, 0.0)
-        need = max(_missing(self._attained.get(length, 0), entitled), _missing(has_s, self._tenant_work_s))
+        need = 0.0
+        if attained < entitled:
+            need = 1 - attained / entitled
+        if has_s < self._tenant_work_s:
+            need = max(need, 1 - has_s / self._tenant_work_s)
         if need > 0:
-            self._attained[length] = self._attained.get(length, 0) + 1
+            self._attained[length] = attained + 1
             self._promised_s[tenant] = self._promised_s.get(tenant, 0.0) + work_s
         return need
-
-
-def _missing(has: float, due: float) -> float:
-    return max(0.0, 1 - has / due) if due > 0 else 0.0

@@ -73,7 +73,8 @@ class GoodputGateQueue:
         self._arrivals = 0
         self._offered: dict[str, bool] = {}  # what `next` gave last: whether it was in time
         self._placed_since = False
-        self._planned_at = float("-inf")
+        self._planned_at = self._asked_at = float("-inf")
+        self._wait_s = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -112,9 +113,9 @@ class GoodputGateQueue:
         self._placed_since = False
         if self._plan_is_old(now):
             self._plan(now)
-        wait_s = self._wait_s(now)
-        chosen = list(islice(self._in_order(now + wait_s), _CANDIDATES))
-        self._offered = {one.request.request_id: now + wait_s <= one.start_by for one in chosen}
+        start = self._start(now)
+        chosen = list(islice(self._in_order(start), _CANDIDATES))
+        self._offered = {one.request.request_id: start <= one.start_by for one in chosen}
         return [one.request for one in chosen]
 
     def outlook(self, request: Request, now: float, with_it: int = 0) -> Outlook:
@@ -151,10 +152,13 @@ class GoodputGateQueue:
     def _of(self, request: Request) -> Waiting:
         return Waiting.of(request, self._arrivals, self.readers.read_s(request), self._drain.pace)
 
-    def _wait_s(self, now: float) -> float:
-        """Until a reader could begin with the next one."""
-        first = next(iter(self._lines[Place.KEPT]), None)
-        return 0.0 if first is None else self.readers.wait_s(first.request, now)
+    def _start(self, now: float) -> float:
+        """When a reader could begin with the next one."""
+        if now - self._asked_at >= _PLAN_EVERY_S:
+            self._asked_at = now
+            first = next(iter(self._lines[Place.KEPT]), None)
+            self._wait_s = 0.0 if first is None else self.readers.wait_s(first.request, now)
+        return now + self._wait_s
 
     def _in_order(self, start: float) -> Iterator[Waiting]:
         """start: when reading can begin."""

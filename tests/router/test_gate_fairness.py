@@ -40,7 +40,7 @@ def test_a_bin_lacks_what_is_missing_to_its_share_of_what_all_attain():
     # What was handed out is not handed out again.
     needs = [guards.need("a", 3, 1.0) for _ in range(20)]
     assert needs[0] > 0.2
-    assert max(needs[10:]) < 0.05
+    assert max(needs[10:]) < 0.1
     assert sum(need > 0 for need in needs) < 20
     assert fairness.guards({"a"}).need("a", 3, 1.0) > 0  # but to another look it is
 
@@ -72,7 +72,8 @@ def test_a_small_tenant_lacks_what_is_missing_to_an_equal_part():
 
 def test_a_single_tenant_is_never_small():
     fairness = Fairness()
-    fairness.placed("a", 0, 1.0)
+    for _ in range(20):
+        fairness.placed("a", 0, 1.0)
     assert fairness.guards({"a"}).need("a", 0, 1.0) == 0.0
 
 
