@@ -56,7 +56,7 @@ class Curve:
         grid = Grid(measure.step)
         start = grid.place(_START_SHARE * self.variant.readers / self.alone.ttft_s)
         least = grid.place(least_rate(measure)) + 1
-        return next_place(self._counts(mine), own, targets, start, least)
+        return next_place(self._counts(mine), own, targets, start, least, grid.wide)
 
     def figure(self, points: Sequence[Point], target: float, rounds: Collection[int] | None = None) -> Figure:
         """Over all rounds that are there, or over some. Raises ValueError if there are none."""

@@ -131,6 +131,7 @@ async def measure_visit(
     record: Record,
     line: Callable[[str], None],
     tell: Callable[[str], None],
+    targets: Sequence[float] = TARGETS,
 ) -> None:
     """One round of one variant, for all of the curves: of one workload, and of a policy that does not look at
     limits if they have several. Does not start it if nothing is missing. Raises MeasurementError."""
@@ -144,7 +145,7 @@ async def measure_visit(
         if len(own) >= measure.max_points * len(curves):
             return None
         for curve in curves:
-            place = curve.next_place(record.points, number, measure, TARGETS)
+            place = curve.next_place(record.points, number, measure, targets)
             if place is not None:
                 return curve, place
         return None

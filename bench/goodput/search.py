@@ -17,7 +17,8 @@ from bench.load.crossing import crossing
 Counts = Mapping[int, tuple[int, int]]
 """(good requests, requests) by place on the grid."""
 
-_WIDE = 4
+_WIDE = 2.0
+"""Factor of a wide step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +34,26 @@ class Grid:
         """Of the greatest rate on the grid that is not above `rate`."""
         return math.floor(math.log(rate) / math.log(self.step) + 1e-9)
 
+    @property
+    def wide(self) -> int:
+        """Places of a wide step."""
+        return max(1, round(math.log(_WIDE) / math.log(self.step)))
+
 
 def next_place(
-    counts: Counts, own: Collection[int], targets: Sequence[float], start: int, least: int
+    counts: Counts, own: Collection[int], targets: Sequence[float], start: int, least: int, wide: int
 ) -> int | None:
     """counts: of all rounds up to this one. own: places that this round has measured. start: to begin at.
-    least: the lowest place that is worth it. None when nothing is missing."""
+    least: the lowest place that is worth it. wide: places of a wide step. None when nothing is missing."""
     if not counts:
         return max(start, least)
     for target in targets:
         found = crossing({float(place): count for place, count in counts.items()}, target)
         if found.bound == ">=":
-            return max(counts) + _WIDE
+            return max(counts) + wide
         if found.bound == "<":
             if (lowest := min(counts)) > least:
-                return max(least, lowest - _WIDE)
+                return max(least, lowest - wide)
             sides = [lowest]
         else:
             low = max(place for place in counts if place <= found.rate)
