@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -41,6 +42,7 @@ async def measure_idle(
     salt: int,
     repeats: int,
     show: Callable[[float, str], None],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> IdleTimes:
     """Medians of `repeats` requests of each length, one after the other, after one that warms up.
 
@@ -52,7 +54,7 @@ async def measure_idle(
     for number, length in enumerate(order):
         show(number / len(order), f"one request alone, {length} tokens of prompt")
         job = Job(0.0, writer.prompt(Shape(length, output_tokens)), output_tokens)
-        (row,) = await run_load(target, [job], _NO_LIMITS, lambda done, said: None, send_slo=False)
+        (row,) = await run_load(target, [job], _NO_LIMITS, _quiet, send_slo=False, clock=clock)
         if row.status is not Status.COMPLETE or row.ttft_s is None or row.tpot_s is None:
             raise MeasurementError(
                 f"a request of {length} tokens, sent alone, {row.status.value}: {row.error}"
@@ -78,3 +80,7 @@ def check_possible(slo: Slo, idle: IdleTimes) -> None:
                 f"--slo: {name} is {limit.value:g} s, but a request alone on this server takes "
                 f"{alone_s:.3g} s: none could be good; give at least that, or a multiple such as {name}=2x"
             )
+
+
+def _quiet(done: float, said: str) -> None:
+    """One request is no progress to speak of."""

@@ -171,6 +171,22 @@ async def test_requests_alone_are_alone() -> None:
     assert [point.prompt_tokens for point in idle.points] == [5, 9]
 
 
+async def test_the_request_that_warms_up_does_not_count() -> None:
+    now = 0.0
+
+    async def slow_at_first(index: int, answer: Answer) -> None:
+        nonlocal now
+        now += 2.0 if index else 100.0
+        answer.tokens(1)
+        now += 1.0 if index else 50.0
+        answer.tokens(1)
+        answer.finish("stop")
+
+    target = ScriptedTarget(slow_at_first)
+    idle = await measure_idle(target, [5], 2, range(10, 20), 1, 1, quiet, lambda: now)  # type: ignore[arg-type]
+    assert list(idle.points) == [IdlePoint(5, 2.0, 1.0)]
+
+
 async def test_a_request_alone_that_fails_ends_the_measurement() -> None:
     async def fail(index: int, answer: Answer) -> None:
         answer.fail("HTTP 500: out of order")
