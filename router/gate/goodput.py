@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from router.gate.drain import DrainRate
-from router.gate.fairness import Fairness
+from router.gate.fairness import Fairness, length_bin
 from router.gate.line import Line
 from router.gate.moore_hodgson import PLAIN
 from router.gate.plan import hold_of, make_plan
@@ -97,7 +97,7 @@ class GoodputGateQueue:
     def add(self, request: Request) -> None:
         self._take_out(request.request_id)
         self._arrivals += 1
-        self._waiting[request.request_id] = one = self._of(request)
+        self._waiting[request.request_id] = one = self._of(request, self._arrivals)
         self._tenants[request.tenant] += 1
         self._stand(one, one.place)
 
@@ -120,7 +120,7 @@ class GoodputGateQueue:
 
     def outlook(self, request: Request, now: float, with_it: int = 0) -> Outlook:
         """with_it: requests like it, of the same call, that go before it."""
-        one = self._of(request)
+        one = self._of(request, self._arrivals + 1)
         kept, given_up = self._lines[Place.KEPT], self._lines[Place.GIVEN_UP]
         first_s = self._lines[Place.RESUMED].work_s + with_it * one.read_s
         read_s = self.readers.ttft_s(request, now) / self._drain.pace
@@ -147,10 +147,10 @@ class GoodputGateQueue:
 
     def refused(self, request: Request) -> None:
         """The request is not let in, as it would be late: that counts for its bin of lengths."""
-        self._fairness.missed(self._of(request).length)
+        self._fairness.missed(length_bin(len(request.prompt_token_ids)))
 
-    def _of(self, request: Request) -> Waiting:
-        return Waiting.of(request, self._arrivals, self.readers.read_s(request), self._drain.pace)
+    def _of(self, request: Request, number: int) -> Waiting:
+        return Waiting.of(request, number, self.readers.read_s(request), self._drain.pace)
 
     def _start(self, now: float) -> float:
         """When a reader could begin with the next one."""

@@ -92,6 +92,23 @@ def test_the_largest_worker_is_the_one_that_holds_most_tokens(make_request):
     assert judge(linked(pool), request) is request
 
 
+def test_a_mixed_worker_can_hold_what_it_reads_and_writes_itself(make_request):
+    pool = PoolView()
+    pool.add(WorkerView("m0", 1, Role.MIXED, WorkerCapacity(16, 8, 4, 100)))
+    fits, too_long = (make_request(prompt_tokens=100, max_tokens=answer) for answer in (28, 29))
+    assert judge(pool, fits) is fits
+    assert "largest mixed worker has 8: at most 128 tokens" in str(refused(pool, too_long).error)
+    # One that could write the answer is of no use if nobody can send it there.
+    pool.add(WorkerView("d0", 1, Role.DECODE, WorkerCapacity(16, 64, 4, 100)))
+    assert refused(pool, too_long).error.param == "max_tokens"
+    pool.add(WorkerView("p0", 1, Role.PREFILL, WorkerCapacity(16, 6, 0, 100)))
+    error = refused(linked(pool), too_long).error
+    assert (error.param, "largest prefill worker has 6" in str(error)) == ("prompt", True)
+    assert judge(pool, fits) is fits
+    pool.add(WorkerView("p1", 1, Role.PREFILL, WorkerCapacity(16, 7, 0, 100)))
+    assert judge(linked(pool), too_long) is too_long
+
+
 def test_links_that_may_come_are_waited_for(make_request):
     pool, request = pool_of(), make_request()
     for pair in (Pair(p, d) for p in ("p0", "p1") for d in ("d0", "d1")):

@@ -191,11 +191,13 @@ def test_the_late_one_that_has_waited_longest_gets_its_share(gate):
 
 
 def test_the_outlook_of_one_that_would_come(gate):
-    add(gate, make("a", 300), make("b", 500, ttft_s=9.0), make("low", 800, priority=-1))
+    add(gate, make("low", 800, priority=-1), make("a", 300), make("b", 500, ttft_s=9.0))
     gate.next(0.0)
     outlook = gate.outlook(make("c", 100), 0.5)
     assert outlook.ahead == 1  # only b is due before it; a came with the same deadline, but is longer
     assert outlook.ttft_s == outlook.kept_ttft_s == pytest.approx(0.5 + 0.5 + 0.1)
+    # Of two that are due alike, the one that came first goes first.
+    assert gate.outlook(make("b2", 500, ttft_s=9.0), 0.0).ahead == 1
     with_one = gate.outlook(make("c", 100), 0.5, with_it=1)
     assert (with_one.ahead, with_one.ttft_s) == (2, pytest.approx(0.5 + 0.5 + 0.2))
     assert gate.outlook(make("c", 100, priority=1), 0.5).ttft_s == pytest.approx(0.5 + 0.1)
