@@ -15,7 +15,7 @@ class FakeModel:
 
     eos_token_id, answer_tokens: the answer to every prompt ends with EOS as its `answer_tokens`-th token, if
     EOS is among the request's stop tokens and min_tokens and max_tokens allow it.
-    caches: prefill workers say that they had all of a prompt but its last token in their cache.
+    caches: workers say that they had all of a prompt but its last token in their cache.
     """
 
     low: int = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prelay.v1 import worker_pb2
@@ -66,3 +67,26 @@ class FakeSequence:
             prompt_logprobs=prompt_logprobs,
             cached_tokens=max(0, len(job.prompt) - 1) if prefilled and caches else 0,
         )
+
+
+def snapshot_of(
+    info: worker_pb2.WorkerInfo, stream: FakeStream, sequences: Sequence[FakeSequence], free_blocks: int
+) -> worker_pb2.Snapshot:
+    """The next snapshot on a stream. sequences: all that are on the worker, other routers' included."""
+    writes = info.role != worker_pb2.ROLE_PREFILL
+    decoding = [one for one in sequences if writes and one.decodes]
+    limits = [one.urgency.tpot_s for one in decoding if one.urgency.HasField("tpot_s")]
+    steps, stream.steps = stream.steps, []
+    stream.snapshots += 1
+    return worker_pb2.Snapshot(
+        seq=stream.snapshots,
+        commands_seen=stream.seen,
+        running_requests=len(sequences),
+        queue_tokens=sum(one.unread for one in sequences),
+        free_blocks=free_blocks,
+        owned_blocks=info.num_blocks - free_blocks,
+        decoding_requests=len(decoding),
+        decode_context=sum(one.context for one in decoding),
+        least_tpot_s=min(limits, default=0.0),
+        steps=steps,
+    )

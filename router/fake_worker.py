@@ -29,7 +29,7 @@ from engine.reservation import has_room, reserved_blocks
 from engine.sequence import RequestKey
 from router.fake_holds import Hold, Holds
 from router.fake_model import FakeJob, FakeModel, not_of_role
-from router.fake_sequence import FakeSequence
+from router.fake_sequence import FakeSequence, snapshot_of
 from router.fake_stream import FakeStream, PairRefusal
 
 
@@ -327,7 +327,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _decode(self, sequence: FakeSequence) -> None:
         await self._pass(sequence, Hold.RESERVE)
-        reserved = worker_pb2.Reserved(request_id=sequence.key.request_id, attempt=sequence.key.attempt)
+        cached = max(0, len(sequence.job.prompt) - 1) if self._model.caches else 0
+        key = sequence.key
+        reserved = worker_pb2.Reserved(request_id=key.request_id, attempt=key.attempt, cached_tokens=cached)
         sequence.stream.put(reserved=reserved)
         await sequence.arrived.wait()
         await self._write(sequence, handed_over=True)
@@ -384,21 +386,5 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             await asyncio.sleep(self._heartbeat_s)
 
     def _say_load(self, stream: FakeStream) -> None:
-        writes = self.info.role != worker_pb2.ROLE_PREFILL
-        decoding = [one for one in self._sequences.values() if writes and one.decodes]
-        limits = [one.urgency.tpot_s for one in decoding if one.urgency.HasField("tpot_s")]
-        steps, stream.steps = stream.steps, []
-        stream.snapshots += 1
-        snapshot = worker_pb2.Snapshot(
-            seq=stream.snapshots,
-            commands_seen=stream.seen,
-            running_requests=len(self._sequences),
-            queue_tokens=sum(one.unread for one in self._sequences.values()),
-            free_blocks=self.free_blocks,
-            owned_blocks=self.info.num_blocks - self.free_blocks,
-            decoding_requests=len(decoding),
-            decode_context=sum(one.context for one in decoding),
-            least_tpot_s=min(limits, default=0.0),
-            steps=steps,
-        )
-        stream.put(snapshot=snapshot)
+        mine = list(self._sequences.values())
+        stream.put(snapshot=snapshot_of(self.info, stream, mine, self.free_blocks))

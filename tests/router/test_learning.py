@@ -14,6 +14,7 @@ from engine.latency import StepShape
 from engine.prefix_digests import prefix_digests, short
 from router.errors import WorkerRefusedError
 from router.fake_holds import Hold
+from router.fake_model import FakeModel
 from router.pair_table import Pair
 from router.placement.base import Expected
 from router.policies import POLICIES
@@ -22,6 +23,7 @@ from router.slo import SloClass
 
 PREFILL, DECODE = worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE
 PROMPT = "x" * 40  # two full blocks and a half
+EOS, VOCAB_SIZE, MAX_MODEL_LEN = 256, 257, 512  # as in conftest.py
 LATENCY = {"step": 0.01, "rows": 0.001}
 
 
@@ -131,13 +133,28 @@ async def test_lengths_of_complete_answers(start_cluster, make_request):
     assert lengths.quantiles(make_request(max_tokens=100)) == (7, 7, 7)
 
 
-async def test_transfers_are_learned_of_what_travelled(start_cluster):
+class Transfers:
+    """What would be learned from."""
+
+    def __init__(self):
+        self.observed = []
+
+    def observe(self, pair, num_tokens, seconds):
+        self.observed.append((pair, num_tokens, seconds))
+
+    def expect_s(self, pair, num_tokens):
+        return 0.0
+
+
+@pytest.mark.parametrize(("caches", "num_tokens"), [(False, len(PROMPT)), (True, 1)])
+async def test_transfers_are_learned_of_what_travelled(start_cluster, caches, num_tokens):
     learned = Learned()
-    cluster = await start_cluster(policy=learned)
+    model = FakeModel(eos_token_id=EOS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, caches=caches)
+    cluster = await start_cluster(policy=learned, model=model)
+    transfers = learned.estimates.transfers = Transfers()
     await complete(cluster)
-    transfers = learned.estimates.transfers
-    assert transfers.expect_s(Pair("p0", "d0"), len(PROMPT)) == pytest.approx(1e-6)
-    assert transfers.expect_s(Pair("p0", "d0"), 0) == 0.0
+    await complete(cluster, max_tokens=1)  # nothing is handed over
+    assert transfers.observed == [(Pair("p0", "d0"), num_tokens, 1e-6)]
 
 
 async def test_predictions_are_compared_with_what_came(start_cluster):
@@ -151,6 +168,21 @@ async def test_predictions_are_compared_with_what_came(start_cluster):
     for what, below, within in (("ttft", "0.0", "0.1"), ("tpot", "10.0", "+Inf"), ("transfer", "0.9", "1.1")):
         assert ratios(what, below) == 0
         assert ratios(what, within) == 1
+
+
+async def test_an_answer_that_was_interrupted_says_nothing_of_predictions(start_cluster):
+    learned = Learned(Expected(ttft_s=1e9, tpot_s=1e9, transfer_s=1e9))
+    cluster = await start_cluster(policy=learned)
+    await cluster.add(DECODE, "d1")
+    cluster.decode.hold(Hold.DECODE)
+    asking = asyncio.create_task(complete(cluster))
+    await cluster.decode.waiting_at(Hold.DECODE)
+    (live,) = cluster.router.dispatcher.live
+    await cluster.until(lambda: len(live.record.token_ids) == 2)
+    cluster.decode.break_stream()
+    await asking
+    assert cluster.sample("prelay_prediction_error_ratio_count", what="ttft") == 2  # of each placement
+    assert cluster.sample("prelay_prediction_error_ratio_count", what="tpot") == 0
 
 
 async def test_who_predicts_nothing_is_not_judged(cluster):

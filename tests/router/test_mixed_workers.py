@@ -138,6 +138,8 @@ async def test_it_is_paired_and_takes_hand_offs_like_a_decode_worker(start_clust
     assert mixed.paired == {("p0", 1)}
     assert cluster.router.pool.pairs.get(Pair("p0", "m0")) is not None
     assert cluster.router.workers.remove("d0", 1)
+    await cluster.add(PREFILL, "p1")  # whoever comes first
+    assert mixed.paired == {("p0", 1), ("p1", 1)}
     text, finish = await ask(cluster)
     assert text == cluster.answer(PROMPT, 9)
     assert (finish.details.prefill_worker, finish.details.decode_worker) == ("p0", "m0")
@@ -145,7 +147,7 @@ async def test_it_is_paired_and_takes_hand_offs_like_a_decode_worker(start_clust
     assert finish.details.stages["transfer"].ToNanoseconds() == 1000
     await cluster.settled()
     assert cluster.router.workers.remove("p0", 1)
-    await mixed.until(lambda: mixed.paired == set())
+    await mixed.until(lambda: mixed.paired == {("p1", 1)})
 
 
 async def test_a_mixed_worker_without_room_is_waited_for(start_cluster):

@@ -101,6 +101,7 @@ async def test_a_block_that_both_count_on_is_given_once(start_cluster, policy):
     decode.let_go(Hold.RESERVE)
     done, waits = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
     assert (len(done), len(waits)) == (1, 1)
+    assert decode.received["reserve"] == 2  # no snapshot has said that there is room
     decode.beat_now()
     assert await asyncio.gather(*asking) == [first.answer("x" * 8, 5)] * 2
     await first.settled()
