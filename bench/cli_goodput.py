@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -214,16 +215,18 @@ def _raise_file_limit() -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
+    # A pipe has no width to respect.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     from bench.goodput.report import tables
 
     for table in tables(result) if "workloads" in result else ():
-        Console().print(table)
+        console.print(table)
     if "overload" in result:
         from bench.goodput.overload import overload_table
 
-        Console().print(overload_table(result["overload"]))
+        console.print(overload_table(result["overload"]))
     if "map" in result:
         from bench.goodput.plane import map_tables
 
         for table in map_tables(result["map"]):
-            Console().print(table)
+            console.print(table)

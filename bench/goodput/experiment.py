@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from bench.load.errors import BadInputError
 from bench.load.slo import DEFAULT
@@ -137,11 +138,7 @@ def load_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        lines = (
-            f"{'.'.join(str(part) for part in one['loc']) or 'the file'}: {one['msg']}"
-            + ("" if one["type"] == "missing" else f" (it is {one['input']!r:.60})")
-            for one in error.errors()
-        )
+        lines = (_explain(one) for one in error.errors())
         raise BadInputError("\n  ".join([f"--config {path} is not valid:", *lines])) from error
     model, folder = experiment.model, path.absolute().parent
     anchored = {
@@ -157,6 +154,14 @@ def known(what: str, names: list[str], there: Mapping[str, object]) -> None:
     for name in names:
         if name not in there:
             raise BadInputError(f"{what}: there is no {name!r}; there are {', '.join(there)}")
+
+
+def _explain(details: ErrorDetails) -> str:
+    """One line: the key, what is wrong with it, and its value unless it is a whole mapping."""
+    key = ".".join(str(part) for part in details["loc"]) or "the file"
+    said = details["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(details["input"], dict) else f" (it is {details['input']!r:.60})"
+    return f"{key}: {said}{value}"
 
 
 def chosen_part(

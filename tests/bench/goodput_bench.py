@@ -1,0 +1,110 @@
+"""A workbench whose deployments exist only on paper: a rate gets the attainment that a test says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.goodput import run
+from bench.goodput.experiment import Experiment, MeasurePart
+from bench.goodput.sources import Source
+from bench.goodput.teller import Teller
+from bench.goodput.visit import window_s
+from bench.load.jobs import Row, Status
+from bench.load.judge import judge
+from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
+from cluster.config import ServeConfig
+
+SERVED: dict[str, Any] = {
+    "pair": {"serve": {"router": {"policy": "goodput"}}},
+    "fcfs": {"serve": {"router": {"policy": "least_loaded"}}},
+    "mixed": {
+        "serve": {
+            "router": {"policy": "colocated"},
+            "prefill": {"replicas": 0},
+            "decode": {"replicas": 0},
+            "mixed": {"replicas": 2},
+        },
+        "search": {"mixed.max_batch_tokens": [64, 128, 256]},
+    },
+}
+
+
+def experiment(demo: Path, **changes: Any) -> Experiment:
+    raw: dict[str, Any] = {
+        "model": {"path": demo, "load": "weights", "dtype": "float32"},
+        "common": {name: {"kv_cache_tokens": 4096} for name in ("prefill", "decode", "mixed")},
+        "deployments": SERVED,
+        "workloads": {"short": {"dataset": "synthetic:prompt=64,answer=4", "slo": "ttft=3x,tpot=2x"}},
+        "measure": {"rounds": 2, "seconds": 100.0, "min_requests": 1, "warmup_s": 0.0},
+    }
+    return Experiment.model_validate({**raw, **changes})
+
+
+@dataclass
+class PaperBench:
+    """knee: the rate up to which a deployment with this configuration serves all in time; from there on
+    attainment falls to nothing at twice the rate. ttft_s: of those in time, so that tighter limits can be
+    judged. started: policy and chunk size of every start. fails_after: points that are measured before the
+    deployment is lost."""
+
+    knee: Callable[[ServeConfig], float]
+    ttft_s: float = 0.1
+    started: list[tuple[str, int]] = field(default_factory=list)
+    measured: list[tuple[str, float, int]] = field(default_factory=list)
+    fails_after: int | None = None
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Instead of real deployments."""
+        patch.setattr(run, "visiting", self._visiting)
+        patch.setattr(run, "run_at", self._run_at)
+        patch.setattr(run, "idle_times", self._idle_times)
+
+    @asynccontextmanager
+    async def _visiting(self, config: ServeConfig, show: Callable[[str], None]) -> AsyncIterator[ServeConfig]:
+        show("starting")
+        self.started.append((config.router.policy, config.mixed.max_batch_tokens))
+        yield config
+
+    async def _idle_times(self, config: ServeConfig, source: Source, *_: object) -> IdleTimes:
+        return IdleTimes([IdlePoint(64, self.ttft_s, 0.01 if config.prefill.replicas else 0.02)])
+
+    async def _run_at(
+        self,
+        config: ServeConfig,
+        source: Source,
+        rate: float,
+        seed: int,
+        limits: Limits,
+        measure: MeasurePart,
+        show: Callable[[str], None],
+    ) -> tuple[float, list[Row], dict[str, Any]]:
+        if self.fails_after is not None and len(self.measured) >= self.fails_after:
+            raise KeyboardInterrupt
+        self.measured.append((config.router.policy, rate, seed))
+        duration_s, knee = window_s(measure, rate), self.knee(config)
+        count, good_share = round(rate * duration_s), min(1.0, max(0.0, 2 - rate / knee))
+        good = round(count * good_share)
+        rows = [
+            Row(index / rate, index / rate, 64, 2, Status.COMPLETE, first_s, first_s + 0.001)
+            for index in range(count)
+            for first_s in [self.ttft_s if index < good else 1000.0]
+        ]
+        judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
+        said = {
+            **judged.to_json(),
+            "stages_s": {"prefill": 0.1, "decode": 0.2},
+            "counted": {"admission.accepted.none": count - 2, "admission.rejected.late": 2,
+                        "could_have_served": 1},
+            "client": {},
+        }  # fmt: skip
+        return duration_s, rows, said
+
+
+def quiet() -> Teller:
+    return Teller(lambda share, said: None, lambda said: None)
