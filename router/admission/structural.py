@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from router.admission.base import Refusal
 from router.admission.shortage import shortage_of
 from router.errors import OverloadedError, PromptTooLongError
@@ -23,6 +21,8 @@ class StructuralAdmission:
         self._gate = gate
         self._max_gated_requests = max_gated_requests
         self._retry_after_s = retry_after_s
+        self._known_largest: dict[tuple[Role, ...], WorkerView] = {}
+        self._known_version = -1
 
     def judge(self, request: Request, now: float, ahead: int, *, overdue: bool) -> Request | Refusal:
         return self.impossible(request, overdue=overdue) or self.full(len(self._gate) + ahead) or request
@@ -47,26 +47,38 @@ class StructuralAdmission:
         answered = f" and the {len(request.answered)} of the answer so far" if request.answered else ""
         prompt = f"the {prompt_tokens} tokens of the prompt{answered}"
         whole = f"prompt ({prompt_tokens}) and max_tokens ({max_tokens})"
-        misfit = _misfit(self._pool.up(*WRITERS), request.max_total_tokens, whole, "max_tokens")
-        if misfit is None and (mixed := self._pool.up(Role.MIXED)):  # it writes what it reads
-            misfit = _misfit(mixed, request.max_total_tokens, whole, "max_tokens")
+        misfit = self._too_much(WRITERS, request.max_total_tokens, whole, "max_tokens")
+        if misfit is None and self._pool.up(Role.MIXED):  # it writes what it reads
+            misfit = self._too_much((Role.MIXED,), request.max_total_tokens, whole, "max_tokens")
             if misfit is None or not self._pool.up(Role.PREFILL):
                 return misfit
             misfit = None
-        return misfit or _misfit(self._pool.up(Role.PREFILL), request.num_tokens, prompt, "prompt")
+        return misfit or self._too_much((Role.PREFILL,), request.num_tokens, prompt, "prompt")
 
     def could_have_served(self, now: float) -> int:
         return 0  # nobody is refused for being late
 
+    def _too_much(
+        self, roles: tuple[Role, ...], tokens: int, what: str, param: str
+    ) -> PromptTooLongError | None:
+        """The error if `what`, so many tokens, is more than any worker of these roles holds."""
+        worker = self._largest(roles)
+        largest = worker.capacity
+        if tokens <= largest.num_tokens:
+            return None
+        return PromptTooLongError(
+            f"{what} need {largest.blocks_for(tokens)} KV blocks of {largest.block_size} tokens, but the "
+            f"largest {worker.role} worker has {largest.num_blocks}: at most {largest.num_tokens} tokens",
+            param,
+        )
 
-def _misfit(workers: Sequence[WorkerView], tokens: int, what: str, param: str) -> PromptTooLongError | None:
-    """The error if `what`, so many tokens, is too much for each of the workers."""
-    worker = max(workers, key=lambda one: one.capacity.num_tokens)
-    largest = worker.capacity
-    if tokens <= largest.num_tokens:
-        return None
-    return PromptTooLongError(
-        f"{what} need {largest.blocks_for(tokens)} KV blocks of {largest.block_size} tokens, but the largest "
-        f"{worker.role} worker has {largest.num_blocks}: at most {largest.num_tokens} tokens",
-        param,
-    )
+    def _largest(self, roles: tuple[Role, ...]) -> WorkerView:
+        """Of those that are up; looked for only when the pool has changed, as there may be a thousand."""
+        if self._known_version != self._pool.version:
+            self._known_version = self._pool.version
+            self._known_largest.clear()
+        found = self._known_largest.get(roles)
+        if found is None:
+            found = max(self._pool.up(*roles), key=lambda one: one.capacity.num_tokens)
+            self._known_largest[roles] = found
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from router.estimates import Estimates
@@ -22,10 +23,15 @@ class Writers:
         self._turn = 0
 
     def tpot_s(self, request: Request, in_s: float, now: float) -> float:
-        """The least time per token that one has for the request, if that joins it `in_s` from now; 0 where
-        none is up. What it does to those who are there is for the placement to judge."""
-        estimates = (self._estimates.decode(one, request, in_s, now) for one in self._some())
-        return min((one.step_s for one in estimates), default=0.0)
+        """The time per token that one has for the request, if that joins it `in_s` from now: of the first
+        that would be in time, else the least; 0 where none is up. What it does to those who are there is for
+        the placement to judge."""
+        least_s = math.inf
+        for worker in self._some():
+            least_s = min(least_s, self._estimates.decode(worker, request, in_s, now).step_s)
+            if least_s <= request.slo.limits.tpot_s:
+                break
+        return least_s if least_s < math.inf else 0.0
 
     def have_room(self, request: Request, now: float) -> bool:
         """Whether one of them would take the request now, and be in time."""

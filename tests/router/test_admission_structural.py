@@ -92,6 +92,15 @@ def test_the_largest_worker_is_the_one_that_holds_most_tokens(make_request):
     assert judge(linked(pool), request) is request
 
 
+def test_who_is_the_largest_changes_with_the_pool(make_request):
+    pool = pool_of(num_blocks=8)
+    pool.add(WorkerView("large", 1, Role.DECODE, WorkerCapacity(16, 64, 4, 100)))
+    admission, request = admission_of(linked(pool)), make_request(prompt_tokens=100, max_tokens=100)
+    assert admission.misfit(request) is None
+    pool.down("large")
+    assert admission.misfit(request) is not None
+
+
 def test_a_mixed_worker_can_hold_what_it_reads_and_writes_itself(make_request):
     pool = PoolView()
     pool.add(WorkerView("m0", 1, Role.MIXED, WorkerCapacity(16, 8, 4, 100)))

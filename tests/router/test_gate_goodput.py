@@ -132,6 +132,12 @@ def test_whoever_was_given_up_is_taken_again_when_there_is_room(gate):
     assert names(gate, 0.1) == ["large", "c"]
 
 
+def test_whoever_falls_behind_between_two_plans_lets_the_others_go_first(gate):
+    add(gate, make("tight", 999, ttft_s=1.0), make("other", 100))
+    assert names(gate, 0.0) == ["tight", "other"]
+    assert names(gate, 0.004) == ["other", "tight"]
+
+
 def test_what_readers_have_already_counts(gate, reader):
     add(gate, make("first", 500, ttft_s=2.0), make("second", 600, ttft_s=2.1))
     reader.busy_until = 1.2  # the first one ends at 1.7, so the second one cannot begin in time
