@@ -23,6 +23,7 @@ from prelay.v1 import inference_pb2
 from bench.router_stamp import TICK_S, age_of_token, ages_in_text, now_ticks
 
 _STREAMS_PER_CHANNEL = 64
+_OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 _LAST_CHUNK = b"0\r\n\r\n"
 _PROMPT = "What is measured here? #%06d"
 
@@ -147,16 +148,15 @@ class Crowd:
             self.counters.error = self.counters.error or f"{type(error).__name__}: {error}"
 
     async def _grpc_streams(self, count: int, max_tokens: int) -> None:
-        options = (("grpc.use_local_subchannel_pool", 1),)  # a connection of its own
-        async with grpc.aio.insecure_channel(self._grpc_address, options=options) as channel:
+        async with grpc.aio.insecure_channel(self._grpc_address, options=_OWN_CONNECTION) as channel:
             generate = channel.unary_stream(
                 "/prelay.v1.Inference/Generate",
                 request_serializer=inference_pb2.GenerateRequest.SerializeToString,
                 response_deserializer=inference_pb2.GenerateResponse.FromString,
             )
-            async with asyncio.TaskGroup() as group:
-                for index in range(count):
-                    group.create_task(self._grpc_stream(generate, index, max_tokens))
+            await asyncio.gather(
+                *(self._grpc_stream(generate, index, max_tokens) for index in range(count))
+            )
 
     async def _grpc_stream(
         self,

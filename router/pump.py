@@ -37,6 +37,7 @@ class Pump:
         self._on_placed_all = on_placed_all
         self._clock = clock
         self._handle: asyncio.TimerHandle | None = None
+        self._due = 0.0  # when it fires
         self._not_before = 0.0
 
     def now(self) -> None:
@@ -59,9 +60,10 @@ class Pump:
 
     def _run_at(self, when: float) -> None:
         if self._handle is not None:
-            if self._handle.when() <= when:
+            if self._due <= when:
                 return
             self._handle.cancel()
+        self._due = when
         self._handle = asyncio.get_running_loop().call_at(when, self._round)
 
     def _round(self) -> None:
