@@ -135,7 +135,7 @@ def test_the_prediction_is_given_some_credit(situation, request_of):
 
 
 def test_who_would_be_in_time_if_a_larger_one_were_given_up_is_let_in(situation, request_of):
-    situation.wait(*(request_of(f"r{index}", tokens=1200, ttft_s=4.0) for index in range(3)))
+    situation.wait(*(request_of(f"r{index}", tokens=1200, ttft_s=4.0) for index in range(6)))
     assert situation.refused(request_of("large", tokens=1900, ttft_s=4.1)).reason == "late"
     assert situation.judge(request_of("small", tokens=600, ttft_s=4.1)).request_id == "small"
 
@@ -143,14 +143,14 @@ def test_who_would_be_in_time_if_a_larger_one_were_given_up_is_let_in(situation,
 def test_the_more_late_ones_wait_the_less_is_hoped_for(situation, request_of):
     def is_let_in(now):
         waiting = situation.crowd(request_of, arrived_at=now)
-        verdict = situation.judge(request_of("small", tokens=220, ttft_s=2.1, arrived_at=now), now)
+        verdict = situation.judge(request_of("small", tokens=50, ttft_s=2.1, arrived_at=now), now)
         situation.leave(waiting)
         return not isinstance(verdict, Refusal)
 
     assert is_let_in(now=50.0)  # among those that are kept there is room for it
     situation.wait(*(request_of(f"late{index}", tokens=1900) for index in range(20)), now=60.0)
     assert situation.gate.num_late == 20
-    assert not is_let_in(now=60.0)
+    assert not is_let_in(now=61.0)
 
 
 def test_others_of_the_same_call_are_before_it(situation, request_of):

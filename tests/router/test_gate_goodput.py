@@ -94,6 +94,12 @@ def test_priority_goes_before_any_deadline(gate):
     assert names(gate, 0.0) == ["b", "a", "c"]
 
 
+def test_a_priority_has_what_the_higher_ones_leave(gate):
+    add(gate, make("high", 1000, ttft_s=3.0, priority=1), make("loose", 100, ttft_s=9.0))
+    add(gate, make("tight", 500, ttft_s=1.2))  # would have to begin before the first one is done
+    assert all_names(gate, 0.0) == ["high", "loose", "tight"]
+
+
 def test_few_are_given_at_a_time_and_none_blocks_the_others(gate):
     add(gate, *(make(f"r{index}", arrived_at=index / 10) for index in range(9)))
     assert names(gate, 1.0) == ["r0", "r1", "r2", "r3"]
@@ -208,7 +214,10 @@ def test_the_outlook_of_one_that_would_come(gate):
     assert (with_one.ahead, with_one.ttft_s) == (2, pytest.approx(0.5 + 0.5 + 0.2))
     assert gate.outlook(make("c", 100, priority=1), 0.5).ttft_s == pytest.approx(0.5 + 0.1)
     assert gate.outlook(make("c", 100, priority=-2), 0.5).ttft_s == pytest.approx(0.5 + 1.6 + 0.1)
-    assert len(gate) == 3
+    gate.add(make("begun", 200, ttft_s=0.1, answered=1))
+    outlook = gate.outlook(make("c", 100, priority=1), 0.5)
+    assert (outlook.ahead, outlook.ttft_s) == (1, pytest.approx(0.5 + 0.201 + 0.1))
+    assert len(gate) == 4
 
 
 def test_the_outlook_counts_those_given_up_apart(gate):
