@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -93,7 +94,7 @@ def goodput(as_json: bool, plot: Path | None, resume: Path | None, **chosen: Any
         raise click.UsageError(str(error)) from error
     except MeasurementError as error:
         raise MeasurementError(f"{error}\n{_kept(target)}") from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         click.echo(f"prelay: interrupted; {_kept(target)}", err=True)
         return 130
     if as_json:
@@ -117,6 +118,10 @@ async def _measure(
     from bench.goodput.report import result_of
     from bench.goodput.run import measure_rounds
 
+    task = asyncio.current_task()
+    assert task is not None
+    # Ended otherwise than by Ctrl-C, too, it stops what it has started.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     about = {"about": _about(), "measure": experiment.measure.model_dump(mode="json")}
     traces = chosen["traces"] or chosen["config_file"].absolute().parent
     if chosen["as_map"]:

@@ -49,8 +49,10 @@ class Record:
         return cls(path, lines)
 
     def add_point(self, point: Point) -> None:
-        self.points.append(point)
-        self._append(point.to_json())
+        line = point.to_json()
+        # As it is read back from the file: what comes out must not depend on when it was measured.
+        self.points.append(Point.from_json(line))
+        self._append(line)
 
     def others(self, kind: str) -> list[dict[str, Any]]:
         """Lines of one kind that are no points."""

@@ -15,6 +15,9 @@ from bench.goodput.record import Record
 from bench.goodput.run import TARGETS, best_of
 from bench.load.judge import judge
 from bench.load.slo import Slo
+from router.requests import Stage
+
+_STAGES = tuple(stage.value for stage in Stage)
 
 
 def result_of(
@@ -117,9 +120,10 @@ def _slo(curve: Curve) -> Slo:
 
 
 def mean_stages(points: Sequence[Point]) -> dict[str, float]:
-    """Seconds of a complete answer in each stage."""
+    """Seconds of a complete answer in each stage, in the order of a request's life."""
     told = [point.said["stages_s"] for point in points if point.said["stages_s"]]
-    names = dict.fromkeys(name for stages in told for name in stages)
+    known = [name for name in _STAGES if any(name in stages for stages in told)]
+    names = dict.fromkeys((*known, *(name for stages in told for name in stages)))
     return {name: sum(stages.get(name, 0.0) for stages in told) / len(told) for name in names}
 
 
