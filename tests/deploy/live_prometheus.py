@@ -33,6 +33,12 @@ class Prometheus:
             return [({}, float(result["result"][1]))]
         return [(each["metric"], float(each["value"][1])) for each in result["result"]]
 
+    async def shown(self, query: str) -> list[float]:
+        """All values that a graph of the last five minutes has."""
+        now = time.time()
+        result = await self._get("query_range", query=query, start=str(now - 300), end=str(now), step="1")
+        return [float(value) for each in result["result"] for _, value in each["values"]]
+
     async def series_names(self, job: str) -> set[str]:
         """Names of all that was ever scraped from the targets of a job."""
         return set(await self._get("label/__name__/values", **{"match[]": f'{{job="{job}"}}'}))
