@@ -1,4 +1,4 @@
-"""Clients of a router that is measured: many streams at once, over gRPC and over HTTP, in a process of their own.
+"""Clients of a router that is measured: many streams over gRPC or HTTP, in a process of their own.
 
 Each stream sends a short prompt, reads the answer to its end and sends the next. What is counted is cheap, so
 that the clients leave the machine to the router: tokens, and how long before each a worker had sent it.
@@ -154,9 +154,7 @@ class Crowd:
                 request_serializer=inference_pb2.GenerateRequest.SerializeToString,
                 response_deserializer=inference_pb2.GenerateResponse.FromString,
             )
-            await asyncio.gather(
-                *(self._grpc_stream(generate, index, max_tokens) for index in range(count))
-            )
+            await asyncio.gather(*(self._grpc_stream(generate, index, max_tokens) for index in range(count)))
 
     async def _grpc_stream(
         self,

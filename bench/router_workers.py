@@ -1,4 +1,4 @@
-"""Workers without engines for a router that is measured: real `Worker.Attach` servers, as lean as they can be.
+"""Workers without engines for a router that is measured: real `Worker.Attach` servers, but lean.
 
 A prompt is read at once, and all tokens of one decode step travel in one message, as those of real workers
 do. `serve` runs in a process of its own (`bench/processes.py`).
