@@ -122,6 +122,7 @@ class WorkerHost(ABC):
             pid=os.getpid(),
             vocab_size=engine.vocab_size,
             latency=engine.latency,
+            num_devices=spec.num_ranks,
         )
         self._service = self._build(info, engine, registry)
         self._server = aio.server(options=_SERVER_OPTIONS)

@@ -31,6 +31,7 @@ class FakeFleet:
         fingerprint: str | None = None,
         vocab_size: int | None = None,
         latency: Mapping[str, float] | None = None,
+        num_devices: int = 1,
         protocol: tuple[int, int] = (
             worker_pb2.PROTOCOL_VERSION_CURRENT,
             worker_pb2.PROTOCOL_MINOR_CURRENT,
@@ -47,6 +48,7 @@ class FakeFleet:
             role=role,
             metrics_address="127.0.0.1:1",
             model="fake",
+            num_devices=num_devices,
             model_fingerprint=fingerprint or self.model.fingerprint,
             max_model_len=self.model.max_model_len,
             vocab_size=vocab_size or self.model.vocab_size,

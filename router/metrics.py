@@ -173,7 +173,7 @@ class RouterMetrics:
         )
         self._devices = Gauge(
             "prelay_devices",
-            "Devices that the deployment holds; each worker holds one.",
+            "Devices that the deployment holds: one for each rank of its workers.",
             ["role"],
             registry=registry,
         )

@@ -187,7 +187,8 @@ class Workers:
 
     def _report(self) -> None:
         for role in Role:
-            self._metrics.devices(role, sum(link.role is role for link in self._links.values()))
+            held = (max(1, link.info.num_devices) for link in self._links.values() if link.role is role)
+            self._metrics.devices(role, sum(held))
         for link in self._links.values():
             self._metrics.worker(link.role, link.worker_id, link.epoch, up=link.up)
         self._on_change()

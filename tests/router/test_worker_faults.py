@@ -192,6 +192,8 @@ async def test_a_new_life_takes_the_place_of_the_old_one(start_cluster):
         await cluster.register(cluster.decode)
     assert cluster.sample("prelay_worker_epoch", role="decode", worker="d0") == 2
     assert cluster.sample("prelay_devices", role="decode") == 1
+    await cluster.add(DECODE, "d1", num_devices=4)
+    assert cluster.sample("prelay_devices", role="decode") == 5
 
 
 async def test_a_worker_that_was_lost_may_be_registered_again(cluster):
