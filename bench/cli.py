@@ -16,6 +16,7 @@ from rich.table import Table
 
 from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
+from bench.cli_router import router
 from bench.cli_serve import serve
 from bench.errors import MeasurementError
 
@@ -194,6 +195,7 @@ def transfer(plot: Path | None, as_json: bool, rounds: int, **chosen: str) -> in
 
 bench.add_command(serve)
 bench.add_command(goodput)
+bench.add_command(router)
 
 
 @click.command(

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -158,9 +159,7 @@ class Crowd:
 
     async def _grpc_stream(
         self,
-        generate: grpc.aio.UnaryStreamMultiCallable[
-            inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
-        ],
+        generate: grpc.aio.UnaryStreamMultiCallable[Any, inference_pb2.GenerateResponse],
         index: int,
         max_tokens: int,
     ) -> None:

@@ -40,8 +40,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Since the process began: tokens that were sent, seconds of CPU that all this took."""
+    """Since the process began: tokens that were sent, seconds of CPU that all this took. at: on the monotonic
+    clock."""
 
+    at: float
     tokens: int
     cpu_s: float
 
@@ -235,7 +237,7 @@ async def _serve(connection: Connection, num_prefill: int, num_decode: int) -> N
             connection.send(None)
         else:
             tokens = sum(worker.sent_tokens for worker in workers.values())
-            connection.send(Sent(tokens, time.process_time()))
+            connection.send(Sent(time.monotonic(), tokens, time.process_time()))
     await asyncio.gather(*(worker.stop() for worker in workers.values()))
 
 
