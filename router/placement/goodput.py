@@ -126,7 +126,7 @@ class GoodputPlacement:
         readers = self._prefills.look(search.request, search.may_read)
         pair = self._best_pair(search, readers, explores) if readers else None
         mixed = self._mixed.look(search.request, search.may_write)
-        local = self._best_local(search, mixed, explores) if mixed else None
+        local = self._best_local(search, mixed, explores, has_readers=bool(readers)) if mixed else None
         if local is None or (pair is not None and pair.ttft_s < local.ttft_s):
             return pair
         return replace(local, kind=Kind.DEFLECTED) if readers and pair is None else local
@@ -160,7 +160,9 @@ class GoodputPlacement:
                 )
         return None
 
-    def _best_local(self, search: _Search, mixed: Sequence[WorkerView], explores: bool) -> Option | None:
+    def _best_local(
+        self, search: _Search, mixed: Sequence[WorkerView], explores: bool, *, has_readers: bool
+    ) -> Option | None:
         """Of the mixed workers the one with the earliest first token. If it is not known how long the steps
         of one take, it reads only what no pair could."""
         if not all(one.latency.model.is_known for one in mixed) and not no_pair_ever(
@@ -168,7 +170,12 @@ class GoodputPlacement:
         ):
             mixed = [one for one in mixed if one.latency.model.is_known]
         search.has_any = search.has_any or bool(mixed)
-        options = (search.options.local(one, self._bookings.booked_s(one.worker_id)) for one in mixed)
+        options = (
+            search.options.local(
+                one, self._bookings.booked_s(one.worker_id), could_be_handed_over=has_readers
+            )
+            for one in mixed
+        )
         good = [option for option in options if search.is_good(option)]
         return min(
             good,

@@ -11,18 +11,25 @@ itself. An option does harm if
 
     (by today's batch load would swing: Qin et al. 2024, Mooncake). A worker that will be empty then can harm
     nobody;
-  - it is read beside others' decoding, in steps that have no slack for chunks of a prompt (Agrawal et al.
-    2024, Sarathi-Serve).
+  - a prefill worker could read it, and it is read beside others' decoding all the same, be it of those who
+    decode there now or of those who will have been handed over by then, in steps that have no slack for
+    USEFUL_CHUNK tokens of a prompt. The worker itself sees to it that nobody is late because of a prompt, by
+    chunks as small as need be (decode_worker/chunk_budget.py); but while it creeps on, those who are handed
+    over have no slack to make up for the hand-off, and all are at their limits. Where no prefill worker could
+    read it, that is how it is read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from router.estimates import MIN_CHUNK, DecodeEstimate, Estimates, PrefillEstimate
+from router.estimates import DecodeEstimate, Estimates, PrefillEstimate
 from router.placement.base import Decision, Expected, Kind
 from router.pool_view import WorkerView
 from router.requests import Request
+
+USEFUL_CHUNK = 16
+"""Tokens of a prompt in a step, below which reading beside others hardly gets on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +83,33 @@ class Options:
         transfer_s = self._estimates.transfer_s(reader, writer, travelling)
         wait_s, ttft_s = booked_s + read.wait_s, booked_s + read.ttft_s
         decode = self._estimates.decode(writer, self._request, ttft_s + transfer_s, self._now)
-        does_harm = read.compute_s > read.spare_s or self._harms_batch(writer, decode)
-        if not does_harm and len(writer.reading) and writer.reading.backlog_s(self._now, 0.0) > ttft_s:
-            does_harm = not self._has_slack(writer, decode.batch, decode.context, decode.limit_s)
+        does_harm = (
+            read.compute_s > read.spare_s
+            or self._harms_batch(writer, decode)
+            or (_still_reads(writer, ttft_s, self._now) and not self._has_slack(writer, decode, own=True))
+        )
         return Option(Kind.DISAGGREGATED, reader, writer, wait_s, ttft_s, transfer_s, decode, does_harm)
 
-    def local(self, worker: WorkerView, booked_s: float) -> Option:
-        """By a mixed worker that reads it itself."""
+    def local(self, worker: WorkerView, booked_s: float, *, could_be_handed_over: bool) -> Option:
+        """By a mixed worker that reads it itself. could_be_handed_over: a prefill worker could read it."""
         read = self._estimates.local(worker, self._request, self._now, told=not self._is_lost)
         wait_s, ttft_s = booked_s + read.wait_s, booked_s + read.ttft_s
         decode = self._estimates.decode(worker, self._request, ttft_s, self._now)
         does_harm = read.compute_s > read.spare_s or self._harms_batch(worker, decode)
-        does_harm = does_harm or (read.slack_tokens < MIN_CHUNK and worker.writing.now.size > 0)
-        if not does_harm and decode.batch > 1:
-            others = decode.context * (decode.batch - 1) // decode.batch
-            does_harm = not self._has_slack(worker, decode.batch - 1, others, decode.limit_s)
+        if could_be_handed_over and not does_harm:
+            now_is_full = read.slack_tokens < USEFUL_CHUNK and worker.writing.now.size > 0
+            does_harm = now_is_full or not self._has_slack(worker, decode, own=False)
         return Option(Kind.LOCAL, None, worker, wait_s, ttft_s, 0.0, decode, does_harm)
 
-    def _has_slack(self, worker: WorkerView, batch: int, context: int, limit_s: float) -> bool:
-        """Whether a step of the batch still keeps the limit with the least chunk of a prompt in it."""
+    def _has_slack(self, worker: WorkerView, decode: DecodeEstimate, *, own: bool) -> bool:
+        """Whether the batch of then keeps its limit with a chunk of a prompt in its steps. own: with this
+        request in the batch."""
+        size, context = decode.batch, decode.context
+        if not own:
+            size, context = size - 1, context * (size - 1) // size
         latency = worker.latency
-        step_s = latency.corrected_s(
-            latency.model.mixed_s(batch, context, MIN_CHUNK, self._request.num_tokens)
-        )
-        return step_s * latency.margin <= limit_s
+        step_s = latency.model.mixed_s(size, context, USEFUL_CHUNK, self._request.num_tokens)
+        return size == 0 or latency.corrected_s(step_s) * latency.margin <= decode.limit_s
 
     def _harms_batch(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
         if decode.is_feasible or decode.batch == 1:
@@ -109,3 +119,8 @@ class Options:
         latency = writer.latency
         alone_s = latency.corrected_s(latency.model.decode_s(1, decode.context // decode.batch))
         return decode.promise_s > writer.writing.limit_s(alone_s)
+
+
+def _still_reads(worker: WorkerView, in_s: float, now: float) -> bool:
+    """Whether a mixed worker will be busy with prompts of its own `in_s` from now."""
+    return len(worker.reading) > 0 and worker.reading.backlog_s(now, 0.0) > in_s

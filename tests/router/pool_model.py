@@ -33,7 +33,7 @@ from router.requests import Request
 MESSAGE_S = 0.001
 BEAT_S = 0.2
 RETRY_S = 0.01
-IMMINENT_TOKENS = 64
+IMMINENT_S = 0.1
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Job:
     emitted: int = 0
     first_at: float | None = None
     last_at: float | None = None
-    unread: int = 1_000_000
+    unread: int = 0
+    due_at: float = math.inf  # when its prompt will be read, as soon as the worker can tell
 
     @property
     def key(self) -> RequestKey:
@@ -157,8 +158,9 @@ class ModelWorker:
             tightest = self._tightest()
             limit_s = math.inf if tightest is None else tightest.effective_s
             if self.pools.spares_coming:
-                soon = [job for job in self.coming.values() if job.unread <= IMMINENT_TOKENS]
-                limit_s = min((limit_s, *(job.request.slo.limits.tpot_s for job in soon)))
+                soon = self.pools.now + IMMINENT_S
+                coming = (job for job in self.coming.values() if job.due_at <= soon)
+                limit_s = min((limit_s, *(job.request.slo.limits.tpot_s for job in coming)))
             context = sum(_context(job) for job in self.writing)
             wanted = [(job.unread, job.num_read) for job in prompts]
             left = first_left = self._budget.num_tokens(
@@ -208,6 +210,9 @@ class ModelWorker:
         )
         noise = self.pools.rng.uniform(1.0 - self.machine.noise, 1.0 + self.machine.noise)
         seconds = noise * self.machine.model.step_s(shape)
+        for job, new in chunks:
+            if new == job.unread:
+                job.due_at = self.pools.now + seconds
         writing = list(self.writing)
         self.pools.at(self.pools.now + seconds, lambda: self._end_step(shape, seconds, chunks, writing))
 
