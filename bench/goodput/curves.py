@@ -48,15 +48,27 @@ class Curve:
         ]
 
     def next_place(
-        self, points: Sequence[Point], number: int, measure: MeasurePart, targets: Sequence[float]
+        self,
+        points: Sequence[Point],
+        number: int,
+        measure: MeasurePart,
+        targets: Sequence[float],
+        rival_rate: float | None = None,
     ) -> int | None:
-        """What round `number` has to measure next; None if it has enough."""
+        """What round `number` has to measure next; None if it has enough. rival_rate: at which another
+        variant of the same deployment attains the first target; it begins there, and has enough once it does
+        less."""
         mine = [point for point in self.of(points) if point.round <= number]
         own = {point.place for point in mine if point.round == number}
         grid = Grid(measure.step)
-        start = grid.place(_START_SHARE * self.variant.readers / self.alone.ttft_s)
-        least = grid.place(least_rate(measure)) + 1
-        return next_place(self._counts(mine), own, targets, start, least, grid.wide)
+        counts, least = self._counts(mine), grid.place(least_rate(measure)) + 1
+        if rival_rate is None:
+            start = grid.place(_START_SHARE * self.variant.readers / self.alone.ttft_s)
+        else:
+            start = grid.place(rival_rate)
+            if any(good < targets[0] * all_ for place, (good, all_) in counts.items() if place <= start):
+                return None
+        return next_place(counts, own, targets, start, least, grid.wide)
 
     def figure(self, points: Sequence[Point], target: float, rounds: Collection[int] | None = None) -> Figure:
         """Over all rounds that are there, or over some. Raises ValueError if there are none."""

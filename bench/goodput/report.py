@@ -87,14 +87,18 @@ def _deployment(curves: Sequence[Curve], points: Sequence[Point]) -> dict[str, A
             "counted": dict(counted),
             "false_refusals": false_refusals(counted),
         },
-        "settings": [
-            {
-                "setting": one.variant.setting,
-                "goodput_per_device_90": one.figure(points, TARGETS[0]).to_json(),
-            }
-            for one in measured
-        ],
+        "settings": [_setting(one, points) for one in measured] if len(measured) > 1 else [],
         "points": [_point(one, point) for one in best_of(measured, points) for point in one.of(points)],
+    }
+
+
+def _setting(curve: Curve, points: Sequence[Point]) -> dict[str, Any]:
+    """A value that was tried. attainment: at each rate; where the lowest is too much, another was better."""
+    mine = sorted(curve.of(points), key=lambda point: (point.rate, point.round))
+    return {
+        "setting": curve.variant.setting,
+        "goodput_per_device_90": curve.figure(points, TARGETS[0]).to_json(),
+        "attainment": [[point.rate, point.judged(curve.limits).attainment] for point in mine],
     }
 
 

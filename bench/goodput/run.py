@@ -4,8 +4,8 @@
 2. Round by round, workload by workload: every deployment is started once, in an order that changes from round
    to round, measured at one rate after the other, and stopped. So what drifts hits all alike. A round has a
    seed of its own: arrivals and lengths depend on it and the rate alone, the same for all deployments.
-3. Of the values that a deployment has to try, those that were best in the first round for 90 % and for 99 %
-   go on.
+3. Of the values that a deployment has to try, each begins in the first round at the rate that the best before
+   it serves at 90 %, and is dropped there if it does not. Those that were best for 90 % and for 99 % go on.
 
 Everything is kept as soon as it is measured, and nothing that is kept is measured again.
 """
@@ -54,8 +54,12 @@ async def measure_rounds(plan: Plan, record: Record, teller: Teller) -> dict[str
                 mine = [curve for curve in curves[source.name] if curve.variant.deployment == name]
                 going_on = mine if number == 0 else best_of(mine, record.points, {0})
                 with teller.part(f"round {number + 1} of {rounds}, {source.name}, {name}") as tell:
-                    for curve in rng.sample(going_on, len(going_on)):
-                        await measure_visit([curve], number, plan.experiment, record, teller.line, tell)
+                    order = rng.sample(going_on, len(going_on))
+                    for index, curve in enumerate(order):
+                        rival = _best_rate(order[:index], record.points) if number == 0 else None
+                        await measure_visit(
+                            [curve], number, plan.experiment, record, teller.line, tell, rival_rate=rival
+                        )
     return curves
 
 
@@ -73,6 +77,12 @@ def best_of(curves: Sequence[Curve], points: Sequence[Point], rounds: set[int] |
     """For each target the one with the greatest goodput; one, if it is the same. curves: all measured."""
     best = [max(curves, key=lambda curve: curve.figure(points, target, rounds).value) for target in TARGETS]
     return list({id(curve): curve for curve in best}.values())
+
+
+def _best_rate(curves: Sequence[Curve], points: Sequence[Point]) -> float | None:
+    """The highest rate that one of them serves at 90 % in the first round; None if there is none."""
+    values = [curve.figure(points, TARGETS[0], {0}).value * curve.variant.devices for curve in curves]
+    return max(values, default=0.0) or None
 
 
 async def measure_idle_times(
@@ -132,9 +142,11 @@ async def measure_visit(
     line: Callable[[str], None],
     tell: Callable[[str], None],
     targets: Sequence[float] = TARGETS,
+    rival_rate: float | None = None,
 ) -> None:
     """One round of one variant, for all of the curves: of one workload, and of a policy that does not look at
-    limits if they have several. Does not start it if nothing is missing. Raises MeasurementError."""
+    limits if they have several. rival_rate: see Curve.next_place. Does not start it if nothing is missing.
+    Raises MeasurementError."""
     measure = experiment.measure
 
     def missing() -> tuple[Curve, int] | None:
@@ -145,7 +157,7 @@ async def measure_visit(
         if len(own) >= measure.max_points * len(curves):
             return None
         for curve in curves:
-            place = curve.next_place(record.points, number, measure, targets)
+            place = curve.next_place(record.points, number, measure, targets, rival_rate)
             if place is not None:
                 return curve, place
         return None

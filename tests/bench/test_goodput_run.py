@@ -91,6 +91,20 @@ def test_every_round_visits_all_in_an_order_of_its_own(bench: PaperBench, tmp_pa
     assert seeds == set(range(6))
 
 
+def test_values_that_are_beaten_are_dropped_at_once(bench: PaperBench, tmp_path: Path) -> None:
+    """The best one is searched for in full, and those that come after it get a point each."""
+    result, record = measured(experiment(demo_model_path()), tmp_path)
+    found = next(one for one in result["workloads"][0]["deployments"] if one["name"] == "mixed")
+    assert len(found["settings"]) == 3
+    first = [point for point in record.points if point.of.deployment == "mixed" and point.round == 0]
+    order = list(dict.fromkeys(point.of.setting for point in first))
+    later = order[order.index("mixed.max_batch_tokens=128") + 1 :]
+    assert later, "the seed makes it come before another"
+    for setting in later:
+        (only,) = [point for point in first if point.of.setting == setting]
+        assert only.rate <= 1.1 * 4
+
+
 def test_a_run_that_was_cut_off_goes_on(
     bench: PaperBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
