@@ -93,7 +93,7 @@ class Estimates:
     def __init__(self, pool: PoolView, prefixes: PrefixIndex, lengths: OutputLengths) -> None:
         self._pool = pool
         self._prefixes = prefixes
-        self._lengths = lengths
+        self.lengths = lengths
         self.transfers = TransferTimes()
         self._best: dict[bool, _Fastest] = {
             True: _Fastest(pool, READERS, _reading_alone_s), False: _Fastest(pool, WRITERS, _writing_alone_s)
@@ -136,7 +136,7 @@ class Estimates:
         today = writing.now
         step_s = latency.corrected_s(latency.model.decode_s(max(1, today.size), today.context))
         then = writing.after(in_s, step_s, now)
-        _, answer_tokens, _ = self._lengths.quantiles(request)
+        _, answer_tokens, _ = self.lengths.quantiles(request)
         own_context = request.num_tokens + answer_tokens // 2 + 1
         batch, context = then.size + 1, then.context + own_context
         expected_s = latency.corrected_s(latency.model.decode_s(batch, context))
@@ -191,7 +191,7 @@ class Estimates:
             joins_at=joins_at,
             is_local=is_local,
             context=request.num_tokens,
-            outputs=self._lengths.quantiles(request),
+            outputs=self.lengths.quantiles(request),
             most_outputs=request.tokens_left,
             tpot_s=request.slo.limits.tpot_s,
         )

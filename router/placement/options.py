@@ -70,6 +70,7 @@ class Options:
         self._now = now
         self._is_lost = is_lost
         self._tpot_s = request.slo.limits.tpot_s
+        self._least_tokens, _, _ = estimates.lengths.quantiles(request)
         idle = None if is_lost else estimates.idle(request)
         self._tpot_counts = not is_lost and (idle is None or idle[1] <= self._tpot_s)
 
@@ -86,7 +87,7 @@ class Options:
         does_harm = (
             read.compute_s > read.spare_s
             or self._harms_batch(writer, decode)
-            or (_still_reads(writer, ttft_s, self._now) and not self._has_slack(writer, decode, own=True))
+            or self._is_held_up(writer, decode, ttft_s, transfer_s)
         )
         return Option(Kind.DISAGGREGATED, reader, writer, wait_s, ttft_s, transfer_s, decode, does_harm)
 
@@ -97,9 +98,35 @@ class Options:
         decode = self._estimates.decode(worker, self._request, ttft_s, self._now)
         does_harm = read.compute_s > read.spare_s or self._harms_batch(worker, decode)
         if could_be_handed_over and not does_harm:
-            now_is_full = read.slack_tokens < USEFUL_CHUNK and worker.writing.now.size > 0
-            does_harm = now_is_full or not self._has_slack(worker, decode, own=False)
+            size = worker.writing.now.size
+            does_harm = (
+                (size > 0 and read.slack_tokens < USEFUL_CHUNK)
+                or not self._has_slack(worker, decode, own=False)
+                or (
+                    decode.batch - 1 > size == 0
+                    and self._stall_s(worker, read.compute_s) > self._affords_s(decode)
+                )
+            )
         return Option(Kind.LOCAL, None, worker, wait_s, ttft_s, 0.0, decode, does_harm)
+
+    def _is_held_up(
+        self, writer: WorkerView, decode: DecodeEstimate, ttft_s: float, transfer_s: float
+    ) -> bool:
+        """Whether a writer that will still read prompts of its own is no place to be handed over to."""
+        left_s = writer.reading.backlog_s(self._now, 0.0) - ttft_s if len(writer.reading) else 0.0
+        if left_s <= 0:
+            return False
+        stall_s = decode.limit_s if decode.batch > 1 else self._stall_s(writer, left_s)
+        return transfer_s + stall_s > self._affords_s(decode) or not self._has_slack(writer, decode, own=True)
+
+    def _stall_s(self, worker: WorkerView, read_s: float) -> float:
+        """How long who comes may wait for a step of a worker that reads, and where nobody decodes."""
+        latency = worker.latency
+        return min(read_s, latency.corrected_s(latency.model.prefill_s(worker.capacity.max_batch_tokens)))
+
+    def _affords_s(self, decode: DecodeEstimate) -> float:
+        """How long the second token of a short answer may wait: (m_lo - 1) * (S - t_D)."""
+        return max(1, self._least_tokens - 1) * (self._tpot_s - decode.step_s)
 
     def _has_slack(self, worker: WorkerView, decode: DecodeEstimate, *, own: bool) -> bool:
         """Whether the batch of then keeps its limit with a chunk of a prompt in its steps. own: with this
@@ -119,8 +146,3 @@ class Options:
         latency = writer.latency
         alone_s = latency.corrected_s(latency.model.decode_s(1, decode.context // decode.batch))
         return decode.promise_s > writer.writing.limit_s(alone_s)
-
-
-def _still_reads(worker: WorkerView, in_s: float, now: float) -> bool:
-    """Whether a mixed worker will be busy with prompts of its own `in_s` from now."""
-    return len(worker.reading) > 0 and worker.reading.backlog_s(now, 0.0) > in_s
