@@ -10,23 +10,32 @@ from router.requests import Delta
 
 
 class AnswerStream:
-    """An async iterator of deltas. What the reader has not taken yet comes as one delta.
+    """An async iterator of deltas. What the reader has not taken yet comes as one delta, when it is the
+    reader's turn (`reader_turns.py`).
 
     How much that is, is bounded from outside (`reader_pace.py`): `unread_tokens` says how much there is, and
     `on_read` when it has been taken. Ends after the delta that carries `finish`; raises the RouterError that
     ended the request instead. Use it as an async context manager: leaving it early cancels the request.
     """
 
-    def __init__(self, cancel: Callable[[], None], on_read: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        cancel: Callable[[], None],
+        on_read: Callable[[], None],
+        wait_for_turn: Callable[[Callable[[], None]], None],
+    ) -> None:
         """cancel: called when the reader leaves; must be harmless when the request has ended, as must
-        on_read."""
+        on_read. wait_for_turn: told what to call when the reader may read."""
         self._cancel = cancel
         self._on_read = on_read
+        self._wait_for_turn = wait_for_turn
         self._pending: list[Delta] = []
         self._unread_tokens = 0
         self._error: RouterError | None = None
         self._ended = False
-        self._changed = asyncio.Event()
+        self._waits_for_turn = False
+        self._turn: asyncio.Future[None] | None = None  # while the reader waits for it
+        self._may_read = False
 
     @property
     def unread_tokens(self) -> int:
@@ -37,30 +46,43 @@ class AnswerStream:
         """More of the answer."""
         self._pending.append(delta)
         self._unread_tokens += len(delta.token_ids)
-        self._changed.set()
+        self._ask_for_turn()
 
     def fail(self, error: RouterError) -> None:
         """The request ended without a complete answer; what is pending still goes out first."""
         self._error = error
-        self._changed.set()
+        self._ask_for_turn()
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
 
     async def __anext__(self) -> Delta:
-        while True:
-            if self._pending:
-                pending, self._pending, self._unread_tokens = self._pending, [], 0
-                delta = pending[0] if len(pending) == 1 else Delta.joined(pending)
-                self._ended = delta.finish is not None
-                self._on_read()
-                return delta
-            if self._ended:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
-            self._changed.clear()
-            await self._changed.wait()
+        while not self._may_read and not self._ended:
+            self._turn = asyncio.get_running_loop().create_future()
+            await self._turn
+        self._may_read = False
+        if self._pending:
+            pending, self._pending, self._unread_tokens = self._pending, [], 0
+            delta = pending[0] if len(pending) == 1 else Delta.joined(pending)
+            self._ended = delta.finish is not None
+            self._may_read = self._error is not None  # which is due next
+            self._on_read()
+            return delta
+        if self._ended:
+            raise StopAsyncIteration
+        assert self._error is not None
+        raise self._error
+
+    def _ask_for_turn(self) -> None:
+        if not self._waits_for_turn:
+            self._waits_for_turn = True
+            self._wait_for_turn(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._waits_for_turn = False
+        self._may_read = bool(self._pending) or self._error is not None
+        if self._may_read and self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
 
     async def __aenter__(self) -> AnswerStream:
         return self

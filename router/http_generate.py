@@ -11,10 +11,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from router.openai_logprobs import (
     with_top,
 )
 from router.openai_protocol import ChatBody, CompletionBody, Prompt, parse, parse_messages, parse_prompts
-from router.openai_responses import Part, Reply, usage_of
+from router.openai_responses import Part, Reply, event, usage_of
 from router.requests import Delta, Finish, Request
 from router.sampling import SamplingWish
 from router.slo import SloPolicy
@@ -60,6 +59,11 @@ class _Job:
     prompt_logprobs: int | None
     stream: bool
     include_usage: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the pieces of its answers are text, and nothing beside it."""
+        return self.prompt_logprobs is None and self.requests[0].sampling.logprobs is None
 
     def usage(self, finishes: Sequence[Finish]) -> dict[str, Any]:
         """finishes: of all choices in order. Each prompt counts once, as cached as all its choices saw it."""
@@ -220,6 +224,29 @@ class GenerateApi:
         text = echo.text + delta.text if echo is not None and first else delta.text
         return Part(text, delta.finish, logprobs, of_prompt)
 
+    def _events(
+        self,
+        job: _Job,
+        reply: Reply,
+        index: int,
+        delta: Delta,
+        begun: set[int],
+        finishes: dict[int, Finish],
+        details: bool,
+    ) -> bytes:
+        """What a piece of a choice says to a streaming client; nothing, if its text is still held back."""
+        first = index not in begun
+        if not first and delta.finish is None and not delta.scored and job.is_plain:
+            return reply.text_event(index, delta.text) if delta.text else b""
+        begun.add(index)
+        part = self._part(job, reply, index, delta, first=first)
+        chunks = [reply.role_chunk(index)] if reply.chat and first else []
+        if part.text or part.finish is not None:
+            chunks.append(reply.part_chunk(index, part, details))
+        if part.finish is not None:
+            finishes[index] = part.finish
+        return b"".join(map(event, chunks))
+
     async def _stream(
         self, http: web.Request, job: _Job, reply: Reply, answers: Sequence[AnswerStream], details: bool
     ) -> web.StreamResponse:
@@ -232,26 +259,23 @@ class GenerateApi:
             begun: set[int] = set()
             finishes: dict[int, Finish] = {}
             try:
-                async for index, delta in _chain(first, deltas):
-                    part = self._part(job, reply, index, delta, first=index not in begun)
-                    chunks = [reply.role_chunk(index)] if reply.chat and index not in begun else []
-                    begun.add(index)
-                    if part.text or part.finish is not None:
-                        chunks.append(reply.part_chunk(index, part, details))
-                    if part.finish is not None:
-                        finishes[index] = part.finish
-                    if chunks:
-                        await response.write(b"".join(map(_event, chunks)))
+                index, delta = first
+                while True:
+                    if events := self._events(job, reply, index, delta, begun, finishes, details):
+                        await response.write(events)
+                    if len(finishes) == len(answers):
+                        break
+                    index, delta = await anext(deltas)
                 if job.include_usage:
                     usage = job.usage([finishes[index] for index in range(len(answers))])
-                    await response.write(_event(reply.usage_chunk(usage)))
+                    await response.write(event(reply.usage_chunk(usage)))
                 await response.write(_DONE)
             except ConnectionError:
                 pass  # the client is gone, and with it whoever could be told
             except Exception as error:
                 if not isinstance(error, RouterError):
                     _log.exception("event=defect request=%s", http[REQUEST_ID])
-                await response.write(_event(http_error(error).body) + _DONE)
+                await response.write(event(http_error(error).body) + _DONE)
         return response
 
 
@@ -261,6 +285,10 @@ async def _merge(answers: Sequence[AnswerStream]) -> AsyncGenerator[tuple[int, D
     Each answer has at most one delta under way, so that what a slow client does not take is merged where it
     waits.
     """
+    if len(answers) == 1:  # nearly always, and without tasks it costs half
+        async for delta in answers[0]:
+            yield 0, delta
+        return
     waiting = {asyncio.ensure_future(anext(answer)): index for index, answer in enumerate(answers)}
     try:
         while waiting:
@@ -275,15 +303,3 @@ async def _merge(answers: Sequence[AnswerStream]) -> AsyncGenerator[tuple[int, D
         for future in waiting:
             if not future.cancel() and not future.cancelled():
                 future.exception()  # failed together with the one that ended all: nobody else asks for it
-
-
-async def _chain(
-    first: tuple[int, Delta], rest: AsyncIterator[tuple[int, Delta]]
-) -> AsyncIterator[tuple[int, Delta]]:
-    yield first
-    async for item in rest:
-        yield item
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -24,6 +24,7 @@ from router.metrics import RouterMetrics
 from router.outage import Outage
 from router.policy import Policy
 from router.reader_pace import ReaderPace
+from router.reader_turns import ReaderTurns
 from router.record import Detokenizes, RequestRecord
 from router.recovery import RetryBudget
 from router.requests import Delta, Details, Outcome, Request
@@ -61,6 +62,7 @@ class LiveRequests:
         self._pace = ReaderPace(
             limits.stream_buffer_tokens, limits.slow_reader_timeout_s, metrics.paused, self._end_slow_reader
         )
+        self._turns = ReaderTurns()
         self._live: dict[str, LiveRequest] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -163,7 +165,9 @@ class LiveRequests:
     def _take(self, request: Request, call: tuple[str, ...], paced: bool) -> AnswerStream:
         request_id = request.request_id
         stream = AnswerStream(
-            cancel=lambda: self.cancel(request_id), on_read=lambda: self._on_read(request_id)
+            cancel=lambda: self.cancel(request_id),
+            on_read=lambda: self._on_read(request_id),
+            wait_for_turn=self._turns.wait,
         )
         self._live[request_id] = LiveRequest(
             request=request,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from router.requests import Details, Finish
@@ -22,12 +24,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What all parts of one response share. created: Unix time, seconds."""
+    """What all parts of one response share. created: Unix time, seconds. frames: of
+    `text_event`, by choice."""
 
     response_id: str
     model: str
     created: int
     chat: bool
+    frames: dict[int, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def whole(self, parts: Sequence[Part], usage: dict[str, Any], details: bool) -> dict[str, Any]:
         """The body of a response that is not streamed; one finished part for each choice."""
@@ -69,6 +73,21 @@ class Reply:
             chunk["prelay"] = details_object(part.finish.details)
         return chunk
 
+    def text_event(self, index: int, text: str) -> bytes:
+        """The same as an event, of a piece that is nothing but text: all but the first and the last are."""
+        before, after = self._around_text(index)
+        return f"{before}{encode_basestring(text)}{after}".encode()
+
+    def _around_text(self, index: int) -> tuple[str, str]:
+        """What stands before and after the text of such an event."""
+        known = self.frames.get(index)
+        if known is None:
+            mark = "\N{OBJECT REPLACEMENT CHARACTER}"  # in no id, and in no model's name
+            whole = event(self.part_chunk(index, Part(mark, None, None, None), False)).decode()
+            before, _, after = whole.rpartition(f'"{mark}"')
+            known = self.frames[index] = (before, after)
+        return known
+
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk before [DONE] of a stream that asked for usage."""
         return {**self._chunk([]), "usage": usage}
@@ -89,6 +108,11 @@ class Reply:
             "model": self.model,
             "choices": choices,
         }
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """A chunk, as it is sent."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

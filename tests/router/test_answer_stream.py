@@ -8,11 +8,12 @@ import pytest
 
 from router.answer_stream import AnswerStream
 from router.errors import StoppingError
+from router.reader_turns import ReaderTurns
 from router.requests import Delta, Finish, FinishReason
 
 
 def stream_of(cancel=lambda: None, on_read=lambda: None):
-    return AnswerStream(cancel, on_read)
+    return AnswerStream(cancel, on_read, ReaderTurns().wait)
 
 
 def delta(token, text, *, last=False):
