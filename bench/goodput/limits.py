@@ -20,13 +20,15 @@ from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
 
 QUANTILE = 0.9
 _QUANTILES = (0.1, 0.5, QUANTILE)
+_MAX_ANSWER = 32
 SAMPLE = 400
 """Requests that a workload's lengths are taken from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Typical:
-    """Of a workload. lengths: prompts at the 10th, 50th and 90th percentile. answer: median tokens."""
+    """Of a workload. lengths: prompts at the 10th, 50th and 90th percentile. answer: median tokens, or as
+    many as are enough to time one."""
 
     lengths: tuple[int, ...]
     answer: int
@@ -35,7 +37,7 @@ class Typical:
     def of(cls, jobs: Sequence[Job]) -> Typical:
         prompts = np.quantile([len(job.prompt_token_ids) for job in jobs], _QUANTILES, method="nearest")
         answer = np.quantile([job.output_tokens for job in jobs], 0.5, method="nearest")
-        return cls(tuple(int(length) for length in prompts), max(2, int(answer)))
+        return cls(tuple(int(length) for length in prompts), max(2, min(_MAX_ANSWER, int(answer))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,20 +72,19 @@ async def serving(config: ServeConfig, on_line: Callable[[str], None]) -> AsyncI
         start_new_session=True,  # Ctrl-C is for us alone
     )
     said: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
-    listening = asyncio.create_task(_listen(process, said, on_line))
+    ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+    listening = asyncio.gather(_listen(process, said, on_line), _await_ready(process, ready, said, on_line))
     try:
         assert process.stdin is not None
-        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which is seen next
             process.stdin.write(Order(config, as_json=True, debug=False).to_json() + b"\n")
             await process.stdin.drain()
-        line = await process.stdout.readline()
-        if not line:
+        await asyncio.wait((ready, listening), return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
             await process.wait()
-            await listening
             raise _ended(process, said)
-        ready = json.loads(line)
-        yield Served(ready["grpc"], ready["metrics"], process, said)
+        addresses = ready.result()
+        yield Served(addresses["grpc"], addresses["metrics"], process, said)
     finally:
         await _stop(process)
         listening.cancel()
@@ -101,6 +100,23 @@ async def _listen(
         line = raw.decode(errors="replace").rstrip()
         said.append(line)
         on_line(line)
+
+
+async def _await_ready(
+    process: asyncio.subprocess.Process,
+    ready: asyncio.Future[dict[str, Any]],
+    said: collections.deque[str],
+    on_line: Callable[[str], None],
+) -> None:
+    """Reads standard output to its end: Ray may write there, too, before and after."""
+    assert process.stdout is not None
+    async for raw in process.stdout:
+        line = raw.decode(errors="replace").rstrip()
+        if not ready.done() and line.startswith('{"event": "ready"'):
+            ready.set_result(json.loads(line))
+        else:
+            said.append(line)
+            on_line(line)
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
