@@ -98,27 +98,24 @@ def peer(info: worker_pb2.WorkerInfo) -> worker_pb2.PeerRef:
 
 def token_batch(sequence: worker_pb2.SequenceTokens, *, from_reader: bool) -> TokenBatch:
     """What one engine step produced for one request. from_reader: on the worker that has read its prompt."""
-    times: tuple[tuple[Stage, float], ...] = ()
+    stage_times: tuple[tuple[Stage, float], ...] = ()
+    kv_bytes = 0
     if sequence.HasField("times"):
+        times = sequence.times
+        kv_bytes = times.kv_bytes
         if from_reader:
-            times = (
-                (Stage.PREFILL_QUEUE, sequence.times.prefill_queue_s),
-                (Stage.PREFILL, sequence.times.prefill_s),
-            )
+            stage_times = (Stage.PREFILL_QUEUE, times.prefill_queue_s), (Stage.PREFILL, times.prefill_s)
         else:
-            times = (
-                (Stage.TRANSFER, sequence.times.transfer_s),
-                (Stage.DECODE_QUEUE, sequence.times.decode_queue_s),
-            )
+            stage_times = (Stage.TRANSFER, times.transfer_s), (Stage.DECODE_QUEUE, times.decode_queue_s)
     return TokenBatch(
-        first_index=sequence.first_index,
-        token_ids=sequence.token_ids,
-        stop_reason=_STOP_REASONS.get(sequence.stop_reason),
-        stage_times=times,
-        kv_bytes=sequence.times.kv_bytes,
-        logprobs=list(map(_logprobs, sequence.logprobs)),
-        prompt_logprobs=list(map(_logprobs, sequence.prompt_logprobs)),
-        cached_tokens=sequence.cached_tokens,
+        sequence.first_index,
+        sequence.token_ids,
+        _STOP_REASONS.get(sequence.stop_reason),
+        stage_times,
+        kv_bytes,
+        [*map(_logprobs, sequence.logprobs)],
+        [*map(_logprobs, sequence.prompt_logprobs)],
+        sequence.cached_tokens,
     )
 
 

@@ -132,8 +132,9 @@ class Dispatcher:
             return  # an earlier life
         match message.WhichOneof("message"):
             case "step":
+                now = self._clock()
                 for sequence in message.step.sequences:
-                    self._on_tokens(link, sequence)
+                    self._on_tokens(link, sequence, now)
             case "snapshot":
                 self._learning.snapshot(link, message.snapshot, self._clock())
                 self._suspect(link, False)
@@ -245,7 +246,7 @@ class Dispatcher:
         number = live.prefill.send(commands.prefill(key, live.request, peer, self._urgency(live, now)))
         self._pool[live.prefill.worker_id].sent(key, number)
 
-    def _on_tokens(self, link: CommandLink, sequence: worker_pb2.SequenceTokens) -> None:
+    def _on_tokens(self, link: CommandLink, sequence: worker_pb2.SequenceTokens, now: float) -> None:
         live = self._find(link, sequence.request_id, sequence.attempt)
         if live is None:
             return
@@ -257,7 +258,6 @@ class Dispatcher:
             self._pump.soon()
         elif sequence.HasField("times") and not from_reader:
             self._learning.handed_over(live, sequence.times)
-        now = self._clock()
         previous = live.record.last_token_at
         delta = live.record.tokens(now, commands.token_batch(sequence, from_reader=from_reader))
         if delta is None:

@@ -13,8 +13,7 @@ its placement: the next one sends it again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.sequence import RequestKey, StopReason, TokenLogprobs
 from router.placement.base import Kind
@@ -34,9 +33,9 @@ class Detokenizes(Protocol):
         """What was held back of an incomplete character."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """Consecutive tokens of one answer as a worker reports them.
+class TokenBatch(NamedTuple):
+    """Consecutive tokens of one answer as a worker reports them. One is made for nearly every token, so it is
+    what costs least.
 
     first_index: index of token_ids[0] in the answer. stop_reason: set if the last of them ends the answer.
     stage_times: seconds measured by the worker, by stage; empty where it reports none.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
+from typing import NamedTuple
 
 from engine.sequence import TokenLogprobs, TokenSampling
 from router.slo import Slo, SloLimits
@@ -129,9 +130,9 @@ class Finish:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What was added to an answer. Text may lag behind tokens (half a character, a possible stop string).
+class Delta(NamedTuple):
+    """What was added to an answer. Text may lag behind tokens (half a character, a possible stop string). One
+    is made for nearly every token, so it is what costs least.
 
     logprobs: of token_ids, if asked for. scored: the same of the tokens whose text is out with this delta;
     what is not part of the text (the token that stops the answer, a stop string) is not among them.
