@@ -31,7 +31,7 @@ class CacheAwarePlacement:
         pool, estimates = self._pool, self._estimates
         writers = writers_with_room(pool, request)
         readers = [
-            (estimates.prefill(worker, request, now).ttft_s, worker.outstanding_tokens, worker)
+            (estimates.prefill(worker, request, now, told=False).ttft_s, worker.outstanding_tokens, worker)
             for worker in pool.placeable(Role.PREFILL)
             if writers and can_read(worker, request) and not worker.refused
         ]
@@ -57,7 +57,9 @@ class CacheAwarePlacement:
     def _local(
         self, workers: Iterable[WorkerView], avoid: Collection[str], request: Request, now: float
     ) -> Decision | None:
-        ttfts = {one.worker_id: self._estimates.local(one, request, now).ttft_s for one in workers}
+        ttfts = {
+            one.worker_id: self._estimates.local(one, request, now, told=False).ttft_s for one in workers
+        }
         mixed = in_order(
             (self._pool[one] for one in ttfts),
             lambda one: (ttfts[one.worker_id], one.outstanding_tokens, one.requests),

@@ -36,7 +36,7 @@ class PowerOfTwoPlacement:
         for reader in in_order(readers, unread_tokens, avoid) if writers else ():
             linked = pool.pairs.linked_with(reader.worker_id)
             if of_these := [one for one in writers if one.worker_id in linked]:
-                in_s = self._estimates.prefill(reader, request, now).ttft_s
+                in_s = self._estimates.prefill(reader, request, now, told=False).ttft_s
                 decode = self._better_of_two(of_these, avoid, request, in_s, now)
                 return Decision(Kind.DISAGGREGATED, reader.worker_id, decode.worker_id)
         if no_pair_ever(pool, request):

@@ -1,15 +1,14 @@
 """A small pool in virtual time: real policy, real pool view, workers that are queues with a latency model.
 
-What is modelled of a worker is what placement depends on: it takes commands between steps; a step holds all
-decoding sequences and one budget of prompt chunks and lasts as long as the latency model says, give or take
-`noise`; prompts that are told how urgent they are go by slack-EDF and leave the decoding sequences of their
-step within their limits. Messages take `message_s` each way. Not modelled: blocks, failures, prefix caches.
+Of a worker that is modelled on which placement depends: it takes commands between steps; a step holds all
+who decode and chunks of prompts, whose order and size the workers' own cores choose; it lasts as long as the
+latency model says, give or take `noise`. Messages take MESSAGE_S each way. Not modelled: blocks, failures,
+prefix caches.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from engine.sequence import RequestKey
 from engine.urgency import Urgency, rank
 from prefill_worker.chunk_size import ChunkSizes, Waiting
 from router.admission.base import Refusal
-from router.pair_table import LinkState, Pair, PairLink
 from router.estimates import Estimates
 from router.lengths import OutputLengths
+from router.pair_table import LinkState, Pair, PairLink
 from router.placement.base import Decision, Kind
 from router.policies import POLICIES, PolicyInputs
 from router.pool_view import Load, PoolView, Role, WorkerCapacity, WorkerView
@@ -33,7 +32,6 @@ from router.requests import Request
 MESSAGE_S = 0.001
 BEAT_S = 0.2
 RETRY_S = 0.01
-IMMINENT_S = 0.1
 
 
 @dataclass
@@ -49,7 +47,6 @@ class Job:
     first_at: float | None = None
     last_at: float | None = None
     unread: int = 0
-    due_at: float = math.inf  # when its prompt will be read, as soon as the worker can tell
 
     @property
     def key(self) -> RequestKey:
@@ -104,8 +101,8 @@ class ModelWorker:
     def __init__(self, pools: Pools, view: WorkerView, machine: Machine, is_told: bool) -> None:
         self.pools, self.view, self.machine, self.is_told = pools, view, machine, is_told
         self.prompts: list[Job] = []
-        self.coming: dict[RequestKey, Job] = {}
         self.writing: list[Job] = []
+        self.num_reserved = 0  # hand-offs on the way
         self.inbox: list[Callable[[], None]] = []
         self.commands_seen = 0
         self.is_busy = False
@@ -124,10 +121,10 @@ class ModelWorker:
         self.prompts.append(job)
 
     def reserve(self, job: Job) -> None:
-        self.coming[job.key] = job
+        self.num_reserved += 1
 
     def write(self, job: Job) -> None:
-        self.coming.pop(job.key, None)
+        self.num_reserved -= 1
         self.writing.append(job)
 
     def snapshot(self) -> None:
@@ -135,7 +132,7 @@ class ModelWorker:
         self.view.snapshot(
             Load(
                 commands_seen=self.commands_seen,
-                requests=len(self.prompts) + len(self.coming) + len(self.writing),
+                requests=len(self.prompts) + self.num_reserved + len(self.writing),
                 queue_tokens=sum(job.unread for job in self.prompts),
                 free_blocks=self.machine.num_blocks,
                 decoding_requests=len(self.writing),
@@ -156,15 +153,10 @@ class ModelWorker:
         first_left = left
         if self.is_told and prompts and self.view.role is Role.MIXED:
             tightest = self._tightest()
-            limit_s = math.inf if tightest is None else tightest.effective_s
-            if self.pools.spares_coming:
-                soon = self.pools.now + IMMINENT_S
-                coming = (job for job in self.coming.values() if job.due_at <= soon)
-                limit_s = min((limit_s, *(job.request.slo.limits.tpot_s for job in coming)))
             context = sum(_context(job) for job in self.writing)
             wanted = [(job.unread, job.num_read) for job in prompts]
             left = first_left = self._budget.num_tokens(
-                len(self.writing), context, None if limit_s == math.inf else limit_s, wanted
+                len(self.writing), context, None if tightest is None else tightest.effective_s, wanted
             )
         elif self.is_told and prompts:
             size = self._sizes.step(
@@ -210,9 +202,6 @@ class ModelWorker:
         )
         noise = self.pools.rng.uniform(1.0 - self.machine.noise, 1.0 + self.machine.noise)
         seconds = noise * self.machine.model.step_s(shape)
-        for job, new in chunks:
-            if new == job.unread:
-                job.due_at = self.pools.now + seconds
         writing = list(self.writing)
         self.pools.at(self.pools.now + seconds, lambda: self._end_step(shape, seconds, chunks, writing))
 
@@ -244,7 +233,6 @@ class Pools:
     machines: dict[str, tuple[Role, Machine]]
     policy_name: str
     seed: int
-    spares_coming: bool = True
     now: float = 0.0
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
 
@@ -381,7 +369,8 @@ class Pools:
             worker.view.release(job.key)
         writer.emitted(job.key, 1)
         if is_done:
-            self.workers[job.decision.decode].coming.pop(job.key, None)
+            if worker.view is not writer:
+                self.workers[job.decision.decode].num_reserved -= 1
             writer.release(job.key)
             self.lengths.observe(job.request, job.num_tokens)
             self._left -= 1
