@@ -18,6 +18,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import uvloop
+
 from engine.errors import EngineError
 from router.app import Router
 from router.errors import AddressTakenError, SettingsError
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     try:
-        asyncio.run(_serve(settings))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings))
     except (SettingsError, EngineError) as error:
         print(error, file=sys.stderr)
         return 2
