@@ -5,8 +5,9 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from bench.errors import MeasurementError
@@ -58,9 +59,16 @@ class Sent:
 
 @asynccontextmanager
 async def visiting(config: ServeConfig, show: Show) -> AsyncIterator[Visit]:
-    """config: see `serving`. Raises MeasurementError."""
-    show("starting")
-    async with serving(config, lambda line: show(f"starting, {line}")) as served:
+    """config: see `serving`. A start that fails is tried once more: Ray gives up on a machine that is busy
+    for a moment, and hours of measuring are not to end with it. Raises MeasurementError."""
+    async with AsyncExitStack() as stack:
+        show("starting")
+        start = partial(serving, config, lambda line: show(f"starting, {line}"))
+        try:
+            served = await stack.enter_async_context(start())
+        except MeasurementError as error:
+            show(f"starting once more, as {error}")
+            served = await stack.enter_async_context(start())
         async with connect(f"grpc://{served.grpc}") as target:
             yield Visit(served, target, await served.while_up(target.check()))
         show("stopping")
@@ -104,8 +112,11 @@ def least_rate(measure: MeasurePart) -> float:
 
 
 async def send(visit: Visit, jobs: Sequence[Job], limits: Limits, timeout_s: float, show: Show) -> Sent:
-    """Waits until all are answered. Raises MeasurementError if the deployment ends."""
+    """Waits until all are answered, or given up after timeout_s, though none that might still be good. Raises
+    MeasurementError if the deployment ends."""
     slo = Slo.fixed(limits.ttft_s, limits.tpot_s)
+    longest_s = max((limits.ttft_s + limits.tpot_s * job.output_tokens for job in jobs), default=0.0)
+    timeout_s = max(timeout_s, longest_s)
     before = await read_counters(visit.served.metrics)
     async with ClientMeter() as meter:
         # The limits are those of the deployment's only class, so requests need not bring them.
