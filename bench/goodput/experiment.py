@@ -78,7 +78,8 @@ class WorkloadPart(_Section):
 class MeasurePart(_Section):
     """rounds: each visits every deployment once, with a seed of its own. seconds: judged at each rate, after
     warmup_s that are not; longer where fewer than min_requests would come. timeout_s: after which a request
-    is given up that cannot be good any more. step: from one rate of the grid to the next. max_points: of one visit."""
+    is given up that cannot be good any more. step: from one rate of the grid to the next. max_points: of one
+    visit."""
 
     rounds: Count = 3
     seconds: Positive = 60.0
