@@ -60,7 +60,7 @@ def test_a_worker_that_has_failed_the_request_is_the_last_choice(name, make_requ
 
 @st.composite
 def pools(draw):
-    """Of up to three workers of each role, some of them suspected, full or unlinked, of known speed or not."""
+    """Of up to three workers of each role, some suspected, full or unlinked, of known speed or not."""
     model = draw(st.sampled_from([CORE, None]))
     capacity = draw(st.sampled_from([CAPACITY, SMALL]))
     counts = [draw(st.integers(0, 3)) for _ in Role]
