@@ -214,9 +214,14 @@ class EventReader(asyncio.Protocol):
     async def answer(self, request: bytes) -> None:
         """Sends it, and returns at the end of the answer. Raises OSError, RuntimeError."""
         assert self._transport is not None
-        self._done = asyncio.get_running_loop().create_future()
+        done = self.expect()
         self._transport.write(request)
-        await self._done
+        await done
+
+    def expect(self) -> asyncio.Future[None]:
+        """Done at the end of the next answer."""
+        self._done = asyncio.get_running_loop().create_future()
+        return self._done
 
     def close(self) -> None:
         if self._transport is not None:
@@ -224,16 +229,17 @@ class EventReader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         ticks, counters = now_ticks(), self._crowd.counters
-        if self._rest:
-            data = self._rest + data
-        if data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200"):
+        self._tail = (self._tail + data)[-len(_LAST_CHUNK) :]
+        data = self._rest + data
+        end = data.rfind(b"\n") + 1
+        lines, self._rest = data[:end], data[end:]
+        if lines.startswith(b"HTTP/1.1 ") and not lines.startswith(b"HTTP/1.1 200 "):
             self._end(RuntimeError(data.decode(errors="replace")))
             return
-        whole = data.rfind(b"\n") + 1
-        self._rest = data[whole:]
         counters.pieces += 1
-        counters.ages.extend(ages_in_text(data[data.find(b"data: ") : whole], ticks))
-        self._tail = (self._tail + data)[-len(_LAST_CHUNK) :]
+        begin = lines.find(b"data: ")
+        if begin >= 0:
+            counters.ages.extend(ages_in_text(lines[begin:], ticks))
         if self._tail == _LAST_CHUNK:
             self._end(None)
 

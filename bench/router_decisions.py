@@ -194,7 +194,7 @@ class BusyCluster:
         self._writers = self._links[worker_pb2.ROLE_DECODE]
         self.most_live = min(_MOST_LIVE, _BATCH * len(self._writers))
         self._prefixes = [self._tokens(_PREFIX_TOKENS) for _ in range(_PREFIXES)]
-        self._pool = PoolView()
+        self.pool = PoolView()
         self._dispatcher = self._make_dispatcher()
         for link in (*self._readers, *self._writers):
             self._dispatcher.worker_up(link)
@@ -246,7 +246,7 @@ class BusyCluster:
             self._step(live.writer, [(request_id, live, True)])
 
     def _make_dispatcher(self) -> Dispatcher:
-        pool = self._pool
+        pool = self.pool
         prefixes, lengths = PrefixIndex(pool), OutputLengths()
         estimates = Estimates(pool, prefixes, lengths)
         policy = POLICIES["goodput"](PolicyInputs(pool, prefixes, estimates, self._rng, 4096, 1.0))
@@ -297,7 +297,7 @@ class BusyCluster:
             match message.WhichOneof("message"):
                 case "pair":  # a quarter of a million with 1,000 workers: not through messages
                     pair = Pair(message.pair.prefill.worker_id, link.worker_id)
-                    self._pool.pairs.put(pair, PairLink(LinkState.LINKED))
+                    self.pool.pairs.put(pair, PairLink(LinkState.LINKED))
                 case "reserve":
                     request_id = message.reserve.request_id
                     self._live[request_id] = link.has[request_id] = _Live(link)

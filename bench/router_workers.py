@@ -68,6 +68,7 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
         self._out: list[worker_pb2.WorkerMessage] = []
         self._read: list[worker_pb2.SequenceTokens] = []  # first tokens: those of one turn go out together
         self._ready = asyncio.Event()
+        self._writes = False
         self._answers: dict[str, _Answer] = {}
         self._limits: dict[str, int] = {}  # max_tokens of requests that wait for their hand-off
         self._commands_seen = 0
@@ -91,12 +92,13 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 self._commands_seen = message.seq
-                self._take(message)
+                self.take(message)
         finally:
             for task in tasks:
                 task.cancel()
 
-    def _take(self, message: worker_pb2.RouterMessage) -> None:
+    def take(self, message: worker_pb2.RouterMessage) -> None:
+        """A command."""
         match message.WhichOneof("message"):
             case "reserve":
                 command = message.reserve
@@ -148,10 +150,11 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
         while True:
             due = max(due + self.interval_s, time.monotonic() - self.interval_s)
             await asyncio.sleep(due - time.monotonic())
-            if not self._out:  # else the router takes no more: no step runs ahead of the one before
-                self._step()
+            if not self._out and not self._writes:  # no step runs ahead of a router that takes no more
+                self.step()
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """A token for each answer that is not paused."""
         token = token_of(now_ticks())
         ended, running = [], []
         for request_id, answer in self._answers.items():
@@ -202,16 +205,22 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
         self._out.append(worker_pb2.WorkerMessage(**message))
         self._ready.set()
 
+    def unsent(self) -> list[worker_pb2.WorkerMessage]:
+        """What is to be sent, once."""
+        if self._read:
+            read, self._read = self._read, []
+            self._put(step=worker_pb2.StepTokens(sequences=read))
+        out, self._out = self._out, []
+        return out
+
     async def _write(self, context: _Context) -> None:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            if self._read:
-                read, self._read = self._read, []
-                self._put(step=worker_pb2.StepTokens(sequences=read))
-            while self._out:
-                await context.write(self._out[0])
-                del self._out[0]
+            self._writes = True
+            for message in self.unsent():
+                await context.write(message)
+            self._writes = False
 
 
 def serve(connection: Connection, num_prefill: int, num_decode: int) -> None:

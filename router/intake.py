@@ -18,6 +18,9 @@ from router.requests import Request
 from router.sampling import SamplingWish, check_token_ids, checked_stop, require, resolve
 from router.slo import Slo
 
+SHORT_CHARS = 256
+"""A prompt of so many is tokenised at once: to hand it to a thread and back takes longer."""
+
 _Text = TypeVar("_Text")
 
 
@@ -83,7 +86,12 @@ class Intake:
         if not text:  # the tokenizer may add a token of its own, so the number of tokens does not tell
             raise InvalidRequestError("the prompt is empty; give at least one character", "prompt")
         self._check_length([text], "prompt")
-        return await self.tokenize(text)
+        if len(text) > SHORT_CHARS:
+            return await self.tokenize(text)
+        try:
+            return self.model.tokenizer.encode(text)
+        except TokenizerError as error:
+            raise InvalidRequestError(str(error), "prompt") from error
 
     async def tokenize(self, text: str) -> list[int]:
         """Tokens of a text. Raises InvalidRequestError."""
