@@ -252,6 +252,7 @@ class PullLinks:
         """In the link's thread."""
         error: str | None = None
         is_digest_good: bool | None = None
+        out_of_reach: str | None = None
         num_bytes = 0
         started_s = time.perf_counter()
         try:
@@ -265,8 +266,7 @@ class PullLinks:
             error = str(failure)
             is_digest_good = False if isinstance(failure, DigestError) else None
         except PeerUnreachableError as failure:
-            error = str(failure)
-            self._loop.call_soon_threadsafe(self._break, link, error)
+            error = out_of_reach = str(failure)
         except TransferError as failure:
             error = str(failure)
         except Exception as failure:
@@ -278,6 +278,8 @@ class PullLinks:
             FetchDone(lend.key, opened.backend, num_bytes, copy_s, error, self._clock(), is_digest_good)
         )
         self._copies.end(lend.key)
+        if out_of_reach is not None:  # not before the copy's own end is told
+            self._loop.call_soon_threadsafe(self._break, link, out_of_reach)
 
     def _break(self, link: LinkId, why: str) -> None:
         if (end := self._ends.get(link)) is not None:
