@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.errors import MeasurementError
 from bench.load.idle import check_possible
 from bench.load.jobs import Job
 from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
@@ -62,10 +61,4 @@ class Idle:
         length = self.typical.lengths[-1]
         alone = self.best(length)
         check_possible(slo, IdleTimes([IdlePoint(length, alone.ttft_s, alone.tpot_s)]))
-        for name, limit in (("ttft", slo.ttft), ("tpot", slo.tpot)):
-            if limit.relative and limit.value < 1:
-                raise MeasurementError(
-                    f"slo: {name} is {limit.value:g} times what a request takes alone, which none can meet; "
-                    "give at least 1x"
-                )
         return Limits(slo.ttft.seconds(alone.ttft_s), slo.tpot.seconds(alone.tpot_s))

@@ -64,6 +64,11 @@ def test_a_lucky_request_is_no_recovery() -> None:
     assert recovery_s(after, SLO, 30.0, before=1.0) == float("inf")
 
 
+def test_the_last_few_requests_are_no_window() -> None:
+    after = [row(30 + index / 2, good=index >= 55) for index in range(60)]
+    assert recovery_s(after, SLO, 30.0, before=1.0) == float("inf")
+
+
 def test_sparse_requests_need_a_longer_window() -> None:
     after = [row(30 + 4.0 * index, good=index >= 3) for index in range(20)]
     assert recovery_s(after, SLO, 30.0, before=1.0) == pytest.approx(8.0), "9 of 10 from the third on"
