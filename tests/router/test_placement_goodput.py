@@ -117,8 +117,23 @@ def test_a_decode_worker_whose_batch_would_miss_its_limit_is_left_out(make_reque
     assert choose(fixture, make_request(limits=tight)).decode == "d1"
     writing(fixture, "d1", 2, tight, make_request)
     assert choose(fixture, make_request(limits=tight)) is None
-    # Nor does one with a loose limit of its own go where it would break another's.
+    # Nor does one with a loose limit of its own go where it would break another's, or one with a tight limit
+    # where others' are loose.
     assert choose(fixture, make_request(limits=LOOSE)) is None
+    loose = Fixture("goodput", pool_of(1, 1))
+    writing(loose, "d0", 2, LOOSE, make_request)
+    assert choose(loose, make_request(limits=LOOSE)) is not None
+    assert choose(loose, make_request(limits=tight)) is None
+
+
+def test_a_worker_that_nobody_else_writes_on_harms_nobody(make_request):
+    """Though what is promised is a little more than what is possible."""
+    fixture = Fixture("goodput", pool_of(1, 1))
+    request = make_request(prompt_tokens=512)
+    limits = SloLimits(2.0, fixture.estimates.idle(request)[1])
+    request = make_request(prompt_tokens=512, limits=limits)
+    assert not fixture.estimates.decode(fixture.pool["d0"], request, 0.0, 0.0).is_feasible
+    assert choose(fixture, request) is not None
 
 
 def test_the_shortest_step_decides_between_decode_workers(make_request):
@@ -133,6 +148,7 @@ def test_one_that_can_no_longer_be_in_time_goes_where_it_harms_nobody(make_reque
     assert choose(fixture, late, now=5.0) is not None
     place(fixture, make_request("a", prompt_tokens=512, limits=LOOSE, arrived_at=5.0), "p0", "d0", now=5.0)
     assert choose(fixture, late, now=5.1) is None
+    assert fixture.policy.placement._bookings.booked_s("p0") == 0.0  # nobody has to look elsewhere for it
     assert choose(fixture, late, now=5.5) is not None
     tight = SloLimits(2.0, 0.0115)
     full = Fixture("goodput", pool_of(1, 1))
@@ -189,6 +205,31 @@ def test_it_does_not_read_beside_those_who_have_no_slack_for_it(make_request):
     writing(loose, "m0", 1, LOOSE, make_request)
     place(loose, make_request("a", prompt_tokens=512, limits=LOOSE), "p0", "m0")
     assert choose(loose, make_request(prompt_tokens=256, limits=LOOSE)).kind is Kind.LOCAL
+
+
+def test_nor_if_these_are_to_end_soon(make_request):
+    tight = SloLimits(2.0, 0.0135)
+    fixture = Fixture("goodput", pool_of(1, 0, 1))
+    for _ in range(30):
+        fixture.lengths.observe(make_request(), 3)
+    writing(fixture, "m0", 1, tight, make_request)
+    place(fixture, make_request("a", prompt_tokens=512, limits=tight), "p0", "m0")
+    assert choose(fixture, make_request(prompt_tokens=256, limits=tight)) is None
+
+
+@pytest.mark.parametrize(("answer_tokens", "tpot_s"), [(100, 0.0135), (2, 0.1)])
+def test_it_does_not_read_when_others_are_to_be_handed_over(answer_tokens, tpot_s, make_request):
+    """They would have no slack beside it, or their answers are too short to make up for a step's wait."""
+    limits = SloLimits(2.0, tpot_s)
+    fixture = Fixture("goodput", pool_of(1, 0, 1))
+    for _ in range(30):
+        fixture.lengths.observe(make_request(), answer_tokens)
+    place(fixture, make_request("a", prompt_tokens=448, limits=limits), "p0", "m0")
+    request = make_request(prompt_tokens=450, limits=limits)
+    assert choose(fixture, request) is None
+    roomy = Fixture("goodput", pool_of(1, 0, 1))
+    place(roomy, make_request("a", prompt_tokens=448, limits=LOOSE), "p0", "m0")
+    assert choose(roomy, make_request(prompt_tokens=450, limits=LOOSE)).kind is Kind.LOCAL
 
 
 def test_nobody_is_handed_over_to_a_worker_that_will_still_read(make_request):

@@ -48,6 +48,18 @@ def test_what_fits_no_pair_is_read_where_it_is_written(name, make_request):
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_a_pair_with_a_suspected_worker_is_none(name, make_request):
+    pool = pool_of(1, 1)
+    for worker in pool_of(mixed=1):
+        pool.add(worker)
+    fixture = Fixture(name, pool)
+    if name not in ("goodput", "colocated"):  # these two may have other reasons to read it there
+        assert fixture.policy.placement.choose(make_request(), (), now=0.0).prefill == "p0"
+    pool["d0"].suspected = True
+    assert fixture.policy.placement.choose(make_request(), (), now=0.0).decode == "m0"
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_worker_that_has_failed_the_request_is_the_last_choice(name, make_request):
     pairs = Fixture(name, pool_of(2, 2)).policy.placement
     decision = pairs.choose(make_request(), {"p0", "d1"}, now=0.0)
