@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from router.errors import RouterError
+from router.reader_turns import ReaderTurns
 from router.requests import Delta
 
 
@@ -18,17 +19,12 @@ class AnswerStream:
     ended the request instead. Use it as an async context manager: leaving it early cancels the request.
     """
 
-    def __init__(
-        self,
-        cancel: Callable[[], None],
-        on_read: Callable[[], None],
-        wait_for_turn: Callable[[Callable[[], None]], None],
-    ) -> None:
+    def __init__(self, cancel: Callable[[], None], on_read: Callable[[], None], turns: ReaderTurns) -> None:
         """cancel: called when the reader leaves; must be harmless when the request has ended, as must
-        on_read. wait_for_turn: told what to call when the reader may read."""
+        on_read."""
         self._cancel = cancel
         self._on_read = on_read
-        self._wait_for_turn = wait_for_turn
+        self._turns = turns
         self._pending: list[Delta] = []
         self._unread_tokens = 0
         self._error: RouterError | None = None
@@ -36,6 +32,8 @@ class AnswerStream:
         self._waits_for_turn = False
         self._turn: asyncio.Future[None] | None = None  # while the reader waits for it
         self._may_read = False
+        self._has_turn = False  # and has not given it back
+        self._left = False
 
     @property
     def unread_tokens(self) -> int:
@@ -57,6 +55,8 @@ class AnswerStream:
         return self
 
     async def __anext__(self) -> Delta:
+        if not self._may_read:
+            self._give_turn_back()
         while not self._may_read and not self._ended:
             self._turn = asyncio.get_running_loop().create_future()
             await self._turn
@@ -76,16 +76,27 @@ class AnswerStream:
     def _ask_for_turn(self) -> None:
         if not self._waits_for_turn:
             self._waits_for_turn = True
-            self._wait_for_turn(self._take_turn)
+            self._turns.wait(self._take_turn)
 
     def _take_turn(self) -> None:
         self._waits_for_turn = False
+        self._give_turn_back()  # of two it needs one
+        self._has_turn = True
         self._may_read = bool(self._pending) or self._error is not None
-        if self._may_read and self._turn is not None and not self._turn.done():
+        if self._left or not self._may_read:
+            self._give_turn_back()
+        elif self._turn is not None and not self._turn.done():
             self._turn.set_result(None)
+
+    def _give_turn_back(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._turns.done()
 
     async def __aenter__(self) -> AnswerStream:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self._left = True
+        self._give_turn_back()
         self._cancel()

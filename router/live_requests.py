@@ -167,7 +167,7 @@ class LiveRequests:
         stream = AnswerStream(
             cancel=lambda: self.cancel(request_id),
             on_read=lambda: self._on_read(request_id),
-            wait_for_turn=self._turns.wait,
+            turns=self._turns,
         )
         self._live[request_id] = LiveRequest(
             request=request,

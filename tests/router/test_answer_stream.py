@@ -13,7 +13,7 @@ from router.requests import Delta, Finish, FinishReason
 
 
 def stream_of(cancel=lambda: None, on_read=lambda: None):
-    return AnswerStream(cancel, on_read, ReaderTurns().wait)
+    return AnswerStream(cancel, on_read, ReaderTurns())
 
 
 def delta(token, text, *, last=False):

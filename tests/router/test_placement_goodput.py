@@ -209,11 +209,12 @@ def test_it_does_not_read_beside_those_who_have_no_slack_for_it(make_request):
 
 def test_nor_if_these_are_to_end_soon(make_request):
     tight = SloLimits(2.0, 0.0135)
-    fixture = Fixture("goodput", pool_of(1, 0, 1))
+    fixture = Fixture("goodput", pool_of(1, 1, 1))
     for _ in range(30):
         fixture.lengths.observe(make_request(), 3)
     writing(fixture, "m0", 1, tight, make_request)
-    place(fixture, make_request("a", prompt_tokens=512, limits=tight), "p0", "m0")
+    place(fixture, make_request("a", prompt_tokens=512, limits=tight), "p0", "d0")
+    fixture.pool["d0"].suspected = True
     assert choose(fixture, make_request(prompt_tokens=256, limits=tight)) is None
 
 
@@ -224,12 +225,11 @@ def test_it_does_not_read_when_others_are_to_be_handed_over(answer_tokens, tpot_
     fixture = Fixture("goodput", pool_of(1, 0, 1))
     for _ in range(30):
         fixture.lengths.observe(make_request(), answer_tokens)
-    place(fixture, make_request("a", prompt_tokens=448, limits=limits), "p0", "m0")
-    request = make_request(prompt_tokens=450, limits=limits)
-    assert choose(fixture, request) is None
+    place(fixture, make_request("a", prompt_tokens=256, limits=limits), "p0", "m0")
+    assert choose(fixture, make_request(prompt_tokens=300, limits=limits)) is None
     roomy = Fixture("goodput", pool_of(1, 0, 1))
-    place(roomy, make_request("a", prompt_tokens=448, limits=LOOSE), "p0", "m0")
-    assert choose(roomy, make_request(prompt_tokens=450, limits=LOOSE)).kind is Kind.LOCAL
+    place(roomy, make_request("a", prompt_tokens=256, limits=LOOSE), "p0", "m0")
+    assert choose(roomy, make_request(prompt_tokens=300, limits=LOOSE)).kind is Kind.LOCAL
 
 
 def test_nobody_is_handed_over_to_a_worker_that_will_still_read(make_request):

@@ -5,50 +5,120 @@ from __future__ import annotations
 import asyncio
 
 from router.answer_stream import AnswerStream
-from router.reader_turns import READERS_A_TURN, ReaderTurns
+from router.reader_turns import LEAST_A_TURN, MOST_A_TURN, MOST_WRITING, ReaderTurns
 from router.requests import Delta
+
+
+class ByHand:
+    """Turns that come when the test says so."""
+
+    def __init__(self):
+        self.waiting = []
+        self.writing = 0
+
+    def wait(self, wake):
+        self.waiting.append(wake)
+
+    def wake(self):
+        self.writing += 1
+        self.waiting.pop()()
+
+    def done(self):
+        self.writing -= 1
+
+
+def stream_with(turns):
+    return AnswerStream(lambda: None, lambda: None, turns)
 
 
 async def test_a_few_are_woken_in_each_turn_in_order():
     turns, woken = ReaderTurns(), []
-    for number in range(2 * READERS_A_TURN + 1):
-        turns.wait(lambda number=number: woken.append(number))
+
+    def wake(number):
+        woken.append(number)
+        turns.done()
+
+    for number in range(2 * MOST_A_TURN + 1):
+        turns.wait(lambda number=number: wake(number))
     assert woken == []
     for turn in range(1, 4):
         await asyncio.sleep(0)
-        assert woken == list(range(min(turn * READERS_A_TURN, 2 * READERS_A_TURN + 1)))
-    turns.wait(lambda: woken.append("later"))
+        assert woken == list(range(min(turn * MOST_A_TURN, 2 * MOST_A_TURN + 1)))
+    turns.wait(lambda: wake("later"))
     await asyncio.sleep(0)
     assert woken[-1] == "later"
 
 
+async def test_fewer_are_woken_while_many_write_but_never_none():
+    turns, woken = ReaderTurns(), []
+    for number in range(MOST_WRITING + 10 * LEAST_A_TURN):
+        turns.wait(lambda number=number: woken.append(number))
+    for _ in range(-(-MOST_WRITING // MOST_A_TURN)):
+        await asyncio.sleep(0)
+    assert len(woken) >= MOST_WRITING
+    before = len(woken)
+    await asyncio.sleep(0)
+    assert len(woken) == before + LEAST_A_TURN
+    for _ in range(MOST_A_TURN + LEAST_A_TURN):
+        turns.done()
+    await asyncio.sleep(0)
+    assert len(woken) == before + LEAST_A_TURN + MOST_A_TURN
+
+
 async def test_what_comes_before_its_turn_is_in_the_readers_piece():
-    waiting = []
-    stream = AnswerStream(lambda: None, lambda: None, waiting.append)
+    turns = ByHand()
+    stream = stream_with(turns)
     reading = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
     for token in range(5):
         stream.put(Delta((token,), "x", None))
         await asyncio.sleep(0)
     assert not reading.done()
-    assert len(waiting) == 1
-    waiting.pop()()
+    assert len(turns.waiting) == 1
+    turns.wake()
     assert (await reading).token_ids == (0, 1, 2, 3, 4)
     # What comes while the piece is on its way waits for a turn of its own.
     stream.put(Delta((5,), "x", None))
     reading = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
     assert not reading.done()
-    waiting.pop()()
+    turns.wake()
     assert (await reading).token_ids == (5,)
 
 
-async def test_a_turn_that_comes_after_the_reader_has_left_is_harmless():
-    waiting = []
-    stream = AnswerStream(lambda: None, lambda: None, waiting.append)
+async def test_a_turn_is_over_when_the_reader_comes_back_for_more():
+    turns = ByHand()
+    stream = stream_with(turns)
+    stream.put(Delta((1,), "x", None))
+    turns.wake()
+    await anext(stream)
+    assert turns.writing == 1
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    assert turns.writing == 0
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_reader_that_leaves_keeps_no_turn():
+    turns = ByHand()
+    stream = stream_with(turns)
+    async with stream:
+        stream.put(Delta((1,), "x", None))
+        turns.wake()
+        await anext(stream)
+        stream.put(Delta((2,), "x", None))  # and now it waits for another
+    assert turns.writing == 0
+    turns.wake()
+    assert turns.writing == 0
+
+
+async def test_a_turn_that_comes_after_the_reader_was_cancelled_is_harmless():
+    turns = ByHand()
+    stream = stream_with(turns)
     reading = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
     stream.put(Delta((1,), "x", None))
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
-    waiting.pop()()
+    turns.wake()
