@@ -6,8 +6,8 @@ steps keep the TPOT limit, found beforehand. Where limits are known here, it is 
 
     n* = max n: t_M(B, K, n) * exp(q) <= min over those who decode of S_eff
 
-t_M is the latency of a step with B sequences of K tokens of context and n prompt tokens, exp(q) the margin of
-a promise (engine/latency.py), and S_eff what a sequence can afford until its next token.
+t_M is the latency of a step with B sequences of K tokens of context and n prompt tokens, exp(q) the margin
+for the average of such steps (engine/latency.py), and S_eff what a sequence can afford until its next token.
 
 TPOT is an average, over d tokens that came in `elapsed` since the first. A sequence with limit S is
 

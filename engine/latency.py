@@ -190,30 +190,40 @@ class LatencyModel:
 class OnlineLatency:
     """A model that follows what is observed.
 
-    Expectations are offset + scale * model, by recursive least squares on relative errors with forgetting;
-    promises are expectations times exp(q), q the `quantile` of log(observed / expected), found by pinball
-    updates.
+    Expectations are offset + scale * model, by recursive least squares on relative errors with forgetting.
+    Promises are expectations times exp(q), q the `quantile` of log(observed / expected) over `span` steps
+    together, found by pinball updates: limits are kept on the average over the tokens of an answer, in which
+    the scatter of single steps hardly shows.
 
-    forgetting: weight of an observation against the next. rate: how far one observation moves q.
+    forgetting: weight of an observation against the next. rate: how far `span` of them move q.
     """
 
     __slots__ = (
         "_c00",
         "_c01",
         "_c11",
+        "_expected_s",
         "_forgetting",
         "_margin",
+        "_num_seen",
         "_offset_s",
         "_q",
         "_quantile",
         "_rate",
         "_scale",
+        "_seen_s",
+        "_span",
         "_unit_s",
         "model",
     )
 
     def __init__(
-        self, model: LatencyModel, forgetting: float = 0.995, quantile: float = 0.9, rate: float = 0.02
+        self,
+        model: LatencyModel,
+        forgetting: float = 0.995,
+        quantile: float = 0.9,
+        rate: float = 0.02,
+        span: int = 16,
     ) -> None:
         if not 0 < forgetting <= 1 or not 0 < quantile < 1 or not 0 < rate < 1:
             raise ValueError(
@@ -223,8 +233,12 @@ class OnlineLatency:
         self._forgetting = forgetting
         self._quantile = quantile
         self._rate = rate
+        self._span = span
         self._q = 0.0
         self._margin = 1.0
+        # Of the steps since q was last moved.
+        self._num_seen = 0
+        self._seen_s = self._expected_s = 0.0
         # The offset is counted in units of a typical step, so that both parameters are of order 1.
         self._unit_s = 0.0
         self._offset_s, self._scale = 0.0, 1.0
@@ -251,7 +265,7 @@ class OnlineLatency:
         return self.corrected_s(self.model.step_s(shape))
 
     def promise_s(self, shape: StepShape) -> float:
-        """How long the step will take at most, in `quantile` of the cases."""
+        """How long steps like it will take on average at most, in `quantile` of the cases."""
         return self.expect_s(shape) * self._margin
 
     def observe(self, shape: StepShape, seconds: float) -> None:
@@ -260,9 +274,11 @@ class OnlineLatency:
         if not 0 < seconds < math.inf or predicted <= 0:
             return
         unit_s = self._unit_s = self._unit_s or predicted
-        is_above = seconds > self.corrected_s(predicted) * self._margin
-        self._q += self._rate * (self._quantile if is_above else self._quantile - 1)
-        self._margin = math.exp(self._q)
+        self._num_seen += 1
+        self._seen_s += seconds
+        self._expected_s += self.corrected_s(predicted)
+        if self._num_seen >= self._span:
+            self._move_margin()
         # Errors are relative to what is observed, so one time that is far too short would outweigh thousands.
         weight = 1.0 / max(seconds, predicted / _MAX_CORRECTION)
         x0, x1 = unit_s * weight, predicted * weight
@@ -281,6 +297,13 @@ class OnlineLatency:
         shrink = 1.0 / max(1.0, c00 + c11)
         self._c00, self._c11 = c00 * shrink, c11 * shrink
         self._c01 = min(max(c01, -most), most) * shrink
+
+    def _move_margin(self) -> None:
+        is_above = self._seen_s > self._expected_s * self._margin
+        self._q += self._rate * (self._quantile if is_above else self._quantile - 1)
+        self._margin = math.exp(self._q)
+        self._num_seen = 0
+        self._seen_s = self._expected_s = 0.0
 
 
 def _lines(coefficients: Mapping[str, float]) -> tuple[tuple[int, float, float], ...]:
