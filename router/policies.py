@@ -42,7 +42,7 @@ def _goodput(inputs: PolicyInputs) -> Policy:
     pool, estimates = inputs.pool, inputs.estimates
     gate = GoodputGateQueue(Readers(pool, estimates, inputs.prefixes))
     admission = GoodputAdmission(pool, gate, estimates, inputs.max_gated_requests, inputs.retry_after_s)
-    placement = GoodputPlacement(pool, estimates, inputs.prefixes, inputs.rng)
+    placement = GoodputPlacement(pool, estimates, inputs.prefixes, inputs.rng, gate.is_its_turn)
     return Policy("goodput", admission, gate, placement, tells_urgency=True)
 
 

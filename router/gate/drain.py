@@ -23,8 +23,11 @@ class DrainRate:
     @property
     def pace(self) -> float:
         """How much faster than predicted a reader is with one prompt. No more than predictions may be wrong:
-        what is beyond has other reasons."""
-        return min(_FASTEST, max(_SLOWEST, self.share))
+        what is beyond has other reasons, and the further beyond, the less does it say of readers."""
+        share = self.share
+        if share >= _SLOWEST:
+            return min(_FASTEST, share)
+        return min(1.0, _SLOWEST + 2 * (_SLOWEST - share))
 
     @property
     def share(self) -> float:

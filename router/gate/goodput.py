@@ -12,7 +12,7 @@ is planned anew every few milliseconds; until then, whoever comes counts as kept
 
 What late ones are guaranteed: the one that has waited longest goes before those in time each time that
 `1 / LATE_SHARE` times its own work has been placed. So each goes in the end, after no more than that for all
-that came before it, and late ones take no more than `LATE_SHARE` of what readers do in overload.
+that came before it (see `is_its_turn`), and late ones take no more than `LATE_SHARE` of what readers do in overload.
 
 A request that could not be in time if nothing else were there has no deadline to keep, and yet does not wait
 like one that is late: it is planned for to be served soon, and the first to be given up.
@@ -69,6 +69,7 @@ class GoodputGateQueue:
         self._lines: dict[Place, Line[Waiting]] = {place: Line() for place in Place}
         self._late_by_arrival: Line[Waiting] = Line()
         self._late_credit_s = 0.0
+        self._first_late: str | None = None  # whose turn it is
         self._tenants: Counter[str] = Counter()  # of those that are not late
         self._arrivals = 0
         self._offered: dict[str, bool] = {}  # what `next` gave last: whether it was in time
@@ -94,6 +95,11 @@ class GoodputGateQueue:
         """Reader's time worth of work that is placed per second while something waits."""
         return max(1, len(self.readers)) * self._drain.share
 
+    @property
+    def _pace(self) -> float:
+        """How much faster than predicted readers are. Those that also write take less for that alone."""
+        return self._drain.pace if self.readers.only_read else 1.0
+
     def add(self, request: Request) -> None:
         self._take_out(request.request_id)
         self._arrivals += 1
@@ -109,8 +115,10 @@ class GoodputGateQueue:
             self._placed(one, oldest, in_time=self._offered[request_id])
 
     def next(self, now: float) -> Iterable[Request]:
-        stuck = bool(self._offered) and not self._placed_since
-        self._drain.look(now, len(self.readers), blocked=stuck, waiting=bool(self._waiting))
+        # Late ones wait as they are to harm nobody, not because readers are full.
+        stuck = any(self._offered.values()) and not self._placed_since
+        waiting = len(self._waiting) > self.num_late
+        self._drain.look(now, len(self.readers), blocked=stuck, waiting=waiting)
         self._placed_since = False
         if self._plan_is_old(now):
             self._plan(now)
@@ -119,12 +127,16 @@ class GoodputGateQueue:
         self._offered = {one.request.request_id: start <= one.start_by for one in chosen}
         return [one.request for one in chosen]
 
+    def is_its_turn(self, request_id: str) -> bool:
+        """Whether it is late, and was let go first in what `next` gave last."""
+        return request_id == self._first_late
+
     def outlook(self, request: Request, now: float, with_it: int = 0) -> Outlook:
         """with_it: requests like it, of the same call, that go before it."""
         one = self._of(request, self._arrivals + 1)
         kept, given_up = self._lines[Place.KEPT], self._lines[Place.GIVEN_UP]
         first_s = self._lines[Place.RESUMED].work_s + with_it * one.read_s
-        read_s = self.readers.ttft_s(request, now) / self._drain.pace
+        read_s = self.readers.ttft_s(request, now) / self._pace
         alone_s = now - request.arrived_at + read_s + first_s / self.rate
         before_s = kept_s = kept.work_before_s(one.by_deadline)
         larger_s = 0.0
@@ -151,7 +163,7 @@ class GoodputGateQueue:
         self._fairness.missed(length_bin(len(request.prompt_token_ids)))
 
     def _of(self, request: Request, number: int) -> Waiting:
-        return Waiting.of(request, number, self.readers.read_s(request), self._drain.pace)
+        return Waiting.of(request, number, self.readers.read_s(request), self._pace)
 
     def _start(self, now: float) -> float:
         """When a reader could begin with the next one."""
@@ -163,9 +175,11 @@ class GoodputGateQueue:
 
     def _in_order(self, start: float) -> Iterator[Waiting]:
         """start: when reading can begin."""
+        self._first_late = None
         yield from self._lines[Place.RESUMED]
         oldest = self._oldest_late() if self._late_credit_s else None
         if oldest is not None and self._late_credit_s >= oldest.read_s:
+            self._first_late = oldest.request.request_id
             yield oldest
         else:
             oldest = None

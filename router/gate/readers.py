@@ -27,6 +27,11 @@ class Readers:
     def __len__(self) -> int:
         return len(self._pool.placeable(*READERS))
 
+    @property
+    def only_read(self) -> bool:
+        """None of them writes as well."""
+        return not self._pool.placeable(Role.MIXED)
+
     def read_s(self, request: Request) -> float:
         """What the request takes a reader that has nothing else to do, the one that holds most of it. While
         that is not known, next to nothing, though more for a longer prompt."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from router.estimates import Estimates
@@ -75,11 +75,18 @@ class GoodputPlacement:
     side do not run after one another, and no worker's speed goes unlearned."""
 
     def __init__(
-        self, pool: PoolView, estimates: Estimates, prefixes: PrefixIndex, rng: random.Random
+        self,
+        pool: PoolView,
+        estimates: Estimates,
+        prefixes: PrefixIndex,
+        rng: random.Random,
+        is_its_turn: Callable[[str], bool],
     ) -> None:
+        """is_its_turn: whether the gate has let a request go first although it is late."""
         self._pool = pool
         self._estimates = estimates
         self._rng = rng
+        self._is_its_turn = is_its_turn
         self._bookings = Bookings()
         self._prefills = Candidates(pool, prefixes, rng, (Role.PREFILL,), _unread_tokens)
         self._writers = Candidates(pool, prefixes, rng, WRITERS, _batch_size)
@@ -94,7 +101,7 @@ class GoodputPlacement:
 
     def _choose(self, request: Request, avoid: Collection[str], now: float) -> tuple[Decision | None, bool]:
         """The decision, and whether there was any worker to decide about."""
-        options = Options(self._estimates, request, now, is_lost=False)
+        options = Options(self._estimates, request, now)
         slack_s = request.arrived_at + request.slo.limits.ttft_s - now
         search = _Search(request, options, math.inf if request.answered else slack_s, avoid)
         best = self._best(search)
@@ -103,7 +110,8 @@ class GoodputPlacement:
             best = self._best(search)
         if best is not None or search.is_possible:
             return self._place_or_book(request, best), True
-        lost = Options(self._estimates, request, now, is_lost=True)
+        leaves_room = not self._is_its_turn(request.request_id)
+        lost = Options(self._estimates, request, now, is_lost=True, leaves_room=leaves_room)
         search = _Search(request, lost, math.inf, avoid)
         best = self._best(search)
         if best is not None and not _starts_soon(best):

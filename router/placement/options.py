@@ -11,6 +11,10 @@ itself. An option does harm if
 
     (by today's batch load would swing: Qin et al. 2024, Mooncake). A worker that will be empty then can harm
     nobody;
+  - it is lost, and the batch could not grow to twice its size after it. An answer holds its place for many
+    times as long as a TTFT limit, so one that can no longer be good would make several others late: late ones
+    leave half of the room free (trunk reservation, as in telephone networks), unless it is their turn at the
+    gate;
   - a prefill worker could read it, and it is read beside others' decoding all the same, be it of those who
     decode there now or of those who will have been handed over by then, in steps that have no slack for
     USEFUL_CHUNK tokens of a prompt. The worker itself sees to it that nobody is late because of a prompt, by
@@ -64,11 +68,20 @@ class Options:
     TPOT limit does not count either if no worker could keep it that has nothing else to do.
     """
 
-    def __init__(self, estimates: Estimates, request: Request, now: float, *, is_lost: bool) -> None:
+    def __init__(
+        self,
+        estimates: Estimates,
+        request: Request,
+        now: float,
+        *,
+        is_lost: bool = False,
+        leaves_room: bool = False,
+    ) -> None:
         self._estimates = estimates
         self._request = request
         self._now = now
         self._is_lost = is_lost
+        self._leaves_room = leaves_room
         self._tpot_s = request.slo.limits.tpot_s
         self._least_tokens, _, _ = estimates.lengths.quantiles(request)
         idle = None if is_lost else estimates.idle(request)
@@ -138,7 +151,16 @@ class Options:
         step_s = latency.model.mixed_s(size, context, USEFUL_CHUNK, self._request.num_tokens)
         return size == 0 or latency.corrected_s(step_s) * latency.margin <= decode.limit_s
 
+    def _has_room_for_as_many(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
+        """Whether the batch of then, this request in it, could grow to twice its size."""
+        latency = writer.latency
+        alone_s = latency.corrected_s(latency.model.decode_s(1, decode.context // decode.batch))
+        step_s = latency.corrected_s(latency.model.decode_s(2 * decode.batch, 2 * decode.context))
+        return step_s * latency.margin <= writer.writing.limit_s(alone_s)
+
     def _harms_batch(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
+        if self._leaves_room and decode.batch > 1:
+            return not self._has_room_for_as_many(writer, decode)
         if decode.is_feasible or decode.batch == 1:
             return False
         if self._tpot_counts or decode.limit_s < self._tpot_s:

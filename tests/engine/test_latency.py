@@ -149,7 +149,9 @@ def test_samples_that_cannot_be_fitted_are_refused(bad: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize(("scale", "offset_s"), [(1.7, 0.0), (0.6, 0.0), (1.0, 0.02)])
-def test_a_drift_is_followed_and_promises_of_many_steps_hold_nine_times_of_ten(scale: float, offset_s: float) -> None:
+def test_a_drift_is_followed_and_promises_of_many_steps_hold_nine_times_of_ten(
+    scale: float, offset_s: float
+) -> None:
     online = OnlineLatency(fit(samples(120, seed=1, noise=0)))
     dice = random.Random(4)
 

@@ -24,6 +24,8 @@ CAPACITY = WorkerCapacity(16, 10**5, 8, 2048)
 class Situation:
     """One prefill and one decode worker, as they are predicted to be; and who was let in."""
 
+    only_read = True
+
     def __init__(self, max_gated_requests=64):
         self.pool = PoolView()
         self.pool.add(WorkerView("p", 1, Role.PREFILL, CAPACITY))

@@ -115,7 +115,7 @@ def test_the_pace_is_bounded_as_what_is_far_off_has_other_reasons():
     drain = DrainRate()
     run(drain, 60, 1, 0.2)
     assert drain.share == pytest.approx(0.2, rel=0.5)
-    assert drain.pace == 0.6
+    assert drain.pace == 1.0
 
 
 def test_what_finds_free_readers_says_nothing_of_how_fast_they_are():

@@ -22,6 +22,8 @@ class OneReader:
 
     busy_until = 0.0
 
+    only_read = True
+
     def __len__(self):
         return 1
 
@@ -33,6 +35,10 @@ class OneReader:
 
     def ttft_s(self, request, now):
         return self.wait_s(request, now) + self.read_s(request)
+
+
+class OneMixed(OneReader):
+    only_read = False
 
 
 def make(name, tokens=100, arrived_at=0.0, ttft_s=10.0, priority=0, answered=0, tenant=""):
@@ -191,6 +197,7 @@ def test_the_late_one_that_has_waited_longest_gets_its_share(gate):
     for index in range(60):
         gate.add(make(f"r{index}", 400, arrived_at=now))
         name = names(gate, now)[0]
+        assert gate.is_its_turn("oldest") == (name == "oldest")
         gate.remove(name)
         order.append(name)
         if name == "oldest":
@@ -309,3 +316,24 @@ class Anything(RuleBasedStateMachine):
 
 TestAnything = Anything.TestCase
 TestAnything.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("reader", [OneReader(), OneMixed()])
+def test_only_of_readers_that_do_nothing_else_a_slow_drain_says_that_they_are_slow(reader):
+    gate = GoodputGateQueue(reader)
+    for number in range(400):
+        gate.add(make(f"r{number}", 100, ttft_s=600.0))
+    for number in range(200):  # in 0.15 s each what was to take 0.1 s
+        gate.remove(next(iter(gate.next(0.15 * number))).request_id)
+        gate.next(0.15 * number)
+    alone = make("new", 100, arrived_at=30.0, priority=1)
+    expected = 0.15 if reader.only_read else 0.1
+    assert gate.outlook(alone, 30.0).ttft_s == pytest.approx(expected, rel=0.1)
+
+
+def test_late_ones_that_wait_say_nothing_of_how_fast_others_are_taken(gate):
+    gate.add(make("late", 100, ttft_s=0.15))
+    for step in range(1, 100):
+        assert [one.request_id for one in gate.next(step * 0.1)] == ["late"]
+    assert gate.num_late == 1
+    assert gate.rate == 1.0

@@ -58,6 +58,8 @@ class Reader:
 class ModelEstimates:
     """Predictions that are off by a factor."""
 
+    only_read = True
+
     def __init__(self, readers, bias):
         self.readers, self.bias = readers, bias
 

@@ -156,6 +156,22 @@ def test_one_that_can_no_longer_be_in_time_goes_where_it_harms_nobody(make_reque
     assert choose(full, late, now=5.0) is None
 
 
+def test_late_ones_leave_half_of_a_batch_to_those_in_time(make_request):
+    """Steps of d sequences take 8 + 1.4 d ms, about: within 20 ms there is room for eight."""
+    limits = SloLimits(2.0, 0.020)
+
+    def with_others(count):
+        fixture = Fixture("goodput", pool_of(1, 1))
+        writing(fixture, "d0", count, limits, make_request)
+        return fixture
+
+    late = make_request("late", prompt_tokens=64, limits=limits)
+    in_time = make_request("in-time", prompt_tokens=64, limits=limits, arrived_at=5.0)
+    most_late = [choose(with_others(count), late, now=5.0) is not None for count in range(12)].index(False)
+    most = [choose(with_others(count), in_time, now=5.0) is not None for count in range(12)].index(False)
+    assert 2 <= most_late <= most // 2 + 1 < most
+
+
 def test_limits_that_nobody_could_keep_do_not_count(make_request):
     fixture = Fixture("goodput", pool_of(1, 1))
     hopeless = SloLimits(2.0, 0.001)
@@ -298,7 +314,7 @@ def test_a_good_option_is_never_passed_over_for_one_that_is_not(data, make_reque
     )
     request = make_request("new", prompt_tokens=data.draw(st.sampled_from([30, 300, 900])), limits=limits)
     now = data.draw(st.sampled_from([0.0, 0.3, 0.9]))
-    pool, options = fixture.pool, Options(fixture.estimates, request, now, is_lost=False)
+    pool, options = fixture.pool, Options(fixture.estimates, request, now)
     readers = pool.placeable(Role.PREFILL)
     everything = [
         options.pair(reader, options.read(reader), 0.0, writer)
@@ -318,3 +334,13 @@ def test_a_good_option_is_never_passed_over_for_one_that_is_not(data, make_reque
         assert any(
             option.wait_s > goodput.STAGE_S for option in good.values() if option.ttft_s <= 1.02 * first_s
         )
+
+
+def test_a_late_one_whose_turn_it_is_need_not_leave_room(make_request):
+    limits = SloLimits(2.0, 0.020)
+    late = make_request("late", prompt_tokens=64, limits=limits)
+    fixture = Fixture("goodput", pool_of(1, 1))
+    writing(fixture, "d0", 5, limits, make_request)
+    assert choose(fixture, late, now=5.0) is None
+    fixture.policy.placement._is_its_turn = lambda request_id: request_id == "late"
+    assert choose(fixture, late, now=5.0) is not None
