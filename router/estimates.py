@@ -24,9 +24,9 @@ from router.requests import Request
 from router.transfer_times import TransferTimes
 
 MIN_CHUNK = 4
-"""A mixed worker is taken to read at least so many tokens in a step while a prompt waits. It may read as few as
-one beside those who can afford no more (decode_worker/chunk_budget.py), but not for long: what they get ahead,
-it spends."""
+"""A mixed worker is taken to read at least so many tokens in a step while a prompt waits. It may read as few
+as one beside those who can afford no more (decode_worker/chunk_budget.py), but not for long: what they get
+ahead, it spends."""
 
 _USUAL_PROMPT = 1024
 _ASKED_ANEW = 1000
