@@ -21,6 +21,7 @@ from router.pool_view import READERS, WRITERS, PoolView, Role, WorkerView
 from router.prefix_index import PrefixIndex
 from router.reading_time import reading_s, slack_tokens
 from router.requests import Request
+from router.tpot_reserve import TpotReserve
 from router.transfer_times import TransferTimes
 
 MIN_CHUNK = 4
@@ -96,6 +97,7 @@ class Estimates:
         self._prefixes = prefixes
         self.lengths = lengths
         self.transfers = TransferTimes()
+        self.tpot_reserve = TpotReserve()
         self._best: dict[bool, _Fastest] = {
             True: _Fastest(pool, READERS, _reading_alone_s), False: _Fastest(pool, WRITERS, _writing_alone_s)
         }  # fmt: skip
@@ -143,7 +145,7 @@ class Estimates:
         expected_s = latency.corrected_s(latency.model.decode_s(batch, context))
         alone_s = latency.corrected_s(latency.model.decode_s(1, context // batch))
         limit_s = min(writing.limit_s(alone_s), request.slo.limits.tpot_s)
-        return DecodeEstimate(expected_s, expected_s * latency.margin, limit_s, batch, context)
+        return DecodeEstimate(expected_s, expected_s * self.tpot_reserve.factor, limit_s, batch, context)
 
     def transfer_s(self, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> float:
         """How long after its first token a request of which so many tokens travel can decode at the earliest:

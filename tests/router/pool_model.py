@@ -373,6 +373,9 @@ class Pools:
                 self.workers[job.decision.decode].num_reserved -= 1
             writer.release(job.key)
             self.lengths.observe(job.request, job.num_tokens)
+            if job.num_tokens > 1 and job.decision.expected is not None:
+                limit_s = job.request.slo.limits.tpot_s
+                self.estimates.tpot_reserve.observe(job.decision.expected.tpot_s, limit_s, job.tpot_s)
             self._left -= 1
         if is_done or worker.view is not writer or job.emitted == 1:
             self._pump()

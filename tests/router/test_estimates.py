@@ -162,12 +162,16 @@ def test_the_decode_batch_is_that_of_the_hand_off(scene, make_request):
     assert scene.estimates.decode(scene.d, request, 30 * step_s, 1.0).batch == 1
 
 
-def test_promises_are_kept_in_most_cases(scene, make_request):
-    for index in range(2000):
-        scene.d.observe(StepShape((), 4, 1000), decode_s(4, 1000) * (1.0 + 0.05 * (index % 11)))
-    estimate = scene.estimates.decode(scene.d, make_request(), 0.0, 0.0)
-    assert estimate.promise_s == pytest.approx(estimate.step_s * scene.d.latency.margin)
-    assert estimate.promise_s > estimate.step_s * 1.02
+def test_what_is_promised_keeps_the_reserve(scene, make_request):
+    request = make_request()
+    before = scene.estimates.decode(scene.d, request, 0.0, 0.0)
+    assert before.promise_s == before.step_s
+    for _ in range(3):
+        scene.estimates.tpot_reserve.observe(0.01, 0.02, 0.03)
+    after = scene.estimates.decode(scene.d, request, 0.0, 0.0)
+    assert after.step_s == before.step_s
+    assert after.promise_s == pytest.approx(after.step_s * scene.estimates.tpot_reserve.factor)
+    assert after.promise_s > after.step_s
 
 
 def test_the_tightest_limit_counts(scene, make_request):
