@@ -274,6 +274,8 @@ def main() -> None:
     """Entry point of the console script."""
     from cluster.errors import ClusterError
 
+    # gRPC's core else says on standard error, in here and in all that is started, which connections end.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         code = cli.main(prog_name="prelay", standalone_mode=False)
     except click.ClickException as error:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -255,10 +256,10 @@ class GenerateApi:
             response = web.StreamResponse(
                 headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
             )
-            await response.prepare(http)
             begun: set[int] = set()
             finishes: dict[int, Finish] = {}
             try:
+                await response.prepare(http)
                 index, delta = first
                 while True:
                     if events := self._events(job, reply, index, delta, begun, finishes, details):
@@ -275,7 +276,8 @@ class GenerateApi:
             except Exception as error:
                 if not isinstance(error, RouterError):
                     _log.exception("event=defect request=%s", http[REQUEST_ID])
-                await response.write(event(http_error(error).body) + _DONE)
+                with contextlib.suppress(ConnectionError):
+                    await response.write(event(http_error(error).body) + _DONE)
         return response
 
 
