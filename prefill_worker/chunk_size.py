@@ -16,15 +16,16 @@ another prompt goes first after each of them. So:
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.latency import OnlineLatency
+from engine.latency import LatencyModel, OnlineLatency
 from engine.urgency import Urgency, slack_s
 
 EFFICIENCY = 1.05
-"""A token of an efficient step costs at most so much of what it costs in the largest."""
+"""A prompt of a largest step costs at most so much of that step in efficient ones."""
 
 MIN_CHUNK_TOKENS = 32
 """Whatever the others' slack: a step of fewer is nearly all price and no progress."""
@@ -57,10 +58,12 @@ class ChunkSizes:
         self._latency = latency
         self._most = max_batch_tokens
         model = latency.model
-        bound = -EFFICIENCY * model.prefill_s(max_batch_tokens) / max_batch_tokens
+        bound = -EFFICIENCY * model.prefill_s(max_batch_tokens)
         sizes = range(1, max_batch_tokens)
         # Which is max_batch_tokens if none below it will do. Costs fall, so their negatives rise.
-        self._efficient = 1 + bisect_left(sizes, bound, key=lambda size: -model.prefill_s(size) / size)
+        self._efficient = 1 + bisect_left(
+            sizes, bound, key=lambda size: -_in_chunks_s(model, max_batch_tokens, size)
+        )
         if not model.is_known:
             self._efficient = max_batch_tokens
 
@@ -91,6 +94,12 @@ class ChunkSizes:
             limit_s / latency.margin,
             key=lambda count: latency.corrected_s(prefill_s(count, num_before)),
         )
+
+
+def _in_chunks_s(model: LatencyModel, num_tokens: int, size: int) -> float:
+    """How long a prompt takes in chunks, each of which looks back at all before it."""
+    starts = range(0, num_tokens, size)
+    return math.fsum(model.prefill_s(min(size, num_tokens - start), start) for start in starts)
 
 
 def _least_positive_slack_s(others: Iterable[Waiting], now: float) -> float | None:
