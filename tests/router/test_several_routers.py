@@ -10,10 +10,17 @@ import pytest
 from prelay.v1 import inference_pb2, worker_pb2
 
 from router.fake_holds import Hold
+from router.placement import goodput
 
 PREFILL, DECODE, MIXED = worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE, worker_pb2.ROLE_MIXED
 LATENCY = {"step": 0.002, "rows": 0.0002, "decode_context": 1e-7}
 POLICIES = ["goodput", "least_loaded"]
+
+
+@pytest.fixture(autouse=True)
+def no_exploring(monkeypatch):
+    """Now and then a policy takes another worker than the best."""
+    monkeypatch.setattr(goodput, "EXPLORE", 0.0)
 
 
 async def both(start_cluster, policy, prefills=2, decodes=2, mixed=0, **capacity):
