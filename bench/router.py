@@ -253,9 +253,7 @@ def _result(fronts: dict[str, _Front], decisions: dict[int, list[Any]]) -> dict[
             }
             for name, one in fronts.items()
         },
-        "notes": notes(
-            {name: [*one.requests, *(points[-1] for points in one.climbs)] for name, one in fronts.items()}
-        ),
+        "notes": notes({name: one.limits for name, one in fronts.items()}),
     }
 
 

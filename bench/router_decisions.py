@@ -136,9 +136,7 @@ _Out = list[tuple["_Link", worker_pb2.RouterMessage]]
 class _Link:
     """A worker that takes commands and says nothing by itself."""
 
-    def __init__(
-        self, info: worker_pb2.WorkerInfo, out: list[tuple[_Link, worker_pb2.RouterMessage]]
-    ) -> None:
+    def __init__(self, info: worker_pb2.WorkerInfo, out: _Out) -> None:
         """out: where commands go."""
         self.worker_id = info.worker_id
         self.epoch = info.epoch

@@ -85,7 +85,8 @@ def cli() -> None:
     A server:        prelay serve --model DIR --prefill 1 --decode 1
     What it does:    prelay top
     Its settings:    prelay config --show
-    Its speed:       prelay bench engine --shape smollm2-135m
+    Its goodput:     prelay bench serve --url http://127.0.0.1:8000 --rate 1
+    Other figures:   prelay bench --help
     """
 
 

@@ -195,7 +195,8 @@ class OnlineLatency:
     together, found by pinball updates: limits are kept on the average over the tokens of an answer, in which
     the scatter of single steps hardly shows.
 
-    forgetting: weight of an observation against the next. rate: how far `span` of them move q.
+    forgetting: weight of an observation against the next. rate: how far `span` of them move q. Raises
+    ValueError for what is no share of 1, or no number of steps.
     """
 
     __slots__ = (
@@ -229,6 +230,8 @@ class OnlineLatency:
             raise ValueError(
                 f"forgetting {forgetting}, quantile {quantile}, rate {rate}: each is a share of 1"
             )
+        if span < 1:
+            raise ValueError(f"span {span}: promises are of one step at least")
         self.model = model
         self._forgetting = forgetting
         self._quantile = quantile

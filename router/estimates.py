@@ -21,13 +21,16 @@ from router.pool_view import READERS, WRITERS, PoolView, Role, WorkerView
 from router.prefix_index import PrefixIndex
 from router.reading_time import reading_s, slack_tokens
 from router.requests import Request
-from router.tpot_reserve import TpotReserve
 from router.transfer_times import TransferTimes
 
 MIN_CHUNK = 4
 """A mixed worker is taken to read at least so many tokens in a step while a prompt waits. It may read as few
 as one beside those who can afford no more (decode_worker/chunk_budget.py), but not for long: what they get
 ahead, it spends."""
+
+PROMPTS_BESIDE = 1.1
+"""Of what a step of decoding takes, a mixed worker's takes as much at least with the prompts that it reads
+beside: its limits are that much tighter for whoever would join."""
 
 _USUAL_PROMPT = 1024
 _ASKED_ANEW = 1000
@@ -70,19 +73,17 @@ class LocalEstimate:
 @dataclass(frozen=True, slots=True)
 class DecodeEstimate:
     """On a decode or mixed worker, when the request is handed over. step_s: expected, with the request in the
-    batch (its TPOT); promise_s: at most, in most cases. limit_s: the tightest TPOT that must still be kept
-    there, the request's own included. batch, context: sequences and their tokens then, with the request and
-    half of its answer."""
+    batch (its TPOT). limit_s: the tightest TPOT that must still be kept there, the request's own included.
+    batch, context: sequences and their tokens then, with the request and half of its answer."""
 
     step_s: float
-    promise_s: float
     limit_s: float
     batch: int
     context: int
 
     @property
     def is_feasible(self) -> bool:
-        return self.promise_s <= self.limit_s
+        return self.step_s <= self.limit_s
 
 
 class Estimates:
@@ -97,7 +98,6 @@ class Estimates:
         self._prefixes = prefixes
         self.lengths = lengths
         self.transfers = TransferTimes()
-        self.tpot_reserve = TpotReserve()
         self._best: dict[bool, _Fastest] = {
             True: _Fastest(pool, READERS, _reading_alone_s), False: _Fastest(pool, WRITERS, _writing_alone_s)
         }  # fmt: skip
@@ -133,8 +133,8 @@ class Estimates:
         return LocalEstimate(wait_s, read_s, read_s / steps, slack, cached, spare_s)
 
     def decode(self, worker: WorkerView, request: Request, in_s: float, now: float) -> DecodeEstimate:
-        """Of a decode or mixed worker, if the request joins its batch `in_s` from now. The prompts that a
-        mixed one reads beside are left out, as they are what gives way."""
+        """Of a decode or mixed worker, if the request joins its batch `in_s` from now. Of the prompts that a
+        mixed one reads beside, as they are what gives way, only PROMPTS_BESIDE is known."""
         latency, writing = worker.latency, worker.writing
         today = writing.now
         step_s = latency.corrected_s(latency.model.decode_s(max(1, today.size), today.context))
@@ -145,7 +145,9 @@ class Estimates:
         expected_s = latency.corrected_s(latency.model.decode_s(batch, context))
         alone_s = latency.corrected_s(latency.model.decode_s(1, context // batch))
         limit_s = min(writing.limit_s(alone_s), request.slo.limits.tpot_s)
-        return DecodeEstimate(expected_s, expected_s * self.tpot_reserve.factor, limit_s, batch, context)
+        if worker.role is Role.MIXED:
+            limit_s /= PROMPTS_BESIDE
+        return DecodeEstimate(expected_s, limit_s, batch, context)
 
     def transfer_s(self, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> float:
         """How long after its first token a request of which so many tokens travel can decode at the earliest:

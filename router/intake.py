@@ -86,21 +86,17 @@ class Intake:
         if not text:  # the tokenizer may add a token of its own, so the number of tokens does not tell
             raise InvalidRequestError("the prompt is empty; give at least one character", "prompt")
         self._check_length([text], "prompt")
-        if len(text) > SHORT_CHARS:
-            return await self.tokenize(text)
-        try:
-            return self.model.tokenizer.encode(text)
-        except TokenizerError as error:
-            raise InvalidRequestError(str(error), "prompt") from error
+        return await self.tokenize(text)
 
     async def tokenize(self, text: str) -> list[int]:
         """Tokens of a text. Raises InvalidRequestError."""
-        return await self._in_thread(self.model.tokenizer.encode, text, "prompt")
+        at_once = len(text) <= SHORT_CHARS
+        return await self._tokens(self.model.tokenizer.encode, text, "prompt", at_once=at_once)
 
     async def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Prompt tokens of a chat ({"role", "content"} each). Raises InvalidRequestError."""
         self._check_length([message["content"] for message in messages], "messages")
-        return await self._in_thread(self.model.tokenizer.encode_chat, messages, "messages")
+        return await self._tokens(self.model.tokenizer.encode_chat, messages, "messages")
 
     async def detokenize(self, token_ids: Sequence[int], param: str) -> str:
         """The text of tokens. Raises InvalidRequestError for ids beyond the vocabulary."""
@@ -186,8 +182,12 @@ class Intake:
                 param,
             )
 
-    async def _in_thread(self, encode: Callable[[_Text], list[int]], value: _Text, param: str) -> list[int]:
+    async def _tokens(
+        self, encode: Callable[[_Text], list[int]], value: _Text, param: str, *, at_once: bool = False
+    ) -> list[int]:
         try:
+            if at_once:
+                return encode(value)
             return await asyncio.get_running_loop().run_in_executor(self._executor, encode, value)
         except TokenizerError as error:
             raise InvalidRequestError(str(error), param) from error

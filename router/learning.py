@@ -80,6 +80,4 @@ class Learning:
         self._lengths.observe(live.request, finish.completion_tokens)
         undisturbed = not live.request.answered and finish.completion_tokens > 1
         if undisturbed and live.expected is not None:
-            expected_s, tpot_s = live.expected.tpot_s, finish.details.tpot_s
-            self._metrics.predicted("tpot", expected_s, tpot_s)
-            self._estimates.tpot_reserve.observe(expected_s, live.request.slo.limits.tpot_s, tpot_s)
+            self._metrics.predicted("tpot", live.expected.tpot_s, finish.details.tpot_s)

@@ -24,8 +24,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What all parts of one response share. created: Unix time, seconds. frames: of
-    `text_event`, by choice."""
+    """What all parts of one response share. created: Unix time, seconds. frames: of `text_event`, by
+    choice."""
 
     response_id: str
     model: str

@@ -15,6 +15,7 @@ Cores: no clock, no I/O.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -120,6 +121,7 @@ class WorkerView:
         self._load = Load(commands_seen=0, requests=0, queue_tokens=0, free_blocks=capacity.num_blocks)
         self._ledger = Ledger()
         self._refused = False
+        self._reading_step_s = math.inf
         self._on_change: Callable[[], None] | None = None
 
     def tell(self, on_change: Callable[[], None]) -> None:
@@ -217,6 +219,8 @@ class WorkerView:
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of the worker, and how long it took."""
         self.latency.observe(shape, seconds)
+        if shape.prefill:
+            self._reading_step_s = seconds
 
     def snapshot(self, load: Load, now: float) -> None:
         """The worker's own figures; ignored if they are older than those that are known."""
@@ -226,7 +230,7 @@ class WorkerView:
         self._refused = False
         seen = self._ledger.snapshot(load.commands_seen)
         token_s = self.latency.corrected_s(self.latency.model.prefill_s(_USUAL_CHUNK)) / _USUAL_CHUNK
-        self.reading.snapshot(load.queue_tokens, seen, token_s, now)
+        self.reading.snapshot(load.queue_tokens, seen, token_s, self._reading_step_s, now)
         self.writing.snapshot(Batch(load.decoding_requests, load.decode_context), load.least_tpot_s)
 
     def _changed(self) -> None:

@@ -4,6 +4,11 @@ A snapshot says how many prompt tokens are left; its own ledger tells the router
 placed, so others' are counted at the same rate, or at the worker's usual one. From then on the backlog drains
 as time passes, and grows with every prompt that is placed.
 
+Tokens of the step under way are left as long as it is, and a step may take longer than it is from one
+snapshot to the next. So what is left is reckoned from when that step began: the same moment as before if no
+token has been read since, and else by what was expected, one since the last snapshot that is no longer ago
+than steps take.
+
 If snapshots are late, it drains no further than the router's own prompts allow: those whose first token has
 not come are not read, but for the one at work, or for as much as one step computes. It never counts more than
 these and what others had at the last snapshot.
@@ -41,6 +46,9 @@ class ReadLedger:
         self._others_s = 0.0
         self._known_s = 0.0
         self._until = -math.inf
+        # What the last snapshot said, when it came, and when the step began that was under way then.
+        self._queue_tokens = -1
+        self._told_at = self._step_began = -math.inf
         # As `_sort` left it: the prompts' order, how long those behind the first i take together, and by when
         # these would have to be done so that each of them is on time.
         self._sorted = True
@@ -73,22 +81,34 @@ class ReadLedger:
         self._own_s = self._own_s - prompt.read_s if self._prompts else 0.0
         self._sorted = False
 
-    def snapshot(self, queue_tokens: int, seen: Iterable[RequestKey], token_s: float, now: float) -> None:
+    def snapshot(
+        self, queue_tokens: int, seen: Iterable[RequestKey], token_s: float, step_s: float, now: float
+    ) -> None:
         """The worker has so many prompt tokens left to read, `seen` of ours for the first time among them.
 
-        token_s: how long each takes of which nothing else is known.
+        token_s: how long each takes of which nothing else is known. step_s: how long steps took of late that
+        read prompts.
         """
+        seen_before = self._seen_tokens
         for key in seen:
             if (prompt := self._prompts.get(key)) is not None:
                 prompt.seen = True
                 self._seen_s += prompt.read_s
                 self._seen_tokens += prompt.tokens
+        came_tokens = self._seen_tokens - seen_before
         unseen_s = max(0.0, self._own_s - self._seen_s)
         own_tokens = min(queue_tokens, self._seen_tokens)
         left_s = self._seen_s * own_tokens / self._seen_tokens if own_tokens > 0 else 0.0
         self._others_s = (queue_tokens - own_tokens) * token_s
         self._known_s = left_s + self._others_s + unseen_s
-        self._until = now + self._known_s
+        if self._others_s > 0:
+            self._step_began = now
+        elif 0 in (queue_tokens, self._queue_tokens) or queue_tokens != self._queue_tokens + came_tokens:
+            expected_s = max(0.0, self._until - now)
+            read_s = min(self._known_s - expected_s, step_s)
+            self._step_began = min(now, max(self._told_at, now - read_s))
+        self._until = self._step_began + self._known_s
+        self._queue_tokens, self._told_at = queue_tokens, now
 
     def backlog_s(self, now: float, step_s: float) -> float:
         """How long the worker will be busy with what it has. step_s: how long a full step takes."""

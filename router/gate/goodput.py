@@ -11,9 +11,9 @@ Those given up and the late ones go when nobody who is kept can, by priority, th
 is planned anew every few milliseconds; until then, whoever comes counts as kept.
 
 What late ones are guaranteed: the one that has waited longest goes before those in time each time that
-`1 / LATE_SHARE` times its own work has been placed. So each goes in the end (see
-`is_its_turn`), after no more than that for all that came before it, and late ones take no more than
-`LATE_SHARE` of what readers do in overload.
+`1 / LATE_SHARE` times its own work has been placed (`is_its_turn`). So each goes in the end, after no more
+than that for all that came before it, and late ones take no more than `LATE_SHARE` of what readers do in
+overload.
 
 A request that could not be in time if nothing else were there has no deadline to keep, and yet does not wait
 like one that is late: it is planned for to be served soon, and the first to be given up.

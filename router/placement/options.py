@@ -7,7 +7,7 @@ itself. An option does harm if
   - the batch that it joins, as it will be at the time of the hand-off, could not keep the tightest limit of
     those in it:
 
-        t_D(B' + 1, K' + L + m / 2) * reserve <= min S_eff      (tpot_reserve.py)
+        t_D(B' + 1, K' + L + m / 2) <= min S_eff
 
     (by today's batch load would swing: Qin et al. 2024, Mooncake). A worker that will be empty then can harm
     nobody;
@@ -149,19 +149,13 @@ class Options:
             size, context = size - 1, context * (size - 1) // size
         latency = worker.latency
         step_s = latency.model.mixed_s(size, context, USEFUL_CHUNK, self._request.num_tokens)
-        return (
-            size == 0 or latency.corrected_s(step_s) * self._estimates.tpot_reserve.factor <= decode.limit_s
-        )
+        return size == 0 or latency.corrected_s(step_s) <= decode.limit_s
 
     def _has_room_for_as_many(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
         """Whether the batch of then, this request in it, could grow to twice its size."""
         latency = writer.latency
-        alone_s = latency.corrected_s(latency.model.decode_s(1, decode.context // decode.batch))
         step_s = latency.corrected_s(latency.model.decode_s(2 * decode.batch, 2 * decode.context))
-        return self._within_reserve(step_s, writer.writing.limit_s(alone_s))
-
-    def _within_reserve(self, step_s: float, limit_s: float) -> bool:
-        return step_s * self._estimates.tpot_reserve.factor <= limit_s
+        return step_s <= _others_limit_s(writer, decode)
 
     def _harms_batch(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
         if self._leaves_room and decode.batch > 1:
@@ -170,6 +164,11 @@ class Options:
             return False
         if self._tpot_counts or decode.limit_s < self._tpot_s:
             return True
-        latency = writer.latency
-        alone_s = latency.corrected_s(latency.model.decode_s(1, decode.context // decode.batch))
-        return decode.promise_s > writer.writing.limit_s(alone_s)
+        return decode.step_s > _others_limit_s(writer, decode)
+
+
+def _others_limit_s(writer: WorkerView, decode: DecodeEstimate) -> float:
+    """The tightest limit of those who are there already."""
+    latency = writer.latency
+    alone_s = latency.corrected_s(latency.model.decode_s(1, decode.context // decode.batch))
+    return writer.writing.limit_s(alone_s)

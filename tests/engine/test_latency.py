@@ -220,3 +220,9 @@ def test_nonsense_does_not_break_expectations(shape: StepShape, times: list[floa
         online.observe(StepShape(((8, 0),)), seconds)
     expected = model.step_s(shape)
     assert expected / 5 <= online.expect_s(shape) <= expected * 5
+
+
+@pytest.mark.parametrize("wrong", [{"forgetting": 0.0}, {"quantile": 1.0}, {"rate": 1.0}, {"span": 0}])
+def test_an_online_model_takes_shares_and_at_least_one_step(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OnlineLatency(LatencyModel.unknown(), **wrong)

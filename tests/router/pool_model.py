@@ -30,6 +30,8 @@ from router.prefix_index import PrefixIndex
 from router.requests import Request
 
 MESSAGE_S = 0.001
+SPELL_S = 3.0
+SLOWER = 1.4
 BEAT_S = 0.2
 RETRY_S = 0.01
 
@@ -93,6 +95,7 @@ class Machine:
     num_blocks: int = 100_000
     transfer_s: float = 1e-5
     noise: float = 0.05
+    slow_spells: float = 0.0  # share of the time in which steps take SLOWER times as long
 
 
 class ModelWorker:
@@ -201,9 +204,15 @@ class ModelWorker:
             decode_context=sum(_context(job) for job in self.writing),
         )
         noise = self.pools.rng.uniform(1.0 - self.machine.noise, 1.0 + self.machine.noise)
-        seconds = noise * self.machine.model.step_s(shape)
+        seconds = noise * self._slowness() * self.machine.model.step_s(shape)
         writing = list(self.writing)
         self.pools.at(self.pools.now + seconds, lambda: self._end_step(shape, seconds, chunks, writing))
+
+    def _slowness(self) -> float:
+        """A machine that others use, too: some seconds of it are slow, the same ones for all policies."""
+        spell = int(self.pools.now / SPELL_S)
+        chance = random.Random(f"{self.pools.seed}/{self.view.worker_id}/{spell}").random()
+        return SLOWER if chance < self.machine.slow_spells else 1.0
 
     def _end_step(
         self, shape: StepShape, seconds: float, chunks: list[tuple[Job, int]], writing: list[Job]
@@ -373,9 +382,6 @@ class Pools:
                 self.workers[job.decision.decode].num_reserved -= 1
             writer.release(job.key)
             self.lengths.observe(job.request, job.num_tokens)
-            if job.num_tokens > 1 and job.decision.expected is not None:
-                limit_s = job.request.slo.limits.tpot_s
-                self.estimates.tpot_reserve.observe(job.decision.expected.tpot_s, limit_s, job.tpot_s)
             self._left -= 1
         if is_done or worker.view is not writer or job.emitted == 1:
             self._pump()

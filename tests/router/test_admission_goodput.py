@@ -52,7 +52,7 @@ class Situation:
 
     def decode(self, worker, request, in_s, now):
         step_s = self.tpot_s[max(since for since in self.tpot_s if since <= in_s)]
-        return DecodeEstimate(step_s, step_s, 0.1, 2, request.num_tokens)
+        return DecodeEstimate(step_s, 0.1, 2, request.num_tokens)
 
     def judge(self, request, now=0.0, ahead=0):
         return self.admission.judge(request, now, ahead, overdue=False)

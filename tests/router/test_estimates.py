@@ -151,7 +151,7 @@ def test_the_decode_batch_is_that_of_the_hand_off(scene, make_request):
     mine = 300 + 1 + tokens // 2
     soon = scene.estimates.decode(scene.d, request, 0.0, 1.0)
     assert (soon.batch, soon.context) == (4, 3 * 105 + mine)
-    assert soon.step_s == soon.promise_s == pytest.approx(decode_s(4, 315 + mine))
+    assert soon.step_s == pytest.approx(decode_s(4, 315 + mine))
     assert (soon.limit_s, soon.is_feasible) == (0.05, True)
     step_s = decode_s(3, 315)
     later = scene.estimates.decode(scene.d, request, 10 * step_s, 1.0)
@@ -160,18 +160,6 @@ def test_the_decode_batch_is_that_of_the_hand_off(scene, make_request):
     assert (last.batch, last.context) == (2, 150 + mine)
     scene.d.release(comes)
     assert scene.estimates.decode(scene.d, request, 30 * step_s, 1.0).batch == 1
-
-
-def test_what_is_promised_keeps_the_reserve(scene, make_request):
-    request = make_request()
-    before = scene.estimates.decode(scene.d, request, 0.0, 0.0)
-    assert before.promise_s == before.step_s
-    for _ in range(3):
-        scene.estimates.tpot_reserve.observe(0.01, 0.02, 0.03)
-    after = scene.estimates.decode(scene.d, request, 0.0, 0.0)
-    assert after.step_s == before.step_s
-    assert after.promise_s == pytest.approx(after.step_s * scene.estimates.tpot_reserve.factor)
-    assert after.promise_s > after.step_s
 
 
 def test_the_tightest_limit_counts(scene, make_request):

@@ -74,7 +74,7 @@ class ModelEstimates:
         return self.read_s(request), 0.01
 
     def decode(self, worker, request, in_s, now):
-        return DecodeEstimate(0.01, 0.01, 0.1, 1, request.num_tokens)
+        return DecodeEstimate(0.01, 0.1, 1, request.num_tokens)
 
 
 class Model:

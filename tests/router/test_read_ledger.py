@@ -13,21 +13,25 @@ from engine.sequence import RequestKey
 from router.read_ledger import ReadLedger
 
 TOKEN_S = 0.001
-STEP_S = 0.1
+STEP_TOKENS = 100
+STEP_S = STEP_TOKENS * TOKEN_S
 
 
 class ReadingMachine(RuleBasedStateMachine):
-    """A worker that hears at once, reads in order of arrival and takes TOKEN_S for each token; other routers
-    send it prompts, too, of which only snapshots tell."""
+    """A worker that hears at once, reads in order of arrival, in steps of STEP_TOKENS of one prompt at most,
+    and takes TOKEN_S for each token; other routers send it prompts, too, of which only snapshots tell."""
 
-    @initialize()
-    def create(self):
+    @initialize(is_alone=st.booleans())
+    def create(self, is_alone):
+        self.is_alone = is_alone  # no other router, nothing cancelled
         self.ledger = ReadLedger()
         self.now = 0.0
         self.count = 0
         self.queue = []  # [key or None, tokens left, tokens]
+        self.in_step = 0  # tokens of the first that the step under way has computed
         self.not_told = set()
         self.is_exact = True
+        self.is_told = True
 
     @rule(tokens=st.integers(1, 400))
     def place(self, tokens):
@@ -37,45 +41,57 @@ class ReadingMachine(RuleBasedStateMachine):
         self.not_told.add(key)
         self.queue.append([key, tokens, tokens])
 
+    @precondition(lambda self: not self.is_alone)
     @rule(tokens=st.integers(1, 400))
     def another_router_places(self, tokens):
         self.queue.append([None, tokens, tokens])
-        self.is_exact = False
+        self.is_exact = self.is_told = False
 
     @rule(tokens=st.integers(1, 500))
     def time_passes(self, tokens):
         self.now += tokens * TOKEN_S
         while self.queue and tokens > 0:
-            read = min(tokens, self.queue[0][1])
-            self.queue[0][1] -= read
+            step = min(STEP_TOKENS, self.queue[0][1])
+            read = min(tokens, step - self.in_step)
+            self.in_step += read
             tokens -= read
+            if self.in_step < step:
+                break
+            self.in_step = 0
+            self.queue[0][1] -= step
             if self.queue[0][1] == 0:
                 key, _, _ = self.queue.pop(0)
                 if key is not None:
                     self.ledger.remove(key)
+        self.is_told = self.is_told and self.is_exact
 
-    @precondition(lambda self: any(key for key, _, _ in self.queue))
+    @precondition(lambda self: not self.is_alone and any(key for key, _, _ in self.queue))
     @rule(data=st.data())
     def cancel(self, data):
         entry = data.draw(st.sampled_from([entry for entry in self.queue if entry[0] is not None]))
+        if entry is self.queue[0]:
+            self.in_step = 0
         self.queue.remove(entry)
         self.ledger.remove(entry[0])
         self.ledger.remove(entry[0])
-        self.is_exact = False
+        self.is_exact = self.is_told = False
 
     @rule()
     def snapshot(self):
         left = sum(left for _, left, _ in self.queue)
-        self.ledger.snapshot(left, self.not_told, TOKEN_S, self.now)
+        self.ledger.snapshot(left, self.not_told, TOKEN_S, STEP_S, self.now)
         self.not_told = set()
-        self.is_exact = True
+        self.is_told = True
+        self.is_exact = self.is_exact or not self.queue
 
     @invariant()
     def the_backlog_is_what_is_left(self):
         backlog_s = self.ledger.backlog_s(self.now, STEP_S)
-        left_s = sum(left for _, left, _ in self.queue) * TOKEN_S
+        left_s = (sum(left for _, left, _ in self.queue) - self.in_step) * TOKEN_S
         if self.is_exact:
             assert backlog_s == pytest.approx(left_s, abs=1e-6)
+        if self.is_told:
+            assert backlog_s <= left_s + STEP_S + 1e-6
         own_s = sum(tokens for key, _, tokens in self.queue if key is not None) * TOKEN_S
         if all(key is None for key, _, _ in self.queue):
             assert len(self.ledger) == 0
@@ -120,11 +136,11 @@ def test_a_late_snapshot_is_waited_for_no_longer_than_the_prompts_allow():
     ledger = ReadLedger()
     for index in range(3):
         ledger.add(RequestKey(f"r{index}", 1), 100, 0.5, 0, math.inf, 0.0)
-    ledger.snapshot(300, [RequestKey(f"r{index}", 1) for index in range(3)], TOKEN_S, 0.0)
+    ledger.snapshot(300, [RequestKey(f"r{index}", 1) for index in range(3)], TOKEN_S, STEP_S, 0.0)
     assert ledger.backlog_s(0.25, STEP_S) == pytest.approx(1.25)
     assert ledger.backlog_s(60.0, STEP_S) == pytest.approx(1.0)
-    ledger.snapshot(20, [], TOKEN_S, 60.0)  # their tokens are under way
-    assert ledger.backlog_s(60.0, STEP_S) == pytest.approx(0.1)
+    ledger.snapshot(120, [], TOKEN_S, STEP_S, 60.0)  # the step under way is taken to be nearly done
+    assert ledger.backlog_s(60.0, STEP_S) == pytest.approx(0.6 - STEP_S)
 
 
 def test_prompts_that_one_step_reads_together_are_done_together():
@@ -136,9 +152,9 @@ def test_prompts_that_one_step_reads_together_are_done_together():
 
 def test_other_routers_prompts_come_first_and_cost_what_is_usual():
     ledger = ReadLedger()
-    ledger.snapshot(1000, [], TOKEN_S, 5.0)
+    ledger.snapshot(1000, [], TOKEN_S, STEP_S, 5.0)
     assert ledger.backlog_s(5.5, STEP_S) == pytest.approx(0.5)
     wait_s, spare_s = ledger.ahead(9, 0.0, 5.5, STEP_S)
     assert (wait_s, spare_s) == (pytest.approx(0.5), math.inf)
-    ledger.snapshot(0, [], TOKEN_S, 5.6)
+    ledger.snapshot(0, [], TOKEN_S, STEP_S, 5.6)
     assert ledger.backlog_s(5.6, STEP_S) == 0.0
