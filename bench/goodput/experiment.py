@@ -79,7 +79,7 @@ class MeasurePart(_Section):
     """rounds: each visits every deployment once, with a seed of its own. seconds: judged at each rate, after
     warmup_s that are not; longer where fewer than min_requests would come. timeout_s: after which a request
     is given up that cannot be good any more. step: from one rate of the grid to the next. max_points: of one
-    visit."""
+    visit. search_99: whether the rate at 99 % is searched, too, or only read off the points for 90 %."""
 
     rounds: Count = 3
     seconds: Positive = 60.0
@@ -88,6 +88,7 @@ class MeasurePart(_Section):
     timeout_s: Positive = 60.0
     step: Annotated[float, Field(gt=1.01, le=2)] = 1.15
     max_points: Annotated[int, Field(ge=2)] = 10
+    search_99: bool = True
 
 
 class RatioPart(_Section):
@@ -171,8 +172,11 @@ def chosen_part(
     deployments: list[str] | None,
     rounds: int | None,
     seconds: float | None,
+    *,
+    only_90: bool = False,
 ) -> Experiment:
     """With only these workloads and deployments, and so many rounds and seconds; None leaves all as it is.
+    only_90: the rate at 99 % is not searched.
 
     Raises BadInputError.
     """
@@ -189,6 +193,7 @@ def chosen_part(
     measure = {
         **({} if rounds is None else {"rounds": rounds}),
         **({} if seconds is None else {"seconds": seconds}),
+        **({"search_99": False} if only_90 else {}),
     }
     if seconds is not None and not 0 < seconds < float("inf"):
         raise BadInputError(f"--seconds {seconds:g}: a number greater than 0 is needed")

@@ -96,7 +96,7 @@ def _check_same(path: Path, before: dict[str, Any], experiment: Experiment) -> N
     differ += [
         f"measure.{name}"
         for name, value in now["measure"].items()
-        if name not in ("rounds", "max_points") and before["measure"][name] != value
+        if name not in ("rounds", "max_points", "search_99") and before["measure"][name] != value
     ]
     if differ:
         raise BadInputError(

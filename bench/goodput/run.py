@@ -44,6 +44,7 @@ class Plan:
 async def measure_rounds(plan: Plan, record: Record, teller: Teller) -> dict[str, list[Curve]]:
     """The curves by workload, all measured. Raises MeasurementError."""
     rounds = plan.experiment.measure.rounds
+    targets = TARGETS if plan.experiment.measure.search_99 else TARGETS[:1]
     teller.expect(len(plan.references) + rounds * len(plan.sources) * len(plan.variants))
     idles = await measure_idle_times(plan.references, plan.sources, record, teller)
     curves = {source.name: curves_of(plan, source, idles[source.name]) for source in plan.sources}
@@ -58,7 +59,14 @@ async def measure_rounds(plan: Plan, record: Record, teller: Teller) -> dict[str
                     for index, curve in enumerate(order):
                         rival = _best_rate(order[:index], record.points) if number == 0 else None
                         await measure_visit(
-                            [curve], number, plan.experiment, record, teller.line, tell, rival_rate=rival
+                            [curve],
+                            number,
+                            plan.experiment,
+                            record,
+                            teller.line,
+                            tell,
+                            targets,
+                            rival_rate=rival,
                         )
     return curves
 

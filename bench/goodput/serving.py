@@ -86,10 +86,12 @@ async def serving(config: ServeConfig, on_line: Callable[[str], None]) -> AsyncI
         addresses = ready.result()
         yield Served(addresses["grpc"], addresses["metrics"], process, said)
     finally:
-        await _stop(process)
-        listening.cancel()
-        await asyncio.gather(listening, return_exceptions=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            await _stop(process)
+        finally:  # after a second Ctrl-C, too: it ends by itself then, as nothing holds its input open
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _listen(

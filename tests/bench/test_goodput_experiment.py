@@ -137,6 +137,8 @@ def test_a_part_can_be_chosen(tmp_path: Path) -> None:
     assert (list(part.workloads), list(part.deployments)) == (["short"], ["mixed"])
     assert (part.measure.rounds, part.measure.seconds) == (7, 2.5)
     assert chosen_part(experiment, None, None, None, None) == experiment
+    assert experiment.measure.search_99
+    assert not chosen_part(experiment, None, None, None, None, only_90=True).measure.search_99
     with pytest.raises(BadInputError, match="--deployments: there is no 'pears'; there are pair, mixed"):
         chosen_part(experiment, None, ["pears"], None, None)
     with pytest.raises(BadInputError, match="--seconds 0"):

@@ -74,6 +74,19 @@ def test_goodput_is_found_and_compared(bench: PaperBench, tmp_path: Path) -> Non
     )
 
 
+def test_the_search_for_99_can_be_left_out_and_made_up_for(bench: PaperBench, tmp_path: Path) -> None:
+    whole = experiment(demo_model_path())
+    without = whole.model_copy(update={"measure": whole.measure.model_copy(update={"search_99": False})})
+    short, record = measured(without, tmp_path)
+    number = len(record.points)
+    complete, record = measured(whole, tmp_path)
+    assert len(record.points) > number, "the rest of the same search"
+    for before, after in zip(
+        short["workloads"][0]["deployments"], complete["workloads"][0]["deployments"], strict=True
+    ):
+        assert before["goodput_per_device_90"] == pytest.approx(after["goodput_per_device_90"], rel=0.02)
+
+
 def test_every_round_visits_all_in_an_order_of_its_own(bench: PaperBench, tmp_path: Path) -> None:
     measure = {"rounds": 6, "seconds": 50.0, "min_requests": 1, "warmup_s": 0.0}
     measured(experiment(demo_model_path(), measure=measure), tmp_path)
