@@ -56,7 +56,7 @@ Exit codes:
 @click.option(
     "--only-90",
     is_flag=True,
-    help="Search the rate at 90 % alone, in half the time; that at 99 % is read off the same points.",
+    help="Search the rate at 90 % alone; that at 99 % is read off the same points.",
 )
 @click.option(
     "--overload",

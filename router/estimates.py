@@ -29,8 +29,8 @@ as one beside those who can afford no more (decode_worker/chunk_budget.py), but 
 ahead, it spends."""
 
 PROMPTS_BESIDE = 1.1
-"""Of what a step of decoding takes, a mixed worker's takes as much at least with the prompts that it reads
-beside: its limits are that much tighter for whoever would join."""
+"""How many times as long the steps of a mixed worker are taken to last for the prompts that it reads beside:
+its TPOT limits are that much tighter for whoever would join."""
 
 _USUAL_PROMPT = 1024
 _ASKED_ANEW = 1000

@@ -15,6 +15,7 @@ from statistics import median
 import numpy as np
 
 from bench.load.datasets import load_dataset
+from bench.load.errors import BadInputError
 from engine.latency import LatencyModel
 from engine.sequence import TokenSampling
 from router.pool_view import Role
@@ -91,6 +92,10 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="deployments whose names begin so")
     chosen = parser.parse_args()
+    try:
+        load_dataset(chosen.dataset, max_tokens=MAX_TOKENS - 1)
+    except BadInputError as error:
+        parser.error(str(error))
     limits = SloLimits(chosen.ttft, chosen.tpot)
     for rate in map(float, chosen.rates.split(",")):
         for name in (name for name in DEPLOYMENTS if name.startswith(chosen.only)):

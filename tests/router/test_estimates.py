@@ -10,7 +10,7 @@ import pytest
 from engine.latency import LatencyModel, StepShape
 from engine.prefix_digests import prefix_digests, short
 from engine.sequence import RequestKey
-from router.estimates import MIN_CHUNK, Estimates
+from router.estimates import MIN_CHUNK, PROMPTS_BESIDE, Estimates
 from router.lengths import OutputLengths
 from router.pair_table import Pair
 from router.placement.base import Decision, Kind
@@ -160,6 +160,14 @@ def test_the_decode_batch_is_that_of_the_hand_off(scene, make_request):
     assert (last.batch, last.context) == (2, 150 + mine)
     scene.d.release(comes)
     assert scene.estimates.decode(scene.d, request, 30 * step_s, 1.0).batch == 1
+
+
+def test_a_mixed_worker_keeps_room_for_the_prompts_that_it_reads_beside(scene, make_request):
+    request = limits(make_request(), tpot_s=0.3)
+    decode, mixed = (scene.estimates.decode(worker, request, 0.0, 0.0) for worker in (scene.d, scene.m))
+    assert mixed.step_s == decode.step_s
+    assert PROMPTS_BESIDE > 1
+    assert mixed.limit_s == pytest.approx(decode.limit_s / PROMPTS_BESIDE)
 
 
 def test_the_tightest_limit_counts(scene, make_request):
