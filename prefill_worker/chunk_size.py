@@ -3,32 +3,33 @@
 Chunks cost more than a prompt in one go, for each step has a price of its own, and buy the chance that
 another prompt goes first after each of them. So:
 
-  - Who is on time but has little slack is read in steps as large as they can be. Nobody who comes now is
-    likely to have an earlier deadline, and whoever has one loses little.
-  - Who has slack to spare, and who is late anyway, is read in the smallest steps that cost hardly more
-    (EFFICIENCY): of a GPU as many tokens as fill it, of a CPU core some hundred.
+  - Who is on time is read in steps as large as they can be: it has the earliest deadline of all, and whoever
+    comes now is likely to have a later one.
+  - Who is late is read in the smallest steps that cost hardly more (EFFICIENCY): of a GPU as many tokens as
+    fill it, of a CPU core some hundred. Whoever comes now goes first.
   - Who is late and goes first all the same, because it is the oldest, keeps nobody else from being on time:
     n* = max n: t_P(n) <= least positive slack of the others that wait. (They wait for one another, too: the
     slack of each is what is left when those before it are read.)
-  - What room there is in a step goes to the next prompts up to the same efficient size. It saves them a step
-    of their own, but delays the first: by half of its slack at most.
+  - What room there is in a step, up to the same efficient size, goes to next prompts that end in it. It saves
+    them a step of their own, but delays the first: by half of its slack at most. A part of a prompt would
+    delay the first and save no step.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.latency import LatencyModel, OnlineLatency
+from engine.latency import OnlineLatency
 from engine.urgency import Urgency, slack_s
 
 EFFICIENCY = 1.05
-"""A prompt of a largest step costs at most so much of that step in efficient ones."""
+"""What is read in efficient chunks costs at most so much of what it costs in one go."""
 
 MIN_CHUNK_TOKENS = 32
-"""Whatever the others' slack: a step of fewer is nearly all price and no progress."""
+"""Whatever the others' slack: a step of fewer tokens is nearly all price and no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,16 @@ class Waiting:
 @dataclass(frozen=True, slots=True)
 class StepSize:
     """first: most tokens of the prompt that goes first. together: with it, most tokens of the whole step, if
-    there is room left."""
+    there is room left. in_parts: whether others may get less of it than all they need."""
 
     first: int
     together: int
+    in_parts: bool = False
+
+    def has_room(self, num_tokens: int, num_left: int) -> bool:
+        """Whether a step of num_tokens takes another prompt in, which has num_left to compute."""
+        room = self.together - num_tokens
+        return room >= (1 if self.in_parts else num_left)
 
 
 class ChunkSizes:
@@ -57,15 +64,6 @@ class ChunkSizes:
     def __init__(self, latency: OnlineLatency, max_batch_tokens: int) -> None:
         self._latency = latency
         self._most = max_batch_tokens
-        model = latency.model
-        bound = -EFFICIENCY * model.prefill_s(max_batch_tokens)
-        sizes = range(1, max_batch_tokens)
-        # Which is max_batch_tokens if none below it will do. Costs fall, so their negatives rise.
-        self._efficient = 1 + bisect_left(
-            sizes, bound, key=lambda size: -_in_chunks_s(model, max_batch_tokens, size)
-        )
-        if not model.is_known:
-            self._efficient = max_batch_tokens
 
     def needs_s(self, num_left: int, num_before: int) -> float:
         """How long so many tokens after so many others will take."""
@@ -74,17 +72,37 @@ class ChunkSizes:
     def step(self, first: Waiting, others: Iterable[Waiting], now: float) -> StepSize:
         """others: in their order."""
         slack = slack_s(first.urgency, first.needs_s, now)
-        if first.urgency is None or first.urgency.deadline_s is None:
-            return StepSize(self._most, self._efficient)
-        if slack < 0:
-            most = self._efficient
-            if (least := _least_positive_slack_s(others, now)) is not None:
-                floor = min(MIN_CHUNK_TOKENS, most)
-                most = max(floor, min(most, self._most_within(least, first.num_before)))
-            return StepSize(most, most)
-        within = self._most_within(first.needs_s + slack / 2, first.num_before)
-        most = self._most if slack < first.needs_s else self._efficient
-        return StepSize(most, min(self._efficient, within))
+        if slack >= 0:
+            within = self._most_within(first.needs_s + slack / 2, first.num_before)
+            return StepSize(self._most, min(self._efficient(self._most, 0), within))
+        most = self._efficient(min(first.num_left, self._most), first.num_before)
+        if (least := _least_positive_slack_s(others, now)) is not None:
+            floor = min(MIN_CHUNK_TOKENS, most)
+            most = max(floor, min(most, self._most_within(least, first.num_before)))
+        return StepSize(most, most)
+
+    def _efficient(self, num_tokens: int, num_before: int) -> int:
+        """The smallest of sizes that divide num_tokens evenly that costs hardly more than all at once."""
+        if not self._latency.model.is_known:
+            return num_tokens
+        most_parts = max(1, num_tokens // MIN_CHUNK_TOKENS)
+        bound = EFFICIENCY * self._in_parts_s(num_tokens, num_before, 1)
+        # Costs rise with the number of parts.
+        parts = bisect_right(
+            range(1, most_parts + 1),
+            bound,
+            key=lambda count: self._in_parts_s(num_tokens, num_before, count),
+        )
+        return -(-num_tokens // max(1, parts))
+
+    def _in_parts_s(self, num_tokens: int, num_before: int, parts: int) -> float:
+        """How long tokens take in equal parts, each of which looks back at all before it."""
+        size = -(-num_tokens // parts)
+        prefill_s, latency = self._latency.model.prefill_s, self._latency
+        return math.fsum(
+            latency.corrected_s(prefill_s(min(size, num_tokens - start), num_before + start))
+            for start in range(0, num_tokens, size)
+        )
 
     def _most_within(self, limit_s: float, num_before: int) -> int:
         """Tokens that a step computes within limit_s, most of the time; 0 if it computes none."""
@@ -94,12 +112,6 @@ class ChunkSizes:
             limit_s / latency.margin,
             key=lambda count: latency.corrected_s(prefill_s(count, num_before)),
         )
-
-
-def _in_chunks_s(model: LatencyModel, num_tokens: int, size: int) -> float:
-    """How long a prompt takes in chunks, each of which looks back at all before it."""
-    starts = range(0, num_tokens, size)
-    return math.fsum(model.prefill_s(min(size, num_tokens - start), start) for start in starts)
 
 
 def _least_positive_slack_s(others: Iterable[Waiting], now: float) -> float | None:

@@ -109,7 +109,7 @@ class PrefillScheduler:
         num_tokens = 0
         lacks_blocks = False
         for at, prompt in enumerate(order):
-            if size is not None and num_tokens >= size.together:
+            if size is not None and not size.has_room(num_tokens, self._waiting(prompt).num_left):
                 break
             if not prompt.is_started:
                 if lacks_blocks or not self._place(prompt):
@@ -199,7 +199,7 @@ class PrefillScheduler:
 
     def _size(self, first: Prompt, others: Sequence[Prompt], now: float) -> StepSize:
         if first.urgency is None and all(prompt.urgency is None for prompt in others):
-            return StepSize(self._max_batch_tokens, self._max_batch_tokens)
+            return StepSize(self._max_batch_tokens, self._max_batch_tokens, in_parts=True)
         return self._sizes.step(self._waiting(first), map(self._waiting, others), now)
 
     def _waiting(self, prompt: Prompt) -> Waiting:

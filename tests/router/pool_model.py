@@ -152,6 +152,7 @@ class ModelWorker:
 
     def _chunks(self) -> list[tuple[Job, int]]:
         prompts = self._in_order()
+        in_whole = False
         left = self.machine.max_batch_tokens - len(self.writing)
         first_left = left
         if self.is_told and prompts and self.view.role is Role.MIXED:
@@ -166,10 +167,11 @@ class ModelWorker:
                 self._waiting(prompts[0]), [self._waiting(one) for one in prompts[1:]], self.pools.now
             )
             first_left, left = size.first, max(size.first, size.together)
+            in_whole = True
         chunks = []
         for job in prompts:
             new = min(left, job.unread) if chunks else min(first_left, job.unread)
-            if new <= 0:
+            if new <= 0 or (chunks and in_whole and new < job.unread):
                 break
             left -= new
             chunks.append((job, new))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import pytest
 
@@ -83,6 +84,7 @@ def attain(make_request):
 
 
 PAIR = {"p": 1, "d": 1}
+SEEDS = (1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +103,13 @@ def test_where_the_baselines_begin_to_fail_it_still_serves(name, rate, attain):
     ("name", "rate"), [("both limits tight", 1.0), ("room for chunks", 1.7), ("chat", 2.2), ("code", 1.4)]
 )
 def test_a_mixed_worker_beside_a_prefill_worker_is_no_worse_than_a_decode_worker(name, rate, attain):
-    handed_over, _ = attain("goodput", PAIR, WORKLOADS[name], rate)
-    mixed, pools = attain("goodput", {"p": 1, "m": 1}, WORKLOADS[name], rate)
-    assert mixed >= handed_over - 0.03
-    assert pools.kinds[Kind.DISAGGREGATED] > 0
-    assert pools.kinds[Kind.LOCAL] > 0
+    """On average over seeds: of one, five requests of 150 say nothing."""
+    handed_over = [attain("goodput", PAIR, WORKLOADS[name], rate, seed=seed)[0] for seed in SEEDS]
+    mixed = [attain("goodput", {"p": 1, "m": 1}, WORKLOADS[name], rate, seed=seed) for seed in SEEDS]
+    assert fmean(good for good, _ in mixed) >= fmean(handed_over) - 0.03
+    for _, pools in mixed:
+        assert pools.kinds[Kind.DISAGGREGATED] > 0
+        assert pools.kinds[Kind.LOCAL] > 0
 
 
 def test_it_makes_the_more_of_a_mixed_worker_where_prompts_are_most_of_the_work(attain):
