@@ -118,7 +118,7 @@ async def _measure(
     teller: Teller,
     plot: Path | None,
 ) -> dict[str, Any]:
-    from bench.goodput.plan import plan_of
+    from bench.goodput.plan import pace_of, plan_of
     from bench.goodput.record import Record
     from bench.goodput.report import result_of
     from bench.goodput.run import measure_rounds
@@ -133,12 +133,13 @@ async def _measure(
         return await _measure_map(experiment, target, folder, teller, plot, about)
     plan = plan_of(experiment, _SHAPES, traces, folder)
     record = Record.open(target, experiment, about["about"])
-    curves = await measure_rounds(plan, record, teller)
-    result = result_of(curves, record, about)
-    if chosen["overload"]:
-        from bench.goodput.overload import measure_overload
+    async with pace_of(plan, record) as pace:
+        curves = await measure_rounds(plan, record, teller, pace)
+        result = result_of(curves, record, about)
+        if chosen["overload"]:
+            from bench.goodput.overload import measure_overload
 
-        result["overload"] = await measure_overload(plan, curves, record, teller)
+            result["overload"] = await measure_overload(plan, curves, record, teller, pace)
     if plot is not None:
         from bench.goodput.plots import draw_goodput, draw_overload
 

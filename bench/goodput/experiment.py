@@ -79,7 +79,8 @@ class MeasurePart(_Section):
     """rounds: each visits every deployment once, with a seed of its own. seconds: judged at each rate, after
     warmup_s that are not; longer where fewer than min_requests would come. timeout_s: after which a request
     is given up that cannot be good any more. step: from one rate of the grid to the next. max_points: of one
-    visit. search_99: whether the rate at 99 % is searched, too, or only read off the points for 90 %."""
+    visit. search_99: whether the rate at 99 % is searched, too, or only read off the points for 90 %.
+    follow_pace: whether seconds are those of the machine (pace.py)."""
 
     rounds: Count = 3
     seconds: Positive = 60.0
@@ -89,6 +90,7 @@ class MeasurePart(_Section):
     step: Annotated[float, Field(gt=1.01, le=2)] = 1.15
     max_points: Annotated[int, Field(ge=2)] = 10
     search_99: bool = True
+    follow_pace: bool = False
 
 
 class RatioPart(_Section):
@@ -122,6 +124,12 @@ class Experiment(_Section):
     def _map_names_deployments(self) -> Self:
         if self.map is not None:
             known("map.deployments", self.map.deployments, self.deployments)
+        return self
+
+    @model_validator(mode="after")
+    def _pace_is_that_of_an_engine(self) -> Self:
+        if self.measure.follow_pace and self.model.load == "simulated":
+            raise ValueError("measure.follow_pace times steps of the model, and a simulated one has none")
         return self
 
 

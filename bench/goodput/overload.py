@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.goodput.curves import Curve
+from bench.goodput.pace import STEADY, Pace
 from bench.goodput.phases import Phases, judged_overload, timeline
 from bench.goodput.points import rows_from_json, rows_to_json
 from bench.goodput.record import Record
@@ -24,7 +25,7 @@ FACTORS = (0.5, 1.0, 1.5, 3.0)
 
 
 async def measure_overload(
-    plan: Plan, curves: Mapping[str, Sequence[Curve]], record: Record, teller: Teller
+    plan: Plan, curves: Mapping[str, Sequence[Curve]], record: Record, teller: Teller, pace: Pace = STEADY
 ) -> list[dict[str, Any]]:
     """curves: by workload, all measured. A result for each workload. Raises MeasurementError."""
     rounds, names = plan.experiment.measure.rounds, list(plan.variants)
@@ -49,7 +50,7 @@ async def measure_overload(
             for name in rng.sample(names, len(names)):
                 title = f"overload, round {number + 1} of {rounds}, {source.name}, {name}"
                 with teller.part(title) as tell:
-                    await _visit(plan, chosen[source.name][name], number, record, teller, tell)
+                    await _visit(plan, chosen[source.name][name], number, record, teller, tell, pace)
     return [
         {
             "workload": source.name,
@@ -68,13 +69,15 @@ def saturation_of(curve: Curve, record: Record) -> float:
     return value or min(point.rate for point in curve.of(record.points))
 
 
-async def _visit(plan: Plan, curve: Curve, number: int, record: Record, teller: Teller, tell: Show) -> None:
+async def _visit(
+    plan: Plan, curve: Curve, number: int, record: Record, teller: Teller, tell: Show, pace: Pace
+) -> None:
     done = {line["factor"] for line in _lines(curve, record) if line["round"] == number}
     missing = [factor for factor in FACTORS if factor not in done]
     if not missing:
         return
     saturation, measure = saturation_of(curve, record), plan.experiment.measure
-    async with visiting(curve.variant.under(curve.limits), tell) as visit:
+    async with visiting(curve.variant.under(curve.limits), tell, pace) as visit:
         for factor in missing:
             phases = Phases.of(factor, saturation, measure.seconds, measure.warmup_s)
             jobs = _jobs(visit, curve, number, factor, phases)
@@ -82,7 +85,8 @@ async def _visit(plan: Plan, curve: Curve, number: int, record: Record, teller: 
             def show(said: str, factor: float = factor) -> None:
                 tell(f"{factor:g} times {saturation:.3g}/s: {said}")
 
-            sent = await send(visit, jobs, curve.limits, measure.timeout_s, show)
+            dilation = await visit.dilation(curve.source)
+            sent = await send(visit, jobs, curve.limits, measure.timeout_s, show, dilation)
             line = {
                 "workload": curve.source.name,
                 "deployment": curve.variant.deployment,
@@ -94,6 +98,7 @@ async def _visit(plan: Plan, curve: Curve, number: int, record: Record, teller: 
                 "rows": rows_to_json(sent.rows),
                 "counted": sent.counted,
                 "client": sent.client,
+                "pace": dilation.pace,
             }
             record.add("overload", line)
             found = judged_overload(sent.rows, curve.limits, phases, measure.warmup_s)

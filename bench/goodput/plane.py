@@ -18,7 +18,7 @@ from rich.table import Table
 from bench.goodput.curves import Curve
 from bench.goodput.experiment import Experiment, MapPart
 from bench.goodput.limits import Idle
-from bench.goodput.plan import plan_of
+from bench.goodput.plan import pace_of, plan_of
 from bench.goodput.points import Point
 from bench.goodput.record import Record
 from bench.goodput.run import TARGETS, Plan, measure_idle_times, measure_visit
@@ -46,15 +46,18 @@ async def measure_map(
     visits = sum(len(cells) if one.sees_limits else 1 for some in plan.variants.values() for one in some)
     rounds = experiment.measure.rounds
     teller.expect(len(plan.references) + rounds * len(sources) * visits)
-    idles = await measure_idle_times(plan.references, sources, record, teller)
-    curves = {source.name: _curves(plan, source, idles[source.name], cells) for source in sources}
-    for number in range(rounds):
-        for source in sources:
-            rng = random.Random(f"map {number} {source.name}")
-            for group in rng.sample(curves[source.name], len(curves[source.name])):
-                name = group[0].variant.name
-                with teller.part(f"map, round {number + 1} of {rounds}, {source.name}, {name}") as tell:
-                    await measure_visit(group, number, experiment, record, teller.line, tell, (TARGET,))
+    async with pace_of(plan, record) as pace:
+        idles = await measure_idle_times(plan.references, sources, record, teller, pace)
+        curves = {source.name: _curves(plan, source, idles[source.name], cells) for source in sources}
+        for number in range(rounds):
+            for source in sources:
+                rng = random.Random(f"map {number} {source.name}")
+                for group in rng.sample(curves[source.name], len(curves[source.name])):
+                    name = group[0].variant.name
+                    with teller.part(f"map, round {number + 1} of {rounds}, {source.name}, {name}") as tell:
+                        await measure_visit(
+                            group, number, experiment, record, teller.line, tell, (TARGET,), pace=pace
+                        )
     return map_result(part, cells, sources, curves, record.points)
 
 

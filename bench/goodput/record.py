@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.goodput.experiment import Experiment
+from bench.goodput.experiment import Experiment, MeasurePart
 from bench.goodput.points import Point
 from bench.load.errors import BadInputError
 
@@ -86,6 +86,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         path.write_text(text + "\n")
 
 
+def _measured_with(before: dict[str, Any], name: str) -> object:
+    """Of the part measure; what files of before this key was there were measured with is its default."""
+    return before["measure"].get(name, MeasurePart.model_fields[name].default)
+
+
 def _check_same(path: Path, before: dict[str, Any], experiment: Experiment) -> None:
     """Workloads and deployments may come and go, but those that stay must be as they were."""
     now = experiment.model_dump(mode="json")
@@ -96,7 +101,7 @@ def _check_same(path: Path, before: dict[str, Any], experiment: Experiment) -> N
     differ += [
         f"measure.{name}"
         for name, value in now["measure"].items()
-        if name not in ("rounds", "max_points", "search_99") and before["measure"][name] != value
+        if name not in ("rounds", "max_points", "search_99") and _measured_with(before, name) != value
     ]
     if differ:
         raise BadInputError(

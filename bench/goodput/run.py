@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from bench.goodput.curves import Curve
 from bench.goodput.experiment import Experiment
 from bench.goodput.limits import Idle, Typical
+from bench.goodput.pace import STEADY, Pace
 from bench.goodput.points import Point
 from bench.goodput.record import Record
 from bench.goodput.search import Grid
@@ -41,12 +42,14 @@ class Plan:
     references: Sequence[Variant]
 
 
-async def measure_rounds(plan: Plan, record: Record, teller: Teller) -> dict[str, list[Curve]]:
+async def measure_rounds(
+    plan: Plan, record: Record, teller: Teller, pace: Pace = STEADY
+) -> dict[str, list[Curve]]:
     """The curves by workload, all measured. Raises MeasurementError."""
     rounds = plan.experiment.measure.rounds
     targets = TARGETS if plan.experiment.measure.search_99 else TARGETS[:1]
     teller.expect(len(plan.references) + rounds * len(plan.sources) * len(plan.variants))
-    idles = await measure_idle_times(plan.references, plan.sources, record, teller)
+    idles = await measure_idle_times(plan.references, plan.sources, record, teller, pace)
     curves = {source.name: curves_of(plan, source, idles[source.name]) for source in plan.sources}
     for number in range(rounds):
         for source in plan.sources:
@@ -67,6 +70,7 @@ async def measure_rounds(plan: Plan, record: Record, teller: Teller) -> dict[str
                             tell,
                             targets,
                             rival_rate=rival,
+                            pace=pace,
                         )
     return curves
 
@@ -94,7 +98,11 @@ def _best_rate(curves: Sequence[Curve], points: Sequence[Point]) -> float | None
 
 
 async def measure_idle_times(
-    references: Sequence[Variant], sources: Sequence[Source], record: Record, teller: Teller
+    references: Sequence[Variant],
+    sources: Sequence[Source],
+    record: Record,
+    teller: Teller,
+    pace: Pace = STEADY,
 ) -> dict[str, Idle]:
     """By workload. Raises MeasurementError."""
     typicals: dict[str, Typical] = {source.name: typical_of(source) for source in sources}
@@ -111,7 +119,7 @@ async def measure_idle_times(
         ]
         with teller.part(f"requests alone, {reference.deployment}") as tell:
             if missing:
-                async with visiting(reference.config, tell) as visit:
+                async with visiting(reference.config, tell, pace) as visit:
                     for source in missing:
                         typical = typicals[source.name]
                         times = await idle_times(visit, source, typical, tell)
@@ -151,6 +159,7 @@ async def measure_visit(
     tell: Callable[[str], None],
     targets: Sequence[float] = TARGETS,
     rival_rate: float | None = None,
+    pace: Pace = STEADY,
 ) -> None:
     """One round of one variant, for all of the curves: of one workload, and of a policy that does not look at
     limits if they have several. rival_rate: see Curve.next_place. Does not start it if nothing is missing.
@@ -174,7 +183,7 @@ async def measure_visit(
         return
     first = curves[0]
     variant, limits = first.variant, first.limits
-    async with visiting(variant.under(limits), tell) as visit:
+    async with visiting(variant.under(limits), tell, pace) as visit:
         while (found := missing()) is not None:
             _, place = found
             rate = Grid(measure.step).rate(place)

@@ -14,6 +14,7 @@ from bench.errors import MeasurementError
 from bench.goodput.counters import counted_between, read_counters
 from bench.goodput.experiment import MeasurePart
 from bench.goodput.limits import SAMPLE, Typical
+from bench.goodput.pace import NO_DILATION, STEADY, Dilation, Pace
 from bench.goodput.serving import Served, serving
 from bench.goodput.sources import Source
 from bench.load.client_use import ClientMeter
@@ -42,6 +43,12 @@ class Visit:
     served: Served
     target: Target
     info: ServerInfo
+    pace: Pace = STEADY
+
+    async def dilation(self, source: Source) -> Dilation:
+        """For what is sent next; to be asked while nothing runs. Limits in seconds are by the clock."""
+        by_multiples = source.slo.ttft.relative and source.slo.tpot.relative
+        return Dilation(await self.pace.now() if by_multiples else 1.0)
 
     @property
     def vocabulary(self) -> range:
@@ -58,7 +65,7 @@ class Sent:
 
 
 @asynccontextmanager
-async def visiting(config: ServeConfig, show: Show) -> AsyncIterator[Visit]:
+async def visiting(config: ServeConfig, show: Show, pace: Pace = STEADY) -> AsyncIterator[Visit]:
     """config: see `serving`. A start that fails is tried once more: Ray gives up on a machine that is busy
     for a moment, and hours of measuring are not to end with it. Raises MeasurementError."""
     async with AsyncExitStack() as stack:
@@ -70,7 +77,7 @@ async def visiting(config: ServeConfig, show: Show) -> AsyncIterator[Visit]:
             show(f"starting once more, as {error}")
             served = await stack.enter_async_context(start())
         async with connect(f"grpc://{served.grpc}") as target:
-            yield Visit(served, target, await served.while_up(target.check()))
+            yield Visit(served, target, await served.while_up(target.check()), pace)
         show("stopping")
 
 
@@ -87,7 +94,8 @@ def typical_of(source: Source) -> Typical:
 
 
 async def idle_times(visit: Visit, source: Source, typical: Typical, show: Show) -> IdleTimes:
-    """What requests of a workload take alone here."""
+    """What requests of a workload take alone here, nominally."""
+    dilation = await visit.dilation(source)
     key = zlib.crc32(source.name.encode())
     work = measure_idle(
         visit.target,
@@ -98,7 +106,7 @@ async def idle_times(visit: Visit, source: Source, typical: Typical, show: Show)
         _IDLE_REPEATS,
         lambda done, said: show(f"{source.name}: {said}"),
     )
-    return await visit.served.while_up(work)
+    return dilation.idle(await visit.served.while_up(work))
 
 
 def window_s(measure: MeasurePart, rate: float) -> float:
@@ -111,27 +119,41 @@ def least_rate(measure: MeasurePart) -> float:
     return measure.min_requests / (_MAX_STRETCH * measure.seconds)
 
 
-async def send(visit: Visit, jobs: Sequence[Job], limits: Limits, timeout_s: float, show: Show) -> Sent:
+async def send(
+    visit: Visit,
+    jobs: Sequence[Job],
+    limits: Limits,
+    timeout_s: float,
+    show: Show,
+    dilation: Dilation = NO_DILATION,
+) -> Sent:
     """Waits until all are answered, or given up after timeout_s, though none that might still be good. Raises
-    MeasurementError if the deployment ends."""
+    MeasurementError if the deployment ends. All but timeout_s is nominal."""
+    jobs, limits = dilation.jobs(jobs), dilation.limits(limits)
     slo = Slo.fixed(limits.ttft_s, limits.tpot_s)
     longest_s = max((limits.ttft_s + limits.tpot_s * job.output_tokens for job in jobs), default=0.0)
     timeout_s = max(timeout_s, longest_s)
     before = await read_counters(visit.served.metrics)
     async with ClientMeter() as meter:
-        # The limits are those of the deployment's only class, so requests need not bring them.
+        # Those of the deployment's only class are nominal.
         work = run_load(
-            visit.target, jobs, slo, lambda done, said: show(said), timeout_s=timeout_s, send_slo=False
+            visit.target,
+            jobs,
+            slo,
+            lambda done, said: show(said),
+            timeout_s=timeout_s,
+            send_slo=dilation != NO_DILATION,
         )
         rows = await visit.served.while_up(work)
     after = await read_counters(visit.served.metrics)
-    return Sent(rows, counted_between(before, after), meter.use(rows).to_json())
+    client = meter.use(rows).to_json()
+    return Sent([dilation.row(row) for row in rows], counted_between(before, after), client)
 
 
 async def run_at(
     visit: Visit, source: Source, rate: float, seed: int, limits: Limits, measure: MeasurePart, show: Show
 ) -> tuple[float, list[Row], dict[str, Any]]:
-    """Seconds that were judged, the rows of these, and what is to be said of them."""
+    """Seconds that were judged, the rows of these, and what is to be said of them; all nominal."""
     duration_s = window_s(measure, rate)
     # Served twice, a prompt would be found in a cache: what it says depends on where and when, too.
     spec = spec_of(source, visit.vocabulary, visit.served.grpc, seed, rate)
@@ -139,8 +161,9 @@ async def run_at(
     first = bisect_left(jobs, measure.warmup_s, key=lambda job: job.arrival_s)
     if first == len(jobs):
         raise MeasurementError(f"{source.name}: at {rate:.3g}/s nothing arrives within {duration_s:g} s")
-    sent = await send(visit, jobs, limits, measure.timeout_s, show)
+    dilation = await visit.dilation(source)
+    sent = await send(visit, jobs, limits, measure.timeout_s, show, dilation)
     rows = [replace(row, arrival_s=row.arrival_s - measure.warmup_s) for row in sent.rows[first:]]
     judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
-    said = {**judged.to_json(), "counted": sent.counted, "client": sent.client}
+    said = {**judged.to_json(), "counted": sent.counted, "client": sent.client, "pace": dilation.pace}
     return duration_s, rows, said

@@ -12,6 +12,7 @@ import pytest
 
 from bench.goodput import run
 from bench.goodput.experiment import Experiment, MeasurePart
+from bench.goodput.pace import Pace
 from bench.goodput.sources import Source
 from bench.goodput.teller import Teller
 from bench.goodput.visit import window_s
@@ -66,7 +67,9 @@ class PaperBench:
         patch.setattr(run, "idle_times", self._idle_times)
 
     @asynccontextmanager
-    async def _visiting(self, config: ServeConfig, show: Callable[[str], None]) -> AsyncIterator[ServeConfig]:
+    async def _visiting(
+        self, config: ServeConfig, show: Callable[[str], None], pace: Pace
+    ) -> AsyncIterator[ServeConfig]:
         show("starting")
         self.started.append((config.router.policy, config.mixed.max_batch_tokens))
         yield config

@@ -103,6 +103,13 @@ SHORT = {"dataset": "synthetic:prompt=64,answer=4"}
         ({"workloads": {"w": {**SHORT, "slo": "ttft=0,tpot=1"}}}, ["workloads.w", "greater than 0"]),
         ({"workloads": {"w": {**SHORT, "max_tokens": 4096}}}, ["workloads.w", "takes 1024 at most"]),
         ({"measure": {"step": 1.0}}, ["measure.step", "greater than 1.01"]),
+        (
+            {
+                "model": {"shape": "smollm2-135m", "load": "simulated", "profile": "some.json"},
+                "measure": {"follow_pace": True},
+            },
+            ["measure.follow_pace", "a simulated one has none"],
+        ),
         ({"measure": {"seconds": -1.0}}, ["measure.seconds", "greater than 0"]),
         (
             {"map": {"lengths": [{"prompt": 8, "answer": 8}], "ttft": ["3x"], "tpot": ["3x"],

@@ -55,6 +55,7 @@ def experiment(folder: Path, **changes: Any) -> Path:
             "max_points": 2,
             "timeout_s": 20.0,
             "step": 2.0,
+            "follow_pace": True,
         },
     }
     path = folder / "experiment.yaml"
@@ -163,7 +164,7 @@ def test_ended_in_the_middle_it_leaves_a_usable_file_and_no_process(
     if sent is not signal.SIGKILL:
         assert f"--resume {record}" in (tmp_path / "err").read_text()
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [line["kind"] for line in lines][:2] == ["experiment", "idle"]
+    assert [line["kind"] for line in lines][:3] == ["experiment", "pace", "idle"]
 
 
 @pytest.mark.parametrize(
