@@ -3,9 +3,10 @@
 A machine that is shared is now faster and now slower, by a quarter or more within minutes. Limits that are
 multiples of what a request takes alone would mean something else with every deployment that is visited. So
 before each point, while nothing runs, the same steps of the engine are timed again on every core. The pace
-is what they take over what they took the first time, and seconds of that point are counted in units of it:
-requests come so much later, their limits are so much longer, and what was measured is divided by it. To first
-order a slow machine then measures what a fast one would.
+is what they took the last SAMPLES times over what they took the first SAMPLES times, and seconds of that
+point are counted in units of it: requests come so much later, their limits are so much longer, and what was
+measured is divided by it. To first order a slow machine then measures what a fast one would. One sample
+alone says little of the minute that follows, for single ones scatter by a tenth.
 
 Limits that are given in seconds are meant in seconds: with those the pace is always 1.
 """
@@ -17,6 +18,7 @@ import math
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +37,9 @@ _CONTEXT = 256
 _ROUNDS = 2
 _TOKENS_A_ROUND = 25
 _BLOCK_SIZE = 16
+
+SAMPLES = 5
+"""With a point between two of them, some minutes."""
 
 StepTimes = Mapping[str, float]
 """Seconds of a step by its name."""
@@ -65,11 +70,14 @@ class MachinePace:
         """time_steps: blocks for a few seconds."""
         self._record = record
         self._time_steps = time_steps
+        self._last: deque[StepTimes] = deque(maxlen=SAMPLES)
 
     async def now(self) -> float:
-        taken = await asyncio.to_thread(self._time_steps)
+        for _ in range(max(1, SAMPLES - len(self._last))):  # all of them the first time
+            self._last.append(await asyncio.to_thread(self._time_steps))
+        taken = {name: statistics.fmean(one[name] for one in self._last) for name in self._last[0]}
         if not self._record.others("pace"):
-            self._record.add("pace", {"step_s": dict(taken)})
+            self._record.add("pace", {"step_s": taken})
         first: StepTimes = self._record.others("pace")[0]["step_s"]
         return statistics.geometric_mean(taken[name] / first[name] for name in first)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.goodput.experiment import MeasurePart
-from bench.goodput.pace import Dilation, MachinePace, machine_pace
+from bench.goodput.pace import SAMPLES, Dilation, MachinePace, machine_pace
 from bench.goodput.plan import pace_of, plan_of
 from bench.goodput.record import Record
 from bench.goodput.sources import Source
@@ -64,6 +64,16 @@ async def test_the_pace_is_against_the_beginning_of_the_record(tmp_path: Path) -
     assert await times(0.5, 0.0125).now() == pytest.approx(1.25), "also when it goes on from a file"
     assert await times(0.8, 0.01).now() == pytest.approx(2**0.5), "both kinds of steps alike"
     assert await times(0.4, 0.01).now() == pytest.approx(1.0)
+
+
+async def test_one_sample_says_little_and_many_say_it(tmp_path: Path) -> None:
+    record = Record.open(tmp_path / "record.json", experiment(demo_model_path()), {})
+    steps = {"prefill": 0.4, "decode": 0.01}
+    pace = MachinePace(record, lambda: dict(steps))
+    assert await pace.now() == pytest.approx(1.0)
+    steps.update(prefill=0.8, decode=0.02)
+    found = [await pace.now() for _ in range(SAMPLES)]
+    assert found == pytest.approx([1 + count / SAMPLES for count in range(1, SAMPLES + 1)])
 
 
 class Half:
