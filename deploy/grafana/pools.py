@@ -25,7 +25,7 @@ _WORKERS = Row(
             "short",
             (
                 Query(
-                    f"changes({of_all_routers('prelay_worker_epoch', 'role, worker', WORKER)}[1h:15s])",
+                    of_all_routers(f"changes(prelay_worker_epoch{{{WORKER}}}[1h])", "role, worker"),
                     "{{worker}}",
                 ),
             ),
