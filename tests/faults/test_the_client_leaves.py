@@ -108,7 +108,8 @@ async def _all_fit_at_once(cluster: Cluster) -> None:
     """As many sequences run at the same time as the decode workers have places."""
     places = sum(worker.spec.max_num_seqs for worker in cluster.of("decode"))
     await cluster.tell("decode", "pace 0.02")
-    asks = cluster.ask_all([([7] * 20, sampling(100)) for _ in range(places)])
+    # Long enough that none ends while a machine that is busy elsewhere begins the last.
+    asks = cluster.ask_all([([7] * 20, sampling(200)) for _ in range(places)])
     await asyncio.gather(*(ask.reaches(5) for ask in asks))
     assert not any(ask.code for ask in asks)
     running = [(await worker.samples())["prelay_running_requests", ""] for worker in cluster.of("decode")]
