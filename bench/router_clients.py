@@ -1,7 +1,8 @@
 """Clients of a router that is measured: many streams over gRPC or HTTP, in a process of their own.
 
-Each stream sends a short prompt, reads the answer to its end and sends the next. What is counted is cheap, so
-that the clients leave the machine to the router: tokens, and how long before each a worker had sent it.
+Each stream sends a short prompt, reads the answer to its end and sends the next. Its first answer is shorter
+than the others, by chance, so that they do not all end in the same instant. What is counted is cheap, so that
+the clients leave the machine to the router: tokens, and how long before each a worker had sent it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import time
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -163,8 +165,8 @@ class Crowd:
         index: int,
         max_tokens: int,
     ) -> None:
-        while True:
-            sampling = inference_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
+        for num_tokens in _lengths(max_tokens):
+            sampling = inference_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0)
             request = inference_pb2.GenerateRequest(text=_PROMPT % index, sampling=sampling)
             async for message in generate(request):
                 ticks, counters = now_ticks(), self.counters
@@ -176,10 +178,18 @@ class Crowd:
     async def _http_stream(self, count: int, max_tokens: int) -> None:
         """One connection; its requests come one after the other."""
         host, port = self._http_address.rsplit(":", 1)
+        loop = asyncio.get_running_loop()
+        _, protocol = await loop.create_connection(lambda: EventReader(self), host, int(port))
+        with contextlib.closing(protocol):
+            for num_tokens in _lengths(max_tokens):
+                await protocol.answer(self._http_request(_PROMPT % count, num_tokens))
+                self.counters.requests += 1
+
+    def _http_request(self, prompt: str, max_tokens: int) -> bytes:
         body = json.dumps(
             {
                 "model": self._model,
-                "prompt": _PROMPT % count,
+                "prompt": prompt,
                 "max_tokens": max_tokens,
                 "ignore_eos": True,
                 "temperature": 0,
@@ -190,12 +200,14 @@ class Crowd:
             f"POST /v1/completions HTTP/1.1\r\nHost: {self._http_address}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        loop = asyncio.get_running_loop()
-        _, protocol = await loop.create_connection(lambda: EventReader(self), host, int(port))
-        with contextlib.closing(protocol):
-            while True:
-                await protocol.answer(head.encode() + body)
-                self.counters.requests += 1
+        return head.encode() + body
+
+
+def _lengths(max_tokens: int) -> Iterator[int]:
+    """Of a stream's answers, without end."""
+    yield random.randint(1, max_tokens)
+    while True:
+        yield max_tokens
 
 
 class EventReader(asyncio.Protocol):

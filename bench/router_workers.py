@@ -33,7 +33,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """interval_s: between the steps of each decode worker from now on."""
+    """interval_s: between the steps of each decode worker from now on. They step in turn: real engines seldom
+    end their steps in the same instant, either."""
 
     interval_s: float
 
@@ -61,8 +62,9 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
     def __init__(self, info: worker_pb2.WorkerInfo, peers: Mapping[str, LeanWorker]) -> None:
         """peers: all workers, by address."""
         self.info = info
-        self.interval_s = 0.02
         self.sent_tokens = 0
+        self._interval_s = 0.02
+        self._due = time.monotonic()  # the last step
         self._peers = peers
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         self._out: list[worker_pb2.WorkerMessage] = []
@@ -81,6 +83,11 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
 
     async def stop(self) -> None:
         await self._server.stop(None)
+
+    def pace(self, interval_s: float, first_due: float) -> None:
+        """From now on there is a step every `interval_s`, the first at `first_due` (monotonic clock)."""
+        self._interval_s = interval_s
+        self._due = first_due - interval_s
 
     async def Attach(self, commands: Any, context: _Context) -> None:  # the name that the interface gives it
         await context.read()
@@ -146,10 +153,9 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
         self._answers[request_id] = _Answer(max_tokens, message)
 
     async def _decode(self) -> None:
-        due = time.monotonic()
         while True:
-            due = max(due + self.interval_s, time.monotonic() - self.interval_s)
-            await asyncio.sleep(due - time.monotonic())
+            self._due = max(self._due + self._interval_s, time.monotonic() - self._interval_s)
+            await asyncio.sleep(self._due - time.monotonic())
             if not self._out and not self._writes:  # no step runs ahead of a router that takes no more
                 self.step()
 
@@ -237,12 +243,14 @@ async def _serve(connection: Connection, num_prefill: int, num_decode: int) -> N
             await worker.start()
             workers[worker.info.address] = worker
     infos = [worker.info for worker in workers.values()]
+    writers = [worker for worker in workers.values() if worker.info.role != worker_pb2.ROLE_PREFILL]
     connection.send([(info.worker_id, info.epoch, info.role, info.address) for info in infos])
     loop = asyncio.get_running_loop()
     while (question := await loop.run_in_executor(None, connection.recv)) is not None:
         if isinstance(question, Pace):
-            for worker in workers.values():
-                worker.interval_s = question.interval_s
+            now = time.monotonic()
+            for index, worker in enumerate(writers):
+                worker.pace(question.interval_s, now + question.interval_s * index / len(writers))
             connection.send(None)
         else:
             tokens = sum(worker.sent_tokens for worker in workers.values())

@@ -39,7 +39,11 @@ class Tokenizer:
         self._added = {token_id: token.content for token_id, token in added.items()}
         decoder = tokenizer.decoder
         self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        special_ids = {token_id for token_id, token in added.items() if token.special}
+        ids = {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
+        # Both are looked at for every token of every answer.
+        self._text_ids = frozenset(ids.keys() - special_ids)
+        self._byte_ids = frozenset(one for one, token in ids.items() if _BYTE_TOKEN.fullmatch(token))
         self._special_tokens = special_tokens
         self.longest_token_bytes = _longest_token_bytes(tokenizer)
         """Most bytes of a text that one token stands for: so a text that cannot fit is known by its length.
@@ -123,12 +127,11 @@ class Tokenizer:
 
     def is_skipped(self, token_id: int) -> bool:
         """Whether `decode` passes over a token: a special one, or one that the tokenizer does not have."""
-        return token_id in self._special_ids or self._tokenizer.id_to_token(token_id) is None
+        return token_id not in self._text_ids
 
     def is_byte(self, token_id: int) -> bool:
         """Whether a token stands for a single byte (byte fallback) rather than for text."""
-        token = self._tokenizer.id_to_token(token_id)
-        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+        return token_id in self._byte_ids
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:

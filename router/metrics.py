@@ -62,15 +62,19 @@ class RouterMetrics:
         def histogram(name: str, meaning: str, label: str, buckets: list[float]) -> Histogram:
             return Histogram(name, meaning, [label], buckets=buckets, registry=registry)
 
-        self._requests = Counter(
+        requests = Counter(
             "prelay_requests_total",
             "Requests that ended, by how. Good: complete, with TTFT and TPOT within the request's limits.",
             ["slo_class", "outcome"],
             registry=registry,
         )
-        for slo_class in slo_classes:
-            for outcome in Outcome:
-                self._requests.labels(slo_class, outcome)  # a rate needs the zero before the first event
+        # All there will be, from the start: a rate needs the zero before the first event. To look a child up by
+        # its labels is slow.
+        self._requests = {
+            (slo_class, outcome): requests.labels(slo_class, outcome)
+            for slo_class in slo_classes
+            for outcome in Outcome
+        }
         ttfts = histogram(
             "prelay_time_to_first_token_seconds", "From arrival to the first token.", "slo_class", ttft
         )
@@ -113,14 +117,13 @@ class RouterMetrics:
             ttft,
         )
         self._stages = {stage: stages.labels(stage) for stage in Stage}
-        self._admission = Counter(
+        admissions = Counter(
             "prelay_admission_total",
             "Requests let in, let in as another SLO class, or refused, and why.",
             ["decision", "reason"],
             registry=registry,
         )
-        for decision, reason in _ADMISSIONS:
-            self._admission.labels(decision, reason)
+        self._admissions = {labels: admissions.labels(*labels) for labels in _ADMISSIONS}
         self._could_have_served = Counter(
             "prelay_could_have_served_total",
             "Requests refused because they would be late, for which there was room in time after all.",
@@ -134,11 +137,10 @@ class RouterMetrics:
             registry=registry,
         )
         prefix.set_function(prefix_blocks)
-        self._placement = Counter(
+        placements = Counter(
             "prelay_placement_total", "Placements on workers, by kind.", ["kind"], registry=registry
         )
-        for kind in Kind:
-            self._placement.labels(kind)
+        self._placements = {kind: placements.labels(kind) for kind in Kind}
         errors = Histogram(
             "prelay_prediction_error_ratio",
             "Observed over predicted: time to first token, time per output token, exposed transfer.",
@@ -198,11 +200,11 @@ class RouterMetrics:
 
     def admission(self, decision: str, reason: str) -> None:
         """A request was let in or refused."""
-        self._admission.labels(decision, reason).inc()
+        self._admissions[decision, reason].inc()
 
     def rejected(self, slo_class: str) -> None:
         """A request was turned away because of load or missing workers."""
-        self._requests.labels(slo_class, Outcome.REJECTED).inc()
+        self._requests[slo_class, Outcome.REJECTED].inc()
 
     def could_have_served(self, count: int) -> None:
         """So many requests were refused in vain."""
@@ -215,7 +217,7 @@ class RouterMetrics:
 
     def placement(self, kind: Kind) -> None:
         """A request was placed on workers."""
-        self._placement.labels(kind).inc()
+        self._placements[kind].inc()
 
     def tokens(self, slo_class: str, now: float, previous: float | None, count: int) -> None:
         """`count` tokens of one answer came at `now`; the one before them at `previous`, if there was one."""
@@ -230,7 +232,7 @@ class RouterMetrics:
         """A request that was let in has ended, one way or the other. recovered: after its first token it was
         placed anew."""
         of_class = self._classes[details.slo_class]
-        self._requests.labels(details.slo_class, details.outcome).inc()
+        self._requests[details.slo_class, details.outcome].inc()
         of_class.duration.observe(details.duration_s)
         self._attempts.observe(details.attempt)
         for stage, seconds in details.stages.items():

@@ -17,9 +17,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-MOST_A_TURN = 16
+MOST_A_TURN = 8
 LEAST_A_TURN = 2
-MOST_WRITING = 32
+MOST_WRITING = 16
 
 
 class ReaderTurns:
