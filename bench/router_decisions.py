@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from bench.router_workers import BLOCK_SIZE, NUM_BLOCKS, worker_info
 from engine.prefix_digests import prefix_digests, short
 from engine.sequence import TokenSampling
+from router import garbage
 from router.dispatch import Dispatcher
 from router.estimates import Estimates
 from router.gate.base import GateQueue
@@ -73,6 +74,7 @@ async def _measure(num_workers: int, num_decisions: int, seed: int) -> DecisionT
     warm_up = max(int(_WARM_UP * num_decisions), cluster.most_live)
     decisions: list[float] = []
     turns: list[float] = []
+    garbage.settle()  # as the router's process does
     for _ in range(warm_up + num_decisions):
         request = cluster.next_request()
         cluster.watch.seconds = 0.0

@@ -8,7 +8,6 @@ codes: 0 stopped as told, 2 wrong settings or checkpoint, 3 an address is taken.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from dataclasses import asdict
 import uvloop
 
 from engine.errors import EngineError
+from router import garbage
 from router.app import Router
 from router.errors import AddressTakenError, SettingsError
 from router.settings import RouterSettings
@@ -58,11 +58,7 @@ async def _serve(settings: RouterSettings) -> None:
         loop.add_signal_handler(number, told_to_stop.set)
     router = Router(settings)
     addresses = await router.start()
-    # What is there by now stays, and what a request leaves behind is seldom part of a cycle: to look through
-    # it all as often as Python does by default takes some percent of the time.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    garbage.settle()
     print(json.dumps(asdict(addresses)), flush=True)
     threading.Thread(target=_wait_for_stdin_to_end, args=(loop, told_to_stop), daemon=True).start()
     await told_to_stop.wait()
