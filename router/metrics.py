@@ -68,8 +68,8 @@ class RouterMetrics:
             ["slo_class", "outcome"],
             registry=registry,
         )
-        # All there will be, from the start: a rate needs the zero before the first event. To look a child up by
-        # its labels is slow.
+        # All there will be, from the start: a rate needs the zero before the first event, and to look one up
+        # by its labels is slow.
         self._requests = {
             (slo_class, outcome): requests.labels(slo_class, outcome)
             for slo_class in slo_classes
