@@ -29,6 +29,7 @@ class AnswerStream:
         self._unread_tokens = 0
         self._error: RouterError | None = None
         self._ended = False
+        self._is_first = True
         self._waits_for_turn = False
         self._turn: asyncio.Future[None] | None = None  # while the reader waits for it
         self._may_read = False
@@ -44,12 +45,13 @@ class AnswerStream:
         """More of the answer."""
         self._pending.append(delta)
         self._unread_tokens += len(delta.token_ids)
-        self._ask_for_turn()
+        self._ask_for_turn(at_once=self._is_first or delta.finish is not None)
+        self._is_first = False
 
     def fail(self, error: RouterError) -> None:
         """The request ended without a complete answer; what is pending still goes out first."""
         self._error = error
-        self._ask_for_turn()
+        self._ask_for_turn(at_once=True)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -73,10 +75,10 @@ class AnswerStream:
         assert self._error is not None
         raise self._error
 
-    def _ask_for_turn(self) -> None:
+    def _ask_for_turn(self, *, at_once: bool) -> None:
         if not self._waits_for_turn:
             self._waits_for_turn = True
-            self._turns.wait(self._take_turn)
+            self._turns.wait(self._take_turn, at_once=at_once)
 
     def _take_turn(self) -> None:
         self._waits_for_turn = False

@@ -3,8 +3,9 @@
 Writing a piece of an answer to a client costs several times what taking a token from a worker does. If every
 token woke its reader at once, a router that has too much to do would spend its time on pieces of one token,
 while more of them wait in the workers' sockets. So tokens go first, and the time that they leave goes to
-readers in the order in which they have something to read: the less time there is, the longer each waits, and
-the more tokens are in its piece. A router with little to do wakes everybody within a millisecond.
+readers in the order in which they have something to read. While the loop is busy nearly all the time, a
+reader waits besides until there is more to read (`piece_hold.py`). A router with little to do wakes everybody
+within a millisecond.
 
 gRPC has one queue for all that is done, so what workers send waits behind the pieces that are on their way.
 Therefore not many are at a time; but those that clients do not take keep nobody else from writing: a few are
@@ -14,8 +15,11 @@ woken in every turn, whatever is on its way.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
+
+from router.piece_hold import PieceHold
 
 MOST_A_TURN = 8
 LEAST_A_TURN = 2
@@ -25,23 +29,54 @@ MOST_WRITING = 16
 class ReaderTurns:
     """Of one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_s: Callable[[], float] = time.thread_time) -> None:
+        """cpu_s: that the loop's thread has taken so far."""
         self._waiting: deque[Callable[[], None]] = deque()
+        self._held: deque[tuple[float, Callable[[], None]]] = deque()  # until when, and who
+        self._cpu_s = cpu_s
+        self._hold = PieceHold(time.monotonic(), cpu_s())
         self._writing = 0
         self._runs = False
+        self._releases = False
 
-    def wait(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when it is that reader's turn; then `done` when it has written."""
-        self._waiting.append(wake)
-        if not self._runs:
-            self._runs = True
-            asyncio.get_running_loop().call_soon(self._turn)
+    def wait(self, wake: Callable[[], None], *, at_once: bool = False) -> None:
+        """`wake` is called when it is that reader's turn; then `done` when it has written.
+
+        at_once: it is not held back: its client waits for the first token, or nothing more comes."""
+        if self._hold.seconds:
+            self._look()
+        if at_once or not self._hold.seconds:
+            self._line_up(wake)
+            return
+        self._held.append((asyncio.get_running_loop().time() + self._hold.seconds, wake))
+        if not self._releases:
+            self._releases = True
+            asyncio.get_running_loop().call_later(self._hold.seconds, self._release)
 
     def done(self) -> None:
         """A reader that was woken has written what it had."""
         self._writing -= 1
 
+    def _line_up(self, wake: Callable[[], None]) -> None:
+        self._waiting.append(wake)
+        if not self._runs:
+            self._runs = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _release(self) -> None:
+        loop, held = asyncio.get_running_loop(), self._held
+        now = loop.time()
+        while held and held[0][0] <= now:
+            self._line_up(held.popleft()[1])
+        self._releases = bool(held)
+        if self._releases:
+            loop.call_at(held[0][0], self._release)
+
+    def _look(self) -> None:
+        self._hold.look(time.monotonic(), self._cpu_s())
+
     def _turn(self) -> None:
+        self._look()
         waiting = self._waiting
         most = min(MOST_A_TURN, max(LEAST_A_TURN, MOST_WRITING - self._writing), len(waiting))
         self._writing += most

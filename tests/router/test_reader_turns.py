@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from router.answer_stream import AnswerStream
 from router.reader_turns import LEAST_A_TURN, MOST_A_TURN, MOST_WRITING, ReaderTurns
-from router.requests import Delta
+from router.requests import Delta, Finish, FinishReason
 
 
 class ByHand:
@@ -16,7 +17,7 @@ class ByHand:
         self.waiting = []
         self.writing = 0
 
-    def wait(self, wake):
+    def wait(self, wake, *, at_once):
         self.waiting.append(wake)
 
     def wake(self):
@@ -63,6 +64,50 @@ async def test_fewer_are_woken_while_many_write_but_never_none():
         turns.done()
     await asyncio.sleep(0)
     assert len(woken) == before + LEAST_A_TURN + MOST_A_TURN
+
+
+async def busy_turns():
+    """Turns of a loop whose thread seems to be at work all the time."""
+    turns = ReaderTurns(cpu_s=time.monotonic)
+    await asyncio.sleep(0.03)
+    turns.wait(turns.done)
+    await asyncio.sleep(0)
+    return turns
+
+
+async def test_a_busy_loop_holds_readers_back_but_not_who_waits_for_a_first_token_or_an_end():
+    turns, woken = await busy_turns(), []
+    held = asyncio.Event()
+
+    def wake(name):
+        woken.append(name)
+        turns.done()
+        held.set()
+
+    turns.wait(lambda: wake("held"))
+    turns.wait(lambda: wake("at once"), at_once=True)
+    await asyncio.sleep(0)
+    assert woken == ["at once"]
+    held.clear()
+    await held.wait()
+    assert woken == ["at once", "held"]
+
+
+async def test_held_back_tokens_come_as_one_piece():
+    stream = stream_with(await busy_turns())
+    pieces = []
+
+    async def read():
+        async for delta in stream:
+            pieces.append(delta.token_ids)
+
+    reading = asyncio.create_task(read())
+    for token in range(6):
+        stream.put(Delta((token,), "x", Finish(FinishReason.LENGTH, 1, 6, None) if token == 5 else None))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await reading
+    assert pieces == [(0,), (1, 2, 3, 4, 5)]
 
 
 async def test_what_comes_before_its_turn_is_in_the_readers_piece():
