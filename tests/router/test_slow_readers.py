@@ -64,8 +64,10 @@ async def test_a_stream_that_nobody_reads_is_paused_and_goes_on(start_cluster, m
         tokens += delta.token_ids
     undisturbed = submit(cluster, make_request, request_id="again", max_tokens=400)
     assert tokens == [token async for delta in undisturbed for token in delta.token_ids]
-    assert cluster.decode.received["pause"] == cluster.decode.received["resume"] >= 1
-    assert cluster.sample("prelay_paused_streams_total") == cluster.decode.received["pause"]
+    pauses, resumes = cluster.decode.received["pause"], cluster.decode.received["resume"]
+    assert resumes >= 1
+    assert 0 <= pauses - resumes <= 3  # the end of each answer may have been under way
+    assert cluster.sample("prelay_paused_streams_total") == pauses
     await cluster.settled()
 
 
