@@ -118,7 +118,12 @@ def measure(settings: Settings, show: Callable[[float, str], None]) -> dict[str,
                 bench.begin(name, settings.streams, settings.answer_tokens)
                 from_rate = 0.7 * _best(front.climbs[-1]) if front.climbs else _FIRST_RATE
                 front.climbs.append(climb(lambda rate: bench.point(rate, settings), from_rate))
-                front.added.append(bench.point(_best(front.climbs[-1]) / 2, settings))
+                carried = _best(front.climbs[-1])
+                if not carried:
+                    raise MeasurementError(
+                        f"{name}: of {front.climbs[-1][-1].sent_s:.0f} tokens/s not all arrive"
+                    )
+                front.added.append(bench.point(carried / 2, settings))
                 bench.end()
             show((number + len(FRONTS) / (len(FRONTS) + 1)) / settings.rounds, "decisions")
             for workers, found in decisions.items():

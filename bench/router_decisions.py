@@ -10,6 +10,7 @@ does not count.
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 from collections import deque
@@ -66,7 +67,12 @@ class DecisionTimes:
 
 def measure(num_workers: int, num_decisions: int, seed: int) -> DecisionTimes:
     """So many workers, half of each role."""
-    return asyncio.run(_measure(num_workers, num_decisions, seed))
+    thresholds = gc.get_threshold()
+    try:
+        return asyncio.run(_measure(num_workers, num_decisions, seed))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 async def _measure(num_workers: int, num_decisions: int, seed: int) -> DecisionTimes:
@@ -108,6 +114,9 @@ class _TimedGate:
 
     def remove(self, request_id: str) -> None:
         self._gate.remove(request_id)
+
+    def placed(self, request_id: str) -> None:
+        self._gate.placed(request_id)
 
     def next(self, now: float) -> Sequence[Request]:
         began = time.thread_time()

@@ -260,7 +260,7 @@ _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opti
 @cli.command(context_settings=_PASS_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> NoReturn:
-    """Measure the engine beside transformers and the limits of the machine."""
+    """Measure a server's goodput, deployments beside each other, the router, the engine, the hand-off."""
     _become_bench(arguments)
 
 

@@ -112,9 +112,9 @@ class RouterProcess:
                 f"{error.code().name}: {error.details()}"
             ) from error
 
-    async def remove(self, worker_id: str, epoch: int) -> None:
-        """Make the router forget a worker. A router that is gone has forgotten it already."""
-        request = admin_pb2.RemoveWorkerRequest(worker_id=worker_id, epoch=epoch)
+    async def lost(self, worker_id: str, epoch: int) -> None:
+        """Tell the router that this life of a worker is over; one that is gone has forgotten it already."""
+        request = admin_pb2.RemoveWorkerRequest(worker_id=worker_id, epoch=epoch, comes_back=True)
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
 

@@ -219,7 +219,7 @@ class WorkerLife:
         live, self.live = self.live, None
         self._lost_since = None
         if live is not None:
-            await self._router.remove(self.worker_id, live.info.epoch)
+            await self._router.lost(self.worker_id, live.info.epoch)
         await self._cluster.kill(self._actor)
 
 

@@ -58,8 +58,8 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
     async def RemoveWorker(
         self, request: admin_pb2.RemoveWorkerRequest, context: _Context
     ) -> admin_pb2.RemoveWorkerResponse:
-        """Forgets the worker."""
-        if not self._workers.remove(request.worker_id, request.epoch):
+        """Forgets that life of the worker."""
+        if not self._workers.remove(request.worker_id, request.epoch, comes_back=request.comes_back):
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
                 f"no worker {request.worker_id!r} with epoch {request.epoch} is registered",

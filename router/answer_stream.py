@@ -76,7 +76,7 @@ class AnswerStream:
         raise self._error
 
     def _ask_for_turn(self, *, at_once: bool) -> None:
-        if not self._waits_for_turn:
+        if at_once or not self._waits_for_turn:
             self._waits_for_turn = True
             self._turns.wait(self._take_turn, at_once=at_once)
 

@@ -41,7 +41,7 @@ from router.pool_view import PoolView
 from router.prefix_index import PrefixIndex
 from router.recovery import Recovery, RetryBudget
 from router.settings import RouterSettings, split_address
-from router.slo import SloPolicy
+from router.slo import SloLimits, SloPolicy, impossible_limits
 from router.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class Router:
             prefix_blocks=lambda: len(prefixes),
         )
         self._workers_changed = asyncio.Event()
-        estimates = Estimates(self.pool, prefixes, self.lengths)
+        self._estimates = estimates = Estimates(self.pool, prefixes, self.lengths)
+        self._warned_of: set[str] = set()  # limits of classes
         inputs = PolicyInputs(
             self.pool,
             prefixes,
@@ -180,6 +181,17 @@ class Router:
             await self._workers_changed.wait()
             self._workers_changed.clear()
             await self._report_health()
+            self._warn_of_limits()
+
+    def _warn_of_limits(self) -> None:
+        """Once of each that cannot be kept by these workers, as it was measured when they started."""
+        idle = self._estimates.idle_of(1)
+        if idle is None:
+            return
+        for field, message in impossible_limits(self._settings.slo_classes, SloLimits(*idle)).items():
+            if field not in self._warned_of:
+                self._warned_of.add(field)
+                _log.warning("event=limit_cannot_be_kept message=%r", message)
 
     async def _report_health(self) -> None:
         serving = self.dispatcher.serving

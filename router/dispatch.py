@@ -202,7 +202,7 @@ class Dispatcher:
 
     def _place(self, live: LiveRequest, decision: Decision, now: float) -> None:
         request = live.request
-        self._gate.remove(request.request_id)
+        self._gate.placed(request.request_id)
         reader = decision.prefill or decision.decode
         key = live.record.place(now, reader, decision.decode, decision.kind)
         live.placed_at, live.expected = now, decision.expected

@@ -163,10 +163,14 @@ class Estimates:
     def idle(self, request: Request) -> tuple[float, float] | None:
         """The least TTFT and TPOT that any pair could give the request if nothing else were there; None
         while no worker has said how long its steps take."""
+        return self.idle_of(request.num_tokens)
+
+    def idle_of(self, num_tokens: int) -> tuple[float, float] | None:
+        """`idle` of any request of so many tokens."""
         reader, writer = self._best[True].worker(), self._best[False].worker()
         if reader is None or writer is None:
             return None
-        return _reading_alone_s(reader, request.num_tokens), _writing_alone_s(writer, request.num_tokens)
+        return _reading_alone_s(reader, num_tokens), _writing_alone_s(writer, num_tokens)
 
     def credit(self, key: RequestKey, request: Request, decision: Decision, now: float) -> None:
         """Puts a request that is placed now into the ledgers of its workers, and what is expected of it."""

@@ -24,6 +24,8 @@ from router.piece_hold import PieceHold
 MOST_A_TURN = 8
 LEAST_A_TURN = 2
 MOST_WRITING = 16
+_TICK_S = 0.001
+"""What uvloop rounds times to: a timer for less would be run again and again until the time has come."""
 
 
 class ReaderTurns:
@@ -42,16 +44,17 @@ class ReaderTurns:
     def wait(self, wake: Callable[[], None], *, at_once: bool = False) -> None:
         """`wake` is called when it is that reader's turn; then `done` when it has written.
 
-        at_once: it is not held back: its client waits for the first token, or nothing more comes."""
+        at_once: it is not held back: its client waits for the first token, or nothing more comes. Who is held
+        back already asks again, and then is woken twice."""
         if self._hold.seconds:
             self._look()
         if at_once or not self._hold.seconds:
             self._line_up(wake)
             return
-        self._held.append((asyncio.get_running_loop().time() + self._hold.seconds, wake))
+        self._held.append((time.monotonic() + self._hold.seconds, wake))
         if not self._releases:
             self._releases = True
-            asyncio.get_running_loop().call_later(self._hold.seconds, self._release)
+            self._release_at(self._held[0][0])
 
     def done(self) -> None:
         """A reader that was woken has written what it had."""
@@ -63,14 +66,17 @@ class ReaderTurns:
             self._runs = True
             asyncio.get_running_loop().call_soon(self._turn)
 
+    def _release_at(self, when: float) -> None:
+        asyncio.get_running_loop().call_later(max(_TICK_S, when - time.monotonic()), self._release)
+
     def _release(self) -> None:
-        loop, held = asyncio.get_running_loop(), self._held
-        now = loop.time()
-        while held and held[0][0] <= now:
+        held = self._held
+        soon = time.monotonic() + _TICK_S
+        while held and held[0][0] <= soon:
             self._line_up(held.popleft()[1])
         self._releases = bool(held)
         if self._releases:
-            loop.call_at(held[0][0], self._release)
+            self._release_at(held[0][0])
 
     def _look(self) -> None:
         self._hold.look(time.monotonic(), self._cpu_s())

@@ -39,14 +39,16 @@ class SloClass:
 class Slo:
     """What one request is judged by: its class (a metrics label) and the limits in force for it.
 
-    priority: the greater goes first. is_own: the client gave limits itself, so that it is told if they cannot
-    be met. downgraded: as what it may be served rather than be refused: only if the client allows it.
+    priority: the greater goes first. own_ttft, own_tpot: the client gave a tighter limit than the class's, so
+    it is told if that cannot be met. downgraded: as what it may be served rather than be refused: only if the
+    client allows it.
     """
 
     slo_class: str
     limits: SloLimits
     priority: int = 0
-    is_own: bool = False
+    own_ttft: bool = False
+    own_tpot: bool = False
     downgraded: Slo | None = None
 
     @property
@@ -127,14 +129,16 @@ class SloPolicy:
                 f"{fields.priority} must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}",
                 fields.priority,
             )
+        limits = SloLimits(
+            ttft_s=known.limits.ttft_s if wish.ttft_s is None else wish.ttft_s,
+            tpot_s=known.limits.tpot_s if wish.tpot_s is None else wish.tpot_s,
+        )
         return Slo(
             slo_class=name,
-            limits=SloLimits(
-                ttft_s=known.limits.ttft_s if wish.ttft_s is None else wish.ttft_s,
-                tpot_s=known.limits.tpot_s if wish.tpot_s is None else wish.tpot_s,
-            ),
+            limits=limits,
             priority=priority,
-            is_own=wish.ttft_s is not None or wish.tpot_s is not None,
+            own_ttft=limits.ttft_s < known.limits.ttft_s,
+            own_tpot=limits.tpot_s < known.limits.tpot_s,
             downgraded=self._downgraded[name] if wish.may_downgrade else None,
         )
 
@@ -157,3 +161,19 @@ class SloPolicy:
         for below in reversed(chain[1:]):
             downgraded = replace(self._slos[below], downgraded=downgraded)
         return downgraded
+
+
+def impossible_limits(classes: Mapping[str, SloClass], least: SloLimits) -> Mapping[str, str]:
+    """What to say of classes that no request can keep: none gets below `least`, with nothing else to do."""
+    said = {}
+    for name, one in classes.items():
+        for what, limit_s, least_s in (
+            ("ttft_s", one.ttft_s, least.ttft_s),
+            ("tpot_s", one.tpot_s, least.tpot_s),
+        ):
+            if limit_s < least_s:
+                said[f"{name}.{what}"] = (
+                    f"slo_classes.{name}.{what} is {limit_s:g}, but the fastest workers need {least_s:.3g} s "
+                    "with nothing else to do: no request of this class can be good"
+                )
+    return said

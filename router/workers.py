@@ -104,11 +104,18 @@ class Workers:
             )  # fmt: skip
             self._report()
 
-    def remove(self, worker_id: str, epoch: int) -> bool:
-        """Forgets that life of the worker; its requests are placed again. False when it is not known."""
+    def remove(self, worker_id: str, epoch: int, *, comes_back: bool = False) -> bool:
+        """Forgets that life of the worker; its requests are placed again. False when it is not known.
+
+        comes_back: it is part of the deployment all the same, and down until its next life is registered.
+        """
         link = self._links.get(worker_id)
         if link is None or link.epoch != epoch:
             return False
+        if comes_back:
+            link.fail("its process has ended")
+            self._dispatcher.life_over(link)
+            return True
         _log.info("worker=%s event=removed epoch=%d", link.worker_id, link.epoch)
         self._dispatcher.worker_down(link, "it was removed")
         self._dispatcher.life_over(link)

@@ -85,17 +85,17 @@ class GoodputAdmission:
 
     def _asks_too_much(self, request: Request, now: float) -> Refusal | None:
         """The client's own limits are judged by what an idle cluster could do."""
-        idle = self._estimates.idle(request) if request.slo.is_own else None
+        slo, limits = request.slo, request.slo.limits
+        idle = self._estimates.idle(request) if slo.own_ttft or slo.own_tpot else None
         if idle is None:
             return None
-        limits = request.slo.limits
         # What an idle cluster would have to read, it may have in a cache.
         least_ttft_s = min(idle[0], self._gate.readers.ttft_s(request, now))
-        for what, limit_s, least_s in (
-            ("TTFT", limits.ttft_s, least_ttft_s),
-            ("TPOT", limits.tpot_s, idle[1]),
+        for what, is_own, limit_s, least_s in (
+            ("TTFT", slo.own_ttft, limits.ttft_s, least_ttft_s),
+            ("TPOT", slo.own_tpot, limits.tpot_s, idle[1]),
         ):
-            if limit_s < _IMPOSSIBLE * least_s:
+            if is_own and limit_s < _IMPOSSIBLE * least_s:
                 message = (
                     f"a {what} of {limit_s:.4g} s is not possible here: with nothing else to do, one of "
                     f"{request.num_tokens} tokens takes {least_ttft_s:.4g} s to its first token and "

@@ -15,7 +15,10 @@ class GateQueue(Protocol):
         """Takes a request in; one that comes back after a placement that failed is added again."""
 
     def remove(self, request_id: str) -> None:
-        """Takes a request out (placed or ended); one that is not here is ignored."""
+        """Takes a request out that has ended; one that is not here is ignored."""
+
+    def placed(self, request_id: str) -> None:
+        """Takes a request out that `next` has given, and that now is with its workers."""
 
     def next(self, now: float) -> Iterable[Request]:
         """The requests that may be placed now, the first to be tried first; they stay in the queue.

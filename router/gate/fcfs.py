@@ -26,6 +26,9 @@ class FcfsGateQueue:
             self._order = [(request.arrived_at, request.request_id) for request in self._waiting.values()]
             heapq.heapify(self._order)
 
+    def placed(self, request_id: str) -> None:
+        self.remove(request_id)
+
     def next(self, now: float) -> Iterable[Request]:
         while self._order and self._order[0][1] not in self._waiting:
             heapq.heappop(self._order)

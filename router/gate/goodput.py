@@ -109,7 +109,9 @@ class GoodputGateQueue:
         self._stand(one, one.place)
 
     def remove(self, request_id: str) -> None:
-        # Whoever leaves after it was given is taken to be placed: hardly anybody else does just then.
+        self._take_out(request_id)
+
+    def placed(self, request_id: str) -> None:
         oldest = self._oldest_late()
         one = self._take_out(request_id)
         if one is not None and request_id in self._offered:

@@ -52,7 +52,7 @@ async def test_an_address_in_use_and_a_dead_router_are_told(on_line: Callable[[s
         await RouterProcess.start(settings(admin=router.addresses.admin), on_line)
     os.kill(router.pid, signal.SIGKILL)
     assert "exit code -9" in str(await router.ended())
-    await router.remove("decode-0", 1)
+    await router.lost("decode-0", 1)
     await router.stop()
 
 

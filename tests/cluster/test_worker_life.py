@@ -121,8 +121,8 @@ class FakeWorld:
             raise WorkerError("the worker does not answer")
         self.log.append(f"register {info.epoch}")
 
-    async def remove(self, worker_id: str, epoch: int) -> None:
-        self.log.append(f"remove {epoch}")
+    async def lost(self, worker_id: str, epoch: int) -> None:
+        self.log.append(f"lost {epoch}")
 
     def progress(self, what: str, stage: str, fraction: float | None) -> None:
         pass
@@ -163,7 +163,7 @@ def test_delays_double_up_to_a_limit() -> None:
     assert [policy.delay_s(failures) for failures in (1, 2, 3, 4, 5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
-async def test_a_dead_worker_is_removed_and_lives_again_under_a_greater_epoch() -> None:
+async def test_a_dead_worker_is_reported_and_lives_again_under_a_greater_epoch() -> None:
     world = FakeWorld()
     life = world.life(now_ms=7)
     live = await life.start()
@@ -176,7 +176,7 @@ async def test_a_dead_worker_is_removed_and_lives_again_under_a_greater_epoch() 
     assert third.spec.epoch == 9
     keeping.cancel()
     await asyncio.wait([keeping])
-    assert world.log[:6] == ["register 7", "remove 7", "kill 7", "register 8", "remove 8", "kill 8"]
+    assert world.log[:6] == ["register 7", "lost 7", "kill 7", "register 8", "lost 8", "kill 8"]
 
 
 async def test_steps_are_measured_in_the_first_life_only() -> None:

@@ -325,7 +325,7 @@ class Pools:
         return False
 
     def _place(self, job: Job, decision: Decision) -> None:
-        self.policy.gate.remove(job.request.request_id)
+        self.policy.gate.placed(job.request.request_id)
         job.attempt += 1
         job.decision = decision
         self.kinds[decision.kind] += 1

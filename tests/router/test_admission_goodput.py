@@ -161,18 +161,20 @@ def test_others_of_the_same_call_are_before_it(situation, request_of):
 
 
 def test_own_limits_that_nobody_could_keep_are_wrong(situation, request_of):
-    refusal = situation.refused(request_of(tokens=500, ttft_s=0.4, is_own=True))
+    refusal = situation.refused(request_of(tokens=500, ttft_s=0.4, own_ttft=True))
     assert (refusal.reason, refusal.counts) == ("slo_impossible", False)
     assert isinstance(refusal.error, SloImpossibleError)
     assert str(refusal.error) == (
         "a TTFT of 0.4 s is not possible here: with nothing else to do, one of 500 tokens takes 0.5 s to its "
         "first token and 0.01 s for each one after it; ask for at least that"
     )
-    assert "a TPOT of 0.005 s" in str(situation.refused(request_of(tpot_s=0.005, is_own=True)).error)
-    near = request_of(ttft_s=0.46, tpot_s=0.0095, is_own=True)  # within what a prediction may be wrong
+    assert "a TPOT of 0.005 s" in str(situation.refused(request_of(tpot_s=0.005, own_tpot=True)).error)
+    near = request_of(
+        ttft_s=0.46, tpot_s=0.0095, own_ttft=True, own_tpot=True
+    )  # within what a prediction may be wrong
     assert situation.judge(near) is near
     situation.cached_tokens = 200
-    cached = request_of(ttft_s=0.4, is_own=True)
+    cached = request_of(ttft_s=0.4, own_ttft=True)
     assert situation.judge(cached) is cached
 
 
@@ -185,7 +187,7 @@ def test_limits_of_a_class_that_nobody_could_keep_refuse_nobody(situation, reque
 def test_nothing_is_refused_by_predictions_while_there_are_none(situation, request_of):
     situation.known = False
     situation.wait(*(request_of(f"r{index}") for index in range(9)))
-    request = request_of(ttft_s=1e-9, tpot_s=1e-9, is_own=True)
+    request = request_of(ttft_s=1e-9, tpot_s=1e-9, own_ttft=True, own_tpot=True)
     assert situation.judge(request) is request
 
 

@@ -74,7 +74,7 @@ def all_names(gate, now):
     order = []
     while found := names(gate, now):
         order.append(found[0])
-        gate.remove(found[0])
+        gate.placed(found[0])
     return order
 
 
@@ -109,7 +109,7 @@ def test_a_priority_has_what_the_higher_ones_leave(gate):
 def test_few_are_given_at_a_time_and_none_blocks_the_others(gate):
     add(gate, *(make(f"r{index}", arrived_at=index / 10) for index in range(9)))
     assert names(gate, 1.0) == ["r0", "r1", "r2", "r3"]
-    gate.remove("r2")  # only this one found room
+    gate.placed("r2")  # only this one found room
     assert names(gate, 1.0) == ["r0", "r1", "r3", "r4"]
 
 
@@ -167,7 +167,7 @@ def test_what_comes_back_stands_where_it_stood(gate):
     first = make("first")
     add(gate, first, make("second", arrived_at=0.5))
     assert names(gate, 1.0)[0] == "first"
-    gate.remove("first")
+    gate.placed("first")
     gate.add(first)
     assert names(gate, 1.1) == ["first", "second"]
     gate.add(first)  # twice is once
@@ -198,7 +198,7 @@ def test_the_late_one_that_has_waited_longest_gets_its_share(gate):
         gate.add(make(f"r{index}", 400, arrived_at=now))
         name = names(gate, now)[0]
         assert gate.is_its_turn("oldest") == (name == "oldest")
-        gate.remove(name)
+        gate.placed(name)
         order.append(name)
         if name == "oldest":
             break
@@ -278,7 +278,7 @@ class Anything(RuleBasedStateMachine):
         found = list(self.gate.next(self.now))
         if found:
             request = found[choice % len(found)]
-            self.gate.remove(request.request_id)
+            self.gate.placed(request.request_id)
             del self.waiting[request.request_id]
             self.reader.busy_until = max(self.reader.busy_until, self.now) + self.reader.read_s(request)
 
@@ -287,7 +287,7 @@ class Anything(RuleBasedStateMachine):
         found = list(self.gate.next(self.now))
         if found:
             request = found[choice % len(found)]
-            self.gate.remove(request.request_id)
+            self.gate.placed(request.request_id)
             request = self.waiting[request.request_id] = replace(request, answered=(1,))
             self.gate.add(request)
 
@@ -318,13 +318,24 @@ TestAnything = Anything.TestCase
 TestAnything.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def test_who_hangs_up_at_the_head_of_a_line_that_is_stuck_was_not_placed(gate):
+    add(gate, *(make(f"r{index}", 100, ttft_s=600.0) for index in range(40)))
+    rates = [gate.rate]
+    for index in range(20):
+        gate.next(0.1 * index)
+        gate.remove(f"r{index}")
+        rates.append(gate.rate)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < rates[0]
+
+
 @pytest.mark.parametrize("reader", [OneReader(), OneMixed()])
 def test_only_of_readers_that_do_nothing_else_a_slow_drain_says_that_they_are_slow(reader):
     gate = GoodputGateQueue(reader)
     for number in range(400):
         gate.add(make(f"r{number}", 100, ttft_s=600.0))
     for number in range(200):  # in 0.15 s each what was to take 0.1 s
-        gate.remove(next(iter(gate.next(0.15 * number))).request_id)
+        gate.placed(next(iter(gate.next(0.15 * number))).request_id)
         gate.next(0.15 * number)
     alone = make("new", 100, arrived_at=30.0, priority=1)
     expected = 0.15 if reader.only_read else 0.1

@@ -127,7 +127,7 @@ class Model:
         for request in self.gate.next(now):
             if free:
                 reader = min(free, key=lambda one: one.busy_until(now))
-                self.gate.remove(request.request_id)
+                self.gate.placed(request.request_id)
                 reader.jobs.append((request, reader.busy_until(now) + TOKEN_S * request.num_tokens))
                 return reader
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.errors import InvalidRequestError, SettingsError
-from router.slo import Slo, SloClass, SloLimits, SloPolicy, SloWish
+from router.slo import Slo, SloClass, SloLimits, SloPolicy, SloWish, impossible_limits
 
 POLICY = SloPolicy(
     {
@@ -24,8 +24,9 @@ SLOW = Slo("slow", SloLimits(5.0, 0.5), downgraded=ANY)
     [
         (SloWish(), Slo("slow", SloLimits(5.0, 0.5))),
         (SloWish("fast"), Slo("fast", SloLimits(0.5, 0.05), 2)),
-        (SloWish("fast", 1.0), Slo("fast", SloLimits(1.0, 0.05), 2, is_own=True)),
-        (SloWish(tpot_s=0.1, priority=7), Slo("slow", SloLimits(5.0, 0.1), 7, is_own=True)),
+        (SloWish("fast", 1.0), Slo("fast", SloLimits(1.0, 0.05), 2)),
+        (SloWish(tpot_s=0.1, priority=7), Slo("slow", SloLimits(5.0, 0.1), 7, own_tpot=True)),
+        (SloWish(ttft_s=1.0, tpot_s=0.5), Slo("slow", SloLimits(1.0, 0.5), own_ttft=True)),
         (SloWish("fast", priority=0), Slo("fast", SloLimits(0.5, 0.05), 0)),
         (SloWish("fast", may_downgrade=True), Slo("fast", SloLimits(0.5, 0.05), 2, downgraded=SLOW)),
         (SloWish("any", may_downgrade=True), ANY),
@@ -74,3 +75,13 @@ def test_refused(asked, param):
 def test_classes_that_make_no_sense(classes, default, message):
     with pytest.raises(SettingsError, match=message):
         SloPolicy(classes, default)
+
+
+def test_a_class_that_nobody_can_keep_is_named_with_what_is_possible():
+    classes = {"fast": SloClass(0.5, 0.05), "slow": SloClass(5.0, 0.5)}
+    said = impossible_limits(classes, SloLimits(0.4, 0.06))
+    assert said == {
+        "fast.tpot_s": "slo_classes.fast.tpot_s is 0.05, but the fastest workers need 0.06 s with nothing "
+        "else to do: no request of this class can be good"
+    }
+    assert impossible_limits(classes, SloLimits(0.5, 0.05)) == {}

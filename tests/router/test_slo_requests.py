@@ -74,7 +74,7 @@ async def post(cluster, headers=None):
         ({}, Slo("default", SloLimits(30.0, 30.0))),
         ({"x-slo-class": "fast"}, Slo("fast", SloLimits(20.0, 25.0), 5)),
         ({"x-slo-priority": "-7"}, Slo("default", SloLimits(30.0, 30.0), -7)),
-        ({"x-slo-ttft-ms": "1500"}, Slo("default", SloLimits(1.5, 30.0), is_own=True)),
+        ({"x-slo-ttft-ms": "1500"}, Slo("default", SloLimits(1.5, 30.0), own_ttft=True)),
         ({"x-slo-allow-downgrade": "1"}, Slo("default", SloLimits(30.0, 30.0), downgraded=BATCH)),
         ({"x-slo-allow-downgrade": "0"}, Slo("default", SloLimits(30.0, 30.0))),
     ],
@@ -114,7 +114,7 @@ async def test_fields(start_cluster):
         call = stub.Generate(inference_pb2.GenerateRequest(text="hi", slo=slo))
         messages = [message async for message in call]
     default = Slo("default", SloLimits(30.0, 30.0), downgraded=BATCH)
-    assert judge.asked == [Slo("fast", SloLimits(20.0, 0.5), 0, is_own=True, downgraded=default)]
+    assert judge.asked == [Slo("fast", SloLimits(20.0, 0.5), 0, own_tpot=True, downgraded=default)]
     details = messages[-1].finish.details
     assert (details.slo_class, details.placement) == ("fast", "disaggregated")
     assert (details.ttft_limit.ToMilliseconds(), details.tpot_limit.ToMilliseconds()) == (20000, 500)

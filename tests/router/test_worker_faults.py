@@ -261,6 +261,17 @@ async def test_admin(cluster):
             await admin.RemoveWorker(admin_pb2.RemoveWorkerRequest(worker_id="d0", epoch=9))
         with pytest.raises(grpc.aio.AioRpcError, match="must be given"):
             await admin.RegisterWorker(admin_pb2.RegisterWorkerRequest())
+        dead = admin_pb2.RemoveWorkerRequest(worker_id="d0", epoch=1, comes_back=True)
+        for _ in range(2):  # told twice is told once
+            await admin.RemoveWorker(dead)
+            status = await admin.GetStatus(admin_pb2.GetStatusRequest())
+            assert [(worker.info.worker_id, worker.up) for worker in status.workers] == [
+                ("p0", True),
+                ("d0", False),
+            ]
+        # Who watches has to see that there should be one.
+        assert cluster.sample("prelay_worker_up", role="decode", worker="d0") == 0
+        assert cluster.sample("prelay_devices", role="decode") == 1
         await admin.RemoveWorker(admin_pb2.RemoveWorkerRequest(worker_id="d0", epoch=1))
         status = await admin.GetStatus(admin_pb2.GetStatusRequest())
         assert [worker.info.worker_id for worker in status.workers] == ["p0"]

@@ -24,12 +24,14 @@ class RegisterWorkerResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class RemoveWorkerRequest(_message.Message):
-    __slots__ = ("worker_id", "epoch")
+    __slots__ = ("worker_id", "epoch", "comes_back")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMES_BACK_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    comes_back: bool
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., comes_back: _Optional[bool] = ...) -> None: ...
 
 class RemoveWorkerResponse(_message.Message):
     __slots__ = ()

@@ -62,7 +62,8 @@ class RouterAdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RemoveWorker(self, request, context):
-        """Forgets the worker; its live requests are placed again.
+        """That life of the worker is over: its live requests are placed again, and it is forgotten, or listed as down
+        until its next life is registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
