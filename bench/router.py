@@ -121,7 +121,8 @@ def measure(settings: Settings, show: Callable[[float, str], None]) -> dict[str,
                 carried = _best(front.climbs[-1])
                 if not carried:
                     raise MeasurementError(
-                        f"{name}: of {front.climbs[-1][-1].sent_s:.0f} tokens/s not all arrive"
+                        f"{name}: not even {front.climbs[-1][-1].sent_s:.0f} tokens/s all arrive; try fewer "
+                        "--streams, and nothing else on this machine"
                     )
                 front.added.append(bench.point(carried / 2, settings))
                 bench.end()

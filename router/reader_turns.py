@@ -31,12 +31,14 @@ _TICK_S = 0.001
 class ReaderTurns:
     """Of one event loop."""
 
-    def __init__(self, cpu_s: Callable[[], float] = time.thread_time) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, cpu_s: Callable[[], float] = time.thread_time
+    ) -> None:
         """cpu_s: that the loop's thread has taken so far."""
         self._waiting: deque[Callable[[], None]] = deque()
         self._held: deque[tuple[float, Callable[[], None]]] = deque()  # until when, and who
-        self._cpu_s = cpu_s
-        self._hold = PieceHold(time.monotonic(), cpu_s())
+        self._clock, self._cpu_s = clock, cpu_s
+        self._hold = PieceHold(clock(), cpu_s())
         self._writing = 0
         self._runs = False
         self._releases = False
@@ -45,13 +47,14 @@ class ReaderTurns:
         """`wake` is called when it is that reader's turn; then `done` when it has written.
 
         at_once: it is not held back: its client waits for the first token, or nothing more comes. Who is held
-        back already asks again, and then is woken twice."""
+        back already asks again, and then is woken twice.
+        """
         if self._hold.seconds:
             self._look()
         if at_once or not self._hold.seconds:
             self._line_up(wake)
             return
-        self._held.append((time.monotonic() + self._hold.seconds, wake))
+        self._held.append((self._clock() + self._hold.seconds, wake))
         if not self._releases:
             self._releases = True
             self._release_at(self._held[0][0])
@@ -67,11 +70,11 @@ class ReaderTurns:
             asyncio.get_running_loop().call_soon(self._turn)
 
     def _release_at(self, when: float) -> None:
-        asyncio.get_running_loop().call_later(max(_TICK_S, when - time.monotonic()), self._release)
+        asyncio.get_running_loop().call_later(max(_TICK_S, when - self._clock()), self._release)
 
     def _release(self) -> None:
         held = self._held
-        soon = time.monotonic() + _TICK_S
+        soon = self._clock() + _TICK_S
         while held and held[0][0] <= soon:
             self._line_up(held.popleft()[1])
         self._releases = bool(held)
@@ -79,7 +82,7 @@ class ReaderTurns:
             self._release_at(held[0][0])
 
     def _look(self) -> None:
-        self._hold.look(time.monotonic(), self._cpu_s())
+        self._hold.look(self._clock(), self._cpu_s())
 
     def _turn(self) -> None:
         self._look()

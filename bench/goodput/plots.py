@@ -73,7 +73,11 @@ def _draw_bars(axis: Axes, deployments: Sequence[Mapping[str, Any]]) -> None:
         whiskers = [[value - interval[0]], [interval[1] - value]] if interval else None
         axis.bar(place, value, width=0.7, color=color, yerr=whiskers, capsize=4)
         axis.bar(place, one["goodput_per_device_99"], width=0.35, color="white", alpha=0.55)
-        axis.text(place, value, f"{one['bound_90']}{value:.2f}", ha="center", va="bottom", fontsize="small")
+        top = interval[1] if interval else value
+        axis.annotate(
+            f"{one['bound_90']}{value:.2f}", (place, top), (0, 3), textcoords="offset points",
+            ha="center", va="bottom", fontsize="small",
+        )  # fmt: skip
     axis.set_xticks(
         range(len(deployments)),
         ["\n".join(filter(None, (one["name"], one["setting_90"]))) for one in deployments],

@@ -8,6 +8,7 @@ import time
 import uvloop
 
 from router.answer_stream import AnswerStream
+from router.piece_hold import MOST_S
 from router.reader_turns import LEAST_A_TURN, MOST_A_TURN, MOST_WRITING, ReaderTurns
 from router.requests import Delta, Finish, FinishReason
 
@@ -68,17 +69,28 @@ async def test_fewer_are_woken_while_many_write_but_never_none():
     assert len(woken) == before + LEAST_A_TURN + MOST_A_TURN
 
 
-async def busy_turns():
-    """Turns of a loop whose thread seems to be at work all the time."""
-    turns = ReaderTurns(cpu_s=time.monotonic)
-    await asyncio.sleep(0.03)
-    turns.wait(turns.done)
-    await asyncio.sleep(0)
+class BusyClock:
+    """Of a loop whose thread seems to be at work all the time; stands still unless told."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+async def busy_turns(clock):
+    """Turns that hold back for as long as they may."""
+    turns = ReaderTurns(clock, cpu_s=clock)
+    for _ in range(30):
+        clock.now += 0.1
+        turns.wait(turns.done, at_once=True)
+        await asyncio.sleep(0)
     return turns
 
 
 async def test_a_busy_loop_holds_readers_back_but_not_who_waits_for_a_first_token_or_an_end():
-    turns, woken = await busy_turns(), []
+    clock = BusyClock()
+    turns, woken = await busy_turns(clock), []
     held = asyncio.Event()
 
     def wake(name):
@@ -91,12 +103,13 @@ async def test_a_busy_loop_holds_readers_back_but_not_who_waits_for_a_first_toke
     await asyncio.sleep(0)
     assert woken == ["at once"]
     held.clear()
+    clock.now += MOST_S
     await held.wait()
     assert woken == ["at once", "held"]
 
 
 async def test_held_back_tokens_come_as_one_piece_at_the_latest_with_the_end():
-    stream = stream_with(await busy_turns())
+    stream = stream_with(await busy_turns(BusyClock()))
     pieces = []
 
     async def read():
@@ -108,7 +121,7 @@ async def test_held_back_tokens_come_as_one_piece_at_the_latest_with_the_end():
         stream.put(Delta((token,), "x", Finish(FinishReason.LENGTH, 1, 6, None) if token == 5 else None))
         for _ in range(3):
             await asyncio.sleep(0)
-    assert pieces == [(0,), (1, 2, 3, 4, 5)]  # without any time for a timer
+    assert pieces == [(0,), (1, 2, 3, 4, 5)]  # and no time has passed
     await reading
 
 

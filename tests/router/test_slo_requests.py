@@ -204,3 +204,17 @@ async def test_workers_that_are_down_have_no_requests(cluster):
     await cluster.until(lambda: not cluster.router.pool["d0"].up)
     (link,) = (one for one in cluster.router.workers.links() if one.worker_id == "d0")
     assert cluster.router.workers.live_requests(link) == 0
+
+
+async def test_a_class_that_these_workers_cannot_keep_is_named_once(start_cluster, caplog):
+    latency = {"step": 0.5}
+    classes = {"default": SloClass(30.0, 30.0), "fast": SloClass(20.0, 0.4)}
+    cluster = await start_cluster(
+        slo_classes=classes, prefill={"latency": latency}, decode={"latency": latency}
+    )
+    await cluster.until(lambda: "limit_cannot_be_kept" in caplog.text)
+    await cluster.add(worker_pb2.ROLE_DECODE, "d1", latency=latency)
+    await cluster.settled()
+    said = [record.getMessage() for record in caplog.records if "limit_cannot_be_kept" in record.getMessage()]
+    assert len(said) == 1
+    assert "slo_classes.fast.tpot_s is 0.4, but the fastest workers need 0.5 s" in said[0]
