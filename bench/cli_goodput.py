@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.cli_parts import need_directory, need_matplotlib
 from bench.errors import MeasurementError
-from bench.load.errors import BadInputError
+from cluster.workload.errors import BadInputError
 
 if TYPE_CHECKING:
     from bench.goodput.experiment import Experiment

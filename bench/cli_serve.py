@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cli_parts import need_directory, need_matplotlib, progress
-from bench.load.errors import BadInputError
-from bench.load.jobs import TIMEOUT_S
-from bench.load.slo import DEFAULT
+from cluster.workload.errors import BadInputError
+from cluster.workload.jobs import TIMEOUT_S
+from cluster.workload.slo import DEFAULT
 
 if TYPE_CHECKING:
     from bench.load.serve import Measured, ServePlan

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 from bench.goodput.experiment import ModelPart
-from bench.load.errors import BadInputError
 from cluster.config import demo_model_path
 from cluster.errors import ConfigError
 from cluster.latency_profile import read_profile
+from cluster.workload.errors import BadInputError
 from engine.latency import LatencyModel
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")

@@ -12,7 +12,7 @@ from bench.goodput.search import Counts, Grid, next_place
 from bench.goodput.sources import Source
 from bench.goodput.variants import Variant
 from bench.goodput.visit import least_rate
-from bench.load.slo import Limits
+from cluster.workload.slo import Limits
 
 _SAME = 1e-9
 _START_SHARE = 0.5

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from bench.load.errors import BadInputError
-from bench.load.slo import DEFAULT
+from cluster.workload.errors import BadInputError
+from cluster.workload.slo import DEFAULT
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]

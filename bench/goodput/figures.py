@@ -1,9 +1,9 @@
 """The headline of a deployment: goodput per device at a target of attainment, with an interval over rounds.
 
 Goodput at a target is the highest offered rate at which joint attainment reaches it: all rounds pooled, made
-monotone, on straight lines between neighbouring rates (`bench.load.crossing`). The interval is a bootstrap:
-rounds, each a seed of its own, are drawn with replacement, and the 5th and 95th percentiles of their
-crossings are given. Of one round there is none.
+monotone, on straight lines between neighbouring rates (`cluster.workload.crossing`). The interval is a
+bootstrap: rounds, each a seed of its own, are drawn with replacement, and the 5th and 95th percentiles of
+their crossings are given. Of one round there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.load.crossing import crossing
+from cluster.workload.crossing import crossing
 
 _DRAWS = 500
 _PERCENTILES = (5, 95)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.load.idle import check_possible
-from bench.load.jobs import Job
-from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
+from cluster.workload.jobs import Job
+from cluster.workload.slo import IdlePoint, IdleTimes, Limits, Slo
 
 QUANTILE = 0.9
 _QUANTILES = (0.1, 0.5, QUANTILE)

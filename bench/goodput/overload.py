@@ -18,8 +18,8 @@ from bench.goodput.record import Record
 from bench.goodput.run import Plan, best_of
 from bench.goodput.teller import Teller
 from bench.goodput.visit import Show, Visit, send, spec_of, visiting
-from bench.load.jobs import Job
-from bench.load.workload import workload
+from cluster.workload.drawing import workload
+from cluster.workload.jobs import Job
 
 FACTORS = (0.5, 1.0, 1.5, 3.0)
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.goodput.record import Record
-from bench.load.jobs import Job, Row
-from bench.load.slo import IdlePoint, IdleTimes, Limits
 from bench.processes import Remote
 from cluster.config import ServeConfig
+from cluster.workload.jobs import Job, Row
+from cluster.workload.slo import IdlePoint, IdleTimes, Limits
 
 _PROMPT = 512
 _CONTEXT = 256

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.load.jobs import Row
-from bench.load.judge import Outcome, judge, outcome_of
-from bench.load.slo import Limits, Slo
+from cluster.workload.jobs import Row
+from cluster.workload.judge import Outcome, judge, outcome_of
+from cluster.workload.slo import Limits, Slo
 
 _AROUND = 0.5
 """Of saturation, before and after an overload."""

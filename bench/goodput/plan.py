@@ -13,8 +13,8 @@ from bench.goodput.record import Record
 from bench.goodput.run import Plan
 from bench.goodput.sources import source_of
 from bench.goodput.variants import references, variants_of
-from bench.load.errors import BadInputError
 from cluster.errors import ModelError
+from cluster.workload.errors import BadInputError
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from bench.goodput.record import Record
 from bench.goodput.run import TARGETS, Plan, measure_idle_times, measure_visit
 from bench.goodput.sources import Source, source_of_ratio
 from bench.goodput.teller import Teller
-from bench.load.slo import Slo
+from cluster.workload.slo import Slo
 
 TARGET = TARGETS[0]
 

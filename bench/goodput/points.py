@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.load.jobs import Row, Status
-from bench.load.judge import Judgement, judge
-from bench.load.slo import Limits, Slo
+from cluster.workload.jobs import Row, Status
+from cluster.workload.judge import Judgement, judge
+from cluster.workload.slo import Limits, Slo
 
 _DIGITS = 5
 

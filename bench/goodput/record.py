@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.goodput.experiment import Experiment, MeasurePart
 from bench.goodput.points import Point
-from bench.load.errors import BadInputError
+from cluster.workload.errors import BadInputError
 
 _VERSION = 1
 

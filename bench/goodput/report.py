@@ -13,8 +13,8 @@ from bench.goodput.figures import Figure
 from bench.goodput.points import Point
 from bench.goodput.record import Record
 from bench.goodput.run import TARGETS, best_of
-from bench.load.judge import judge
-from bench.load.slo import Slo
+from cluster.workload.judge import judge
+from cluster.workload.slo import Slo
 from router.requests import Stage
 
 _STAGES = tuple(stage.value for stage in Stage)

@@ -27,7 +27,7 @@ from bench.goodput.sources import Source
 from bench.goodput.teller import Teller
 from bench.goodput.variants import Variant
 from bench.goodput.visit import idle_times, run_at, typical_of, visiting
-from bench.load.slo import IdlePoint, IdleTimes
+from cluster.workload.slo import IdlePoint, IdleTimes
 
 TARGETS = (0.9, 0.99)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.load.crossing import crossing
+from cluster.workload.crossing import crossing
 
 Counts = Mapping[int, tuple[int, int]]
 """(good requests, requests) by place on the grid."""

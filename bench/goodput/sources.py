@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.goodput.experiment import RatioPart, WorkloadPart
-from bench.load.arrivals import Arrivals, Process
-from bench.load.datasets import Dataset, TimedRows, load_dataset
-from bench.load.errors import BadInputError
-from bench.load.slo import Slo
+from cluster.workload.arrivals import Arrivals, Process
+from cluster.workload.datasets import Dataset, TimedRows, load_dataset
+from cluster.workload.errors import BadInputError
+from cluster.workload.slo import Slo
 
 
 @dataclass(frozen=True, slots=True)

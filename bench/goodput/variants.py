@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.goodput.experiment import Experiment, Sections
-from bench.load.errors import BadInputError
-from bench.load.slo import Limits
 from cluster.config import ServeConfig
 from cluster.config_file import Override, load_config
 from cluster.errors import ConfigError
 from cluster.preflight import check_model
+from cluster.workload.errors import BadInputError
+from cluster.workload.slo import Limits
 
 _FREE = "127.0.0.1:0"
 _LISTENERS = ("http", "grpc", "metrics", "admin")

@@ -20,14 +20,14 @@ from bench.goodput.sources import Source
 from bench.load.client_use import ClientMeter
 from bench.load.connect import connect
 from bench.load.idle import measure_idle
-from bench.load.jobs import Job, Row
-from bench.load.judge import judge
 from bench.load.run import run_load
 from bench.load.serve import vocabulary_of
-from bench.load.slo import IdleTimes, Limits, Slo
 from bench.load.target import ServerInfo, Target
-from bench.load.workload import WorkloadSpec, workload
 from cluster.config import ServeConfig
+from cluster.workload.drawing import WorkloadSpec, workload
+from cluster.workload.jobs import Job, Row
+from cluster.workload.judge import judge
+from cluster.workload.slo import IdleTimes, Limits, Slo
 
 _IDLE_REPEATS = 5
 _MAX_STRETCH = 4

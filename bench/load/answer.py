@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 
-from bench.load.jobs import Job, Row, Status
+from cluster.workload.jobs import Job, Row, Status
 
 _GOOD_REASONS = ("stop", "length")
 

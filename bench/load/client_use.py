@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bench.load.jobs import Row
+from cluster.workload.jobs import Row
 
 _BEAT_S = 0.01
 _MAX_CPU_SHARE = 0.8

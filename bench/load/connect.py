@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 import aiohttp
 import grpc.aio
 
-from bench.load.errors import BadInputError
 from bench.load.grpc_target import GrpcTarget
 from bench.load.http_target import HttpTarget
 from bench.load.target import Target
+from cluster.workload.errors import BadInputError
 
 
 def check_url(url: str) -> None:

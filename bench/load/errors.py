@@ -1,30 +1,13 @@
-"""What the load generator refuses, and what stops a measurement.
+"""What the load generator gives up on. What it refuses of its input: cluster/workload/errors.py.
 
 MeasurementError (bench/errors.py)
 └── NotAServerError     nothing at the URL answers as it should
-BadInputError           a trace, a dataset, an SLO or a rate that cannot be used
-└── TraceError          a row of a trace
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from bench.errors import MeasurementError
 
 
 class NotAServerError(MeasurementError):
     """What listens at the URL, if anything does, is not a server that can be measured."""
-
-
-class BadInputError(ValueError):
-    """What was asked for makes no sense; the message says which value, and what is expected."""
-
-
-class TraceError(BadInputError):
-    """A row of a file that cannot be used."""
-
-    def __init__(self, path: Path, line: int, column: str, value: object, expected: str) -> None:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"{path}, line {line}, {column}: {shown}; expected {expected}")

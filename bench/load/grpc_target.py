@@ -11,9 +11,9 @@ from prelay.v1 import inference_pb2, inference_pb2_grpc
 
 from bench.load.answer import Answer
 from bench.load.errors import NotAServerError
-from bench.load.jobs import Job, Status
-from bench.load.slo import Limits
 from bench.load.target import Call, ServerInfo
+from cluster.workload.jobs import Job, Status
+from cluster.workload.slo import Limits
 
 _CHECK_S = 20.0
 _REASONS = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}

@@ -17,10 +17,10 @@ import aiohttp
 
 from bench.load.answer import Answer
 from bench.load.errors import NotAServerError
-from bench.load.jobs import Job, Status
-from bench.load.slo import Limits
 from bench.load.sse import EventParser
 from bench.load.target import Call, ServerInfo
+from cluster.workload.jobs import Job, Status
+from cluster.workload.slo import Limits
 
 _COMMON = """
 the of and to in a is that for it was on are as with his they at be this from have or by one had not but

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bench.errors import MeasurementError
-from bench.load.datasets import Shape
-from bench.load.jobs import Job, Status
-from bench.load.prompts import PromptWriter
 from bench.load.run import run_load
-from bench.load.slo import IdlePoint, IdleTimes, Slo
 from bench.load.target import Target
+from cluster.workload.datasets import Shape
+from cluster.workload.jobs import Job, Status
+from cluster.workload.prompts import PromptWriter
+from cluster.workload.slo import IdlePoint, IdleTimes, Slo
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MAX_ANSWER = 64

@@ -6,12 +6,12 @@ import math
 import secrets
 from typing import Any
 
-from bench.load.arrivals import Arrivals, Process
-from bench.load.datasets import Dataset, TimedRows, load_dataset
-from bench.load.errors import BadInputError
 from bench.load.serve import ServePlan, vocabulary_of
-from bench.load.slo import Slo
-from bench.load.workload import WorkloadSpec
+from cluster.workload.arrivals import Arrivals, Process
+from cluster.workload.datasets import Dataset, TimedRows, load_dataset
+from cluster.workload.drawing import WorkloadSpec
+from cluster.workload.errors import BadInputError
+from cluster.workload.slo import Slo
 
 DURATION_S = 60.0
 """That is judged at each rate, if nothing else is said."""

@@ -14,10 +14,10 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bench.load.jobs import Row
-from bench.load.judge import Outcome, judge, outcome_of
 from bench.load.serve import Measured, Run
-from bench.load.slo import Limit
+from cluster.workload.jobs import Row
+from cluster.workload.judge import Outcome, judge, outcome_of
+from cluster.workload.slo import Limit
 
 _GOOD, _LATE, _LIMIT, _WAIT = "#1f6f8b", "#c8553d", "#c8553d", "#c9d6db"
 _STAGES = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from bench.load.judge import outcome_of
 from bench.load.serve import Measured, Run
+from cluster.workload.judge import outcome_of
 
 _COLUMNS = (
     "rate", "seed", "judged", "arrival_s", "sent_s", "prompt_tokens", "output_tokens", "status", "outcome",

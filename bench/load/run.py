@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from bench.load.answer import Answer
-from bench.load.jobs import TIMEOUT_S, Job, Row, Status
-from bench.load.judge import Outcome, outcome_of
-from bench.load.slo import Slo
 from bench.load.target import Call, Target
+from cluster.workload.jobs import TIMEOUT_S, Job, Row, Status
+from cluster.workload.judge import Outcome, outcome_of
+from cluster.workload.slo import Slo
 
 _SHOW_EVERY_S = 0.25
 

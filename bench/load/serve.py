@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.load.client_use import ClientMeter, ClientUse
-from bench.load.crossing import Headline, headline
-from bench.load.errors import BadInputError
 from bench.load.idle import check_possible, measure_idle, probe_answer, probe_lengths
-from bench.load.jobs import Job, Row
-from bench.load.judge import Judgement, judge
 from bench.load.run import run_load
-from bench.load.slo import Slo
 from bench.load.target import ServerInfo, Target
-from bench.load.workload import WorkloadSpec, workload
+from cluster.workload.crossing import Headline, headline
+from cluster.workload.drawing import WorkloadSpec, workload
+from cluster.workload.errors import BadInputError
+from cluster.workload.jobs import Job, Row
+from cluster.workload.judge import Judgement, judge
+from cluster.workload.slo import Slo
 
 TARGETS = (0.9, 0.99)
 _IDLE_REQUESTS, _IDLE_REPEATS = 9, 3

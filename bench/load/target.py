@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bench.load.answer import Answer
-from bench.load.jobs import Job
-from bench.load.slo import Limits
+from cluster.workload.jobs import Job
+from cluster.workload.slo import Limits
 
 
 @dataclass(frozen=True, slots=True)

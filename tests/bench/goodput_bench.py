@@ -16,10 +16,10 @@ from bench.goodput.pace import Pace
 from bench.goodput.sources import Source
 from bench.goodput.teller import Teller
 from bench.goodput.visit import window_s
-from bench.load.jobs import Row, Status
-from bench.load.judge import judge
-from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
 from cluster.config import ServeConfig
+from cluster.workload.jobs import Row, Status
+from cluster.workload.judge import judge
+from cluster.workload.slo import IdlePoint, IdleTimes, Limits, Slo
 
 SERVED: dict[str, Any] = {
     "pair": {"serve": {"router": {"policy": "goodput"}}},

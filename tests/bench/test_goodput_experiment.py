@@ -13,9 +13,9 @@ from bench.goodput.experiment import WorkloadPart, chosen_part, load_experiment
 from bench.goodput.plan import plan_of
 from bench.goodput.sources import anchored
 from bench.goodput.variants import Variant
-from bench.load.errors import BadInputError
-from bench.load.slo import Limits
 from cluster.config import demo_model_path
+from cluster.workload.errors import BadInputError
+from cluster.workload.slo import Limits
 from engine.latency import LatencyModel
 
 ROOT = Path(__file__).parent.parent.parent

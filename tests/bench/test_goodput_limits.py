@@ -6,8 +6,8 @@ import pytest
 
 from bench.errors import MeasurementError
 from bench.goodput.limits import Idle, Typical
-from bench.load.jobs import Job
-from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
+from cluster.workload.jobs import Job
+from cluster.workload.slo import IdlePoint, IdleTimes, Limits, Slo
 
 PAIR = IdleTimes([IdlePoint(100, 0.2, 0.010), IdlePoint(500, 0.6, 0.012), IdlePoint(900, 1.0, 0.014)])
 MIXED = IdleTimes([IdlePoint(100, 0.1, 0.011), IdlePoint(500, 0.5, 0.013), IdlePoint(900, 0.9, 0.015)])

@@ -16,12 +16,12 @@ from bench.goodput.plan import pace_of, plan_of
 from bench.goodput.record import Record
 from bench.goodput.sources import Source
 from bench.goodput.visit import Visit, run_at
-from bench.load.arrivals import Arrivals
-from bench.load.datasets import Synthetic
-from bench.load.jobs import Job, Row, Status
-from bench.load.judge import judge
-from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
 from cluster.config import demo_model_path
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.datasets import Synthetic
+from cluster.workload.jobs import Job, Row, Status
+from cluster.workload.judge import judge
+from cluster.workload.slo import IdlePoint, IdleTimes, Limits, Slo
 from tests.bench.goodput_bench import experiment
 from tests.bench.test_goodput_visit import AtOnce, end, up
 

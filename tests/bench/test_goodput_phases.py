@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.goodput.phases import Phases, judged_overload, recovery_s, timeline
-from bench.load.jobs import Row, Status
-from bench.load.slo import Limits, Slo
+from cluster.workload.jobs import Row, Status
+from cluster.workload.slo import Limits, Slo
 
 LIMITS = Limits(1.0, 1.0)
 SLO = Slo.fixed(1.0, 1.0)

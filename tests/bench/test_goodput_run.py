@@ -16,8 +16,8 @@ from bench.goodput.plots import draw_goodput, draw_map
 from bench.goodput.record import Record
 from bench.goodput.report import result_of, tables
 from bench.goodput.run import measure_rounds
-from bench.load.errors import BadInputError
 from cluster.config import ServeConfig, demo_model_path
+from cluster.workload.errors import BadInputError
 from tests.bench.goodput_bench import PaperBench, experiment, quiet
 
 SHAPES = Path(__file__).parent.parent.parent / "bench" / "shapes"

@@ -17,11 +17,11 @@ from bench.goodput.serving import Served
 from bench.goodput.sources import Source
 from bench.goodput.visit import Visit, least_rate, run_at, send, window_s
 from bench.load.answer import Answer
-from bench.load.arrivals import Arrivals
-from bench.load.datasets import Synthetic
-from bench.load.jobs import Job
-from bench.load.slo import Limits, Slo
 from bench.load.target import Call, ServerInfo
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.datasets import Synthetic
+from cluster.workload.jobs import Job
+from cluster.workload.slo import Limits, Slo
 
 LIMITS = Limits(1.0, 1.0)
 

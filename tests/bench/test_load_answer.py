@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.load.answer import Answer
-from bench.load.jobs import Job, Row, Status
 from bench.load.sse import EventParser
+from cluster.workload.jobs import Job, Row, Status
 
 JOB = Job(3.0, [1, 2, 3], 8)
 

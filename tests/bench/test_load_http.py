@@ -13,11 +13,12 @@ from aiohttp import web
 
 from bench.load.answer import Answer
 from bench.load.connect import connect
-from bench.load.errors import BadInputError, NotAServerError
+from bench.load.errors import NotAServerError
 from bench.load.http_target import _note
-from bench.load.jobs import Job, Row, Status
 from bench.load.run import run_load
-from bench.load.slo import Slo
+from cluster.workload.errors import BadInputError
+from cluster.workload.jobs import Job, Row, Status
+from cluster.workload.slo import Slo
 
 SLO = Slo.fixed(60.0, 60.0)
 Handler = Callable[[web.StreamResponse], Awaitable[None]]

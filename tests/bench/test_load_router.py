@@ -13,15 +13,15 @@ import pytest
 import tokenizers
 from prelay.v1 import worker_pb2
 
-from bench.load.arrivals import Arrivals
 from bench.load.connect import connect
-from bench.load.datasets import Synthetic
-from bench.load.jobs import Job, Status
-from bench.load.judge import Outcome
 from bench.load.run import run_load
 from bench.load.serve import Measured, ServePlan, measure
-from bench.load.slo import Slo
-from bench.load.workload import WorkloadSpec
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.datasets import Synthetic
+from cluster.workload.drawing import WorkloadSpec
+from cluster.workload.jobs import Job, Status
+from cluster.workload.judge import Outcome
+from cluster.workload.slo import Slo
 from router.app import Addresses, Router
 from router.fake_fleet import FakeFleet
 from router.fake_model import FakeModel

@@ -11,10 +11,10 @@ from bench.errors import MeasurementError
 from bench.load.answer import Answer
 from bench.load.client_use import ClientMeter, ClientUse
 from bench.load.idle import check_possible, measure_idle, probe_answer, probe_lengths
-from bench.load.jobs import Job, Row, Status
 from bench.load.run import run_load
-from bench.load.slo import IdlePoint, IdleTimes, Limits, Slo
 from bench.load.target import Call
+from cluster.workload.jobs import Job, Row, Status
+from cluster.workload.slo import IdlePoint, IdleTimes, Limits, Slo
 
 SLO = Slo.fixed(60.0, 60.0)
 

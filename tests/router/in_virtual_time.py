@@ -14,8 +14,8 @@ from statistics import median
 
 import numpy as np
 
-from bench.load.datasets import load_dataset
-from bench.load.errors import BadInputError
+from cluster.workload.datasets import load_dataset
+from cluster.workload.errors import BadInputError
 from engine.latency import LatencyModel
 from engine.sequence import TokenSampling
 from router.pool_view import Role

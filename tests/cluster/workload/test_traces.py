@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load.errors import BadInputError, TraceError
-from bench.load.traces import Trace, TraceRow, read_trace
+from cluster.workload.errors import BadInputError, TraceError
+from cluster.workload.traces import Trace, TraceRow, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

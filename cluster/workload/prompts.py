@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.load.datasets import Shape
+from cluster.workload.datasets import Shape
 
 # Which stream of random numbers; numpy takes keys for equal that differ in zeros at their end alone.
 _UNIQUE, _SHARED = 1, 2

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.arrivals import Arrivals
-from bench.load.datasets import Lengths, Mix, Shape, Synthetic, TimedRows, load_dataset
-from bench.load.errors import BadInputError
-from bench.load.jobs import Job
-from bench.load.prompts import PromptWriter
-from bench.load.workload import WorkloadSpec, workload
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.datasets import Lengths, Mix, Shape, Synthetic, TimedRows, load_dataset
+from cluster.workload.drawing import WorkloadSpec, workload
+from cluster.workload.errors import BadInputError
+from cluster.workload.jobs import Job
+from cluster.workload.prompts import PromptWriter
 
 WORDS = range(100, 1000)
 

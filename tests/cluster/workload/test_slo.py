@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.errors import BadInputError
-from bench.load.slo import DEFAULT, IdlePoint, IdleTimes, Limit, Limits, Slo
+from cluster.workload.errors import BadInputError
+from cluster.workload.slo import DEFAULT, IdlePoint, IdleTimes, Limit, Limits, Slo
 
 
 @pytest.mark.parametrize(

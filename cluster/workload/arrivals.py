@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from bench.load.errors import BadInputError
+from cluster.workload.errors import BadInputError
 
 Times = npt.NDArray[np.float64]
 

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
-from bench.load.arrivals import Times
-from bench.load.errors import BadInputError
-from bench.load.traces import MOONCAKE_BLOCK, TraceRow, read_trace
+from cluster.workload.arrivals import Times
+from cluster.workload.errors import BadInputError
+from cluster.workload.traces import MOONCAKE_BLOCK, TraceRow, read_trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.crossing import Crossing, crossing, headline
+from cluster.workload.crossing import Crossing, crossing, headline
 
 
 def test_it_lies_on_the_line_between_two_rates() -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.jobs import Row, Status
-from bench.load.judge import BINS, Outcome, judge, length_bin, outcome_of
-from bench.load.slo import IdlePoint, IdleTimes, Slo
+from cluster.workload.jobs import Row, Status
+from cluster.workload.judge import BINS, Outcome, judge, length_bin, outcome_of
+from cluster.workload.slo import IdlePoint, IdleTimes, Slo
 
 SLO = Slo.fixed(1.0, 0.1)
 

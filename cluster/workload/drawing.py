@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.load.arrivals import Arrivals, Process, Times
-from bench.load.datasets import Dataset, Shape, TimedRows
-from bench.load.errors import BadInputError
-from bench.load.jobs import Job
-from bench.load.prompts import PromptWriter
+from cluster.workload.arrivals import Arrivals, Process, Times
+from cluster.workload.datasets import Dataset, Shape, TimedRows
+from cluster.workload.errors import BadInputError
+from cluster.workload.jobs import Job
+from cluster.workload.prompts import PromptWriter
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.arrivals import Arrivals, Process
-from bench.load.errors import BadInputError
+from cluster.workload.arrivals import Arrivals, Process
+from cluster.workload.errors import BadInputError
 
 processes = st.sampled_from(["poisson", "gamma:0.5", "gamma:3", "constant"])
 

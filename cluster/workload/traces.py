@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench.load.errors import BadInputError, TraceError
+from cluster.workload.errors import BadInputError, TraceError
 
 MOONCAKE_BLOCK = 512
 """Tokens that each of Mooncake's hash_ids stands for."""

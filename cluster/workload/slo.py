@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.load.errors import BadInputError
+from cluster.workload.errors import BadInputError
 
 DEFAULT = "ttft=3x,tpot=1.5x"
 """Splitwise (Patel et al. 2024) judges by multiples of the same request on an idle machine."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.load.jobs import Row, Status
-from bench.load.slo import Slo
+from cluster.workload.jobs import Row, Status
+from cluster.workload.slo import Slo
 
 _BIN_EDGES = (512, 2048, 8192)
 BINS = ("<512", "<2k", "<8k", ">=8k")
