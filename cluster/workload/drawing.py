@@ -26,6 +26,14 @@ class WorkloadSpec:
     salt: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request before anybody has written its prompt: all that a simulator needs."""
+
+    arrival_s: float
+    shape: Shape
+
+
 def workload(
     spec: WorkloadSpec,
     seed: int,
@@ -34,7 +42,27 @@ def workload(
     duration_s: float | None = None,
     count: int | None = None,
 ) -> list[Job]:
-    """Jobs in the order of arrival. Seeds and rates share no prompts.
+    """Jobs in the order of arrival, with their prompts. Seeds and rates share no prompts.
+
+    Everything else as `arrivals`. Raises BadInputError.
+    """
+    key = (spec.salt, seed, 0 if rate is None else int(rate * 1e6))
+    writer = PromptWriter(key, spec.vocabulary)
+    return [
+        Job(one.arrival_s, writer.prompt(one.shape), one.shape.output_tokens)
+        for one in arrivals(spec, seed, rate, duration_s=duration_s, count=count)
+    ]
+
+
+def arrivals(
+    spec: WorkloadSpec,
+    seed: int,
+    rate: float | None,
+    *,
+    duration_s: float | None = None,
+    count: int | None = None,
+) -> list[Arrival]:
+    """When requests come, and how long they are, in the order of arrival.
 
     rate: requests per second; None takes the trace's own times, scaled by spec.time_scale.
     duration_s: all that arrive within it, however many. count: so many, within count / rate seconds. One of
@@ -47,12 +75,7 @@ def workload(
         raise BadInputError("give either a duration or a number of requests")
     rng = np.random.default_rng((seed, 0 if rate is None else int(rate * 1e6)))
     times, shapes = _drawn(spec, rng, rate, duration_s, count)
-    key = (spec.salt, seed, 0 if rate is None else int(rate * 1e6))
-    writer = PromptWriter(key, spec.vocabulary)
-    return [
-        Job(float(time), writer.prompt(shape), shape.output_tokens)
-        for time, shape in zip(times, shapes, strict=True)
-    ]
+    return [Arrival(float(time), shape) for time, shape in zip(times, shapes, strict=True)]
 
 
 def _drawn(
