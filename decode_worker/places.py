@@ -23,6 +23,8 @@ give them up, whatever its age, and is not waited for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from decode_worker.sequences import DecodeSequence, PromptRead
 from engine.block_pool import BlockPool, Holder
 from engine.prefix_cache import PrefixCache
@@ -132,6 +134,20 @@ class Places:
             self._preempt(least)
         sequence.blocks += self._pool.allocate(missing, Holder.SEQUENCE)
         return True
+
+    def num_growing(self, sequences: Sequence[DecodeSequence], most: int) -> int:
+        """Of the next steps, how many there are blocks for if each gives each of these a token: the tokens
+        that they have now count as the first one's. At most `most`, at least 1."""
+        steps = most
+        while steps > 1:
+            needed = sum(
+                max(0, self._pool.num_blocks_for(len(one.token_ids) + steps - 1) - len(one.blocks))
+                for one in sequences
+            )
+            if self._pool.can_allocate(needed):
+                break
+            steps //= 2
+        return max(1, steps)
 
     def start(self, sequence: DecodeSequence, now: float) -> None:
         """The first chunk of a prompt is about to be computed: what others have computed of it since it came

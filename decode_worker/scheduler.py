@@ -149,6 +149,11 @@ class DecodeScheduler:
         """Of the step under way."""
         return _shape(self._batch)
 
+    @property
+    def batch_keys(self) -> list[RequestKey]:
+        """Who is in the step under way."""
+        return [sequence.key for sequence, _ in self._batch]
+
     def complete(self, results: Sequence[ChunkResult], began_s: float, now: float) -> list[Decoded]:
         """Take the step's results (one a chunk) into account; sequences that end free their blocks."""
         for (sequence, count), result in zip(self._batch, results, strict=True):
@@ -164,6 +169,34 @@ class DecodeScheduler:
             if result.token_id is not None:
                 decoded.append(self._drawn(sequence, result, result.token_id, now))
         return decoded
+
+    def num_alike(self, most: int) -> int:
+        """How many steps, the one under way included, are like it if nothing comes from outside: all decode,
+        and nobody ends before the last of them or lacks blocks. At most `most`; 1 if it is alone.
+
+        For simulations, which need not take them one by one.
+        """
+        if self._num_paused or not self._batch or not all(one.decodes for one, _ in self._batch):
+            return 1
+        left = min(one.sampling.max_tokens - one.num_output_tokens for one, _ in self._batch)
+        if any(one.sampling.stop_token_ids for one, _ in self._batch):
+            return 1
+        return self._places.num_growing([one for one, _ in self._batch], min(most, left))
+
+    def coast(self, steps: Sequence[tuple[float, float]], now: float) -> None:
+        """So many steps are over as if each had been completed, and the next one scheduled at `now`: fewer
+        than num_alike. Nobody looks at the tokens that were drawn, which are all 0.
+
+        steps: when each began and ended.
+        """
+        context = [len(one.token_ids) for one, _ in self._batch]
+        for number, (began_s, ended_s) in enumerate(steps):
+            shape = StepShape((), len(context), sum(context) + number * len(context))
+            self._latency.observe(shape, ended_s - began_s)
+        for sequence, _ in self._batch:
+            sequence.append_drawn(len(steps))
+            self._places.grow(sequence)
+        self._limit([one for one, _ in self._batch], now)
 
     def abandon(self) -> list[RequestKey]:
         """The step failed: its sequences are forgotten and their blocks freed."""

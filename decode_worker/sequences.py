@@ -199,6 +199,14 @@ class DecodeSequence:
         if self.history is not None:
             self.history.append(token)
 
+    def append_drawn(self, count: int) -> None:
+        """So many steps of one token each are over; the tokens are 0."""
+        if self.history is not None:
+            for _ in range(count):
+                self.history.append(0)
+        self.token_ids.extend([0] * count)
+        self.num_computed += count
+
     def pace(self, now: float) -> Pace | None:
         """How it stands with its TPOT limit, if it has one and decodes."""
         if self.urgency is None or math.isinf(self.urgency.tpot_s):

@@ -295,7 +295,7 @@ def simulate_distserve(arrivals: Sequence[Arrival], prefill: Pool, decode: Pool)
 def simulate_distserve_colocated(arrivals: Sequence[Arrival], both: Pool) -> list[Row]:
     """Each worker serves both phases, and reads first. Otherwise as `simulate_distserve`."""
     clock = Clock()
-    workers = []
+    workers: list[_Stage] = []
     for _ in range(both.replicas):
 
         def stay(batch: list[_Request], mine: int = len(workers)) -> None:

@@ -1,0 +1,190 @@
+"""A workload through a simulated cluster: a row for each request, as a load generator would write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.simulator.clock import Clock
+from cluster.simulator.cluster_spec import ClusterSpec, Fault, WorkerSpec
+from cluster.simulator.errors import SimulationError
+from cluster.simulator.network import Network
+from cluster.simulator.reader import Reader
+from cluster.simulator.router import Router
+from cluster.simulator.worker import KnownLatency, Worker
+from cluster.simulator.writer import Writer
+from cluster.workload.drawing import Arrival
+from cluster.workload.jobs import Row
+from cluster.workload.prompts import PromptWriter
+from cluster.workload.slo import Slo
+from engine.sequence import TokenSampling
+from router.policies import POLICIES
+from router.pool_view import Role, WorkerView
+from router.requests import Request
+from router.slo import Slo as RouterSlo
+from router.slo import SloLimits
+
+MAX_RUN = 64
+"""Decode steps that are one event at most: longer runs are usually cut."""
+
+_VOCABULARY = range(1000, 30_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """rows: in the order of arrival. placements: by kind. refused_in_vain: requests that were refused for
+    being late although there was room for them in time after all. preemptions: of sequences, for blocks.
+    ended_s: when the last answer was complete."""
+
+    rows: Sequence[Row]
+    placements: dict[str, int]
+    refused_in_vain: int
+    preemptions: int
+    ended_s: float
+
+
+def simulate(
+    cluster: ClusterSpec, arrivals: Sequence[Arrival], slo: Slo, seed: int = 0, max_run: int = MAX_RUN
+) -> Outcome:
+    """slo: what requests come with. max_run: 1 takes decode steps one by one, with the same result.
+
+    Raises SimulationError.
+    """
+    return _Simulation(cluster, arrivals, slo, seed, max_run).run()
+
+
+class _Simulation:
+    def __init__(
+        self, cluster: ClusterSpec, arrivals: Sequence[Arrival], slo: Slo, seed: int, max_run: int
+    ) -> None:
+        _check(cluster)
+        self._cluster = cluster
+        self._arrivals = arrivals
+        self._slo = slo
+        self._max_run = max_run
+        self._clock = Clock()
+        self._network = Network(cluster.network)
+        self._shares = any(one.shape.hash_ids for one in arrivals)
+        self._prompts = PromptWriter((seed,), _VOCABULARY)
+        self._tokens = (0,) * max((one.shape.prompt_tokens for one in arrivals), default=0)
+        self._rows: dict[int, Row] = {}
+        self._router = Router(cluster, self._clock, seed, self._rows.__setitem__)
+        self._workers: dict[str, Worker] = {}
+        self._num_lives = 0
+        self._num_preemptions = 0
+
+    def run(self) -> Outcome:
+        clock = self._clock
+        for spec in self._cluster.workers:
+            self._start(spec)
+        for fault in self._cluster.faults:
+            self._plan(fault)
+        self._arrive_from(0)
+        clock.run()
+        for worker in self._workers.values():
+            self._retire(worker)
+        rows = [self._rows[number] for number in range(len(self._arrivals))]
+        ended_s = max((row.arrival_s + (row.last_s or 0.0) for row in rows), default=0.0)
+        router = self._router
+        return Outcome(
+            rows, dict(router.placements), router.num_refused_in_vain, self._num_preemptions, ended_s
+        )
+
+    def _arrive_from(self, number: int) -> None:
+        """One after the other, so that few wait on the clock."""
+        if number == len(self._arrivals):
+            return
+        arrival = self._arrivals[number]
+
+        def arrive() -> None:
+            self._arrive_from(number + 1)
+            self._router.arrive(number, self._request(number, arrival))
+
+        self._clock.at(arrival.arrival_s, arrive)
+
+    def _request(self, number: int, arrival: Arrival) -> Request:
+        shape, limits = arrival.shape, self._slo.limits(arrival.shape.prompt_tokens)
+        prompt = tuple(self._prompts.prompt(shape)) if self._shares else self._tokens[: shape.prompt_tokens]
+        return Request(
+            request_id=str(number),
+            prompt_token_ids=prompt,
+            sampling=_sampling(shape.output_tokens),
+            stop=(),
+            slo=RouterSlo("default", SloLimits(limits.ttft_s, limits.tpot_s)),
+            tenant="",
+            arrived_at=arrival.arrival_s,
+            deadline=arrival.arrival_s + self._cluster.timeout_s,
+        )
+
+    def _start(self, spec: WorkerSpec) -> None:
+        """A new life of that worker."""
+        self._num_lives += 1
+        life = (spec, self._cluster, self._clock, self._router, self._num_lives, self._shares)
+        if spec.role is Role.PREFILL:
+            reader = Reader(*life, self._network)
+            self._workers[spec.worker_id] = reader
+            self._router.reader_up(reader, self._view(reader))
+        else:
+            writer = Writer(*life, self._max_run)
+            self._workers[spec.worker_id] = writer
+            self._router.writer_up(writer, self._view(writer))
+
+    def _view(self, worker: Worker) -> WorkerView:
+        spec = worker.spec
+        view = WorkerView(spec.worker_id, self._num_lives, spec.role, worker.capacity, spec.latency)
+        if not self._cluster.noise:
+            view.latency = KnownLatency(spec.latency)
+        return view
+
+    def _plan(self, fault: Fault) -> None:
+        def die() -> None:
+            worker = self._workers[fault.worker_id]
+            worker.die()
+            self._retire(worker)
+            self._router.after_message(lambda: self._router.worker_down(fault.worker_id))
+
+        def come_back() -> None:
+            self._start(self._workers[fault.worker_id].spec)
+
+        self._clock.at(fault.at_s, die)
+        self._clock.at(fault.at_s + max(fault.down_s, 2 * self._cluster.network.message_s), come_back)
+
+    def _retire(self, worker: Worker) -> None:
+        if isinstance(worker, Writer):
+            self._num_preemptions += worker.num_preemptions
+            worker.num_preemptions = 0
+
+
+def _sampling(output_tokens: int) -> TokenSampling:
+    """As a load generator asks for an answer of exactly that length."""
+    return TokenSampling(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=0,
+        max_tokens=output_tokens,
+        min_tokens=0,
+        stop_token_ids=frozenset(),
+    )
+
+
+def _check(cluster: ClusterSpec) -> None:
+    """Raises SimulationError."""
+    if cluster.policy not in POLICIES:
+        raise SimulationError(
+            f"policy {cluster.policy!r}: there are {', '.join(sorted(POLICIES))}; give one of these"
+        )
+    roles = {worker.role for worker in cluster.workers}
+    if Role.MIXED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
+        raise SimulationError(
+            f"workers of the roles {', '.join(sorted(roles)) or 'none'}: there must be a prefill and a "
+            "decode worker, or a mixed one"
+        )
+    ids = [worker.worker_id for worker in cluster.workers]
+    if len(set(ids)) != len(ids):
+        raise SimulationError("two workers have the same id: give each its own")
+    for worker in cluster.workers:
+        if not worker.latency.is_known:
+            raise SimulationError(f"worker {worker.worker_id}: it is not known how long its steps take")
+    if unknown := sorted({fault.worker_id for fault in cluster.faults} - set(ids)):
+        raise SimulationError(f"a fault of {unknown[0]}, which is no worker; there are {', '.join(ids)}")

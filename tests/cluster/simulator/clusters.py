@@ -1,0 +1,43 @@
+"""Small clusters for tests of the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.simulator.cluster_spec import ClusterSpec, Fault, NetworkSpec, WorkerSpec
+from cluster.workload.datasets import Shape
+from cluster.workload.drawing import Arrival
+from engine.latency import LatencyModel
+from router.pool_view import Role
+
+CORE = LatencyModel(
+    {
+        "step": 0.0095, "rows": 0.00068, "decode_sequences": 0.0009, "decode_context": 4e-7,
+        "prefill_attention": 1e-7, "prefill_context": 1e-7,
+    }
+)  # fmt: skip
+"""About a CPU core with SmolLM2-135M's shape."""
+
+
+def worker(role: Role, index: int = 0, *, kv_tokens: int = 32_768) -> WorkerSpec:
+    return WorkerSpec(f"{role.value}-{index}", role, CORE, kv_tokens, kv_bytes=23_040)
+
+
+def pools(
+    prefill: int = 0,
+    decode: int = 0,
+    mixed: int = 0,
+    *,
+    policy: str = "goodput",
+    kv_tokens: int = 32_768,
+    faults: Sequence[Fault] = (),
+    network: NetworkSpec | None = None,
+    noise: float = 0.0,
+) -> ClusterSpec:
+    roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.MIXED] * mixed
+    workers = [worker(role, index, kv_tokens=kv_tokens) for index, role in enumerate(roles)]
+    return ClusterSpec(workers, policy, network or NetworkSpec(), faults=faults, noise=noise, timeout_s=600.0)
+
+
+def arrivals(*requests: tuple[float, int, int]) -> list[Arrival]:
+    return [Arrival(at, Shape(prompt, output)) for at, prompt, output in requests]
