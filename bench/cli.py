@@ -18,6 +18,7 @@ from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
 from bench.cli_router import router
 from bench.cli_serve import serve
+from bench.cli_simulate import simulate
 from bench.errors import MeasurementError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -243,13 +244,15 @@ def profile(target: Path, plot: Path | None, **chosen: Any) -> int:
 
 
 def main() -> None:
-    """`python -m bench profile ...` is `prelay profile`; everything else is `prelay bench`."""
+    """`python -m bench profile ...` is `prelay profile`, so is simulate; all else is `prelay bench`."""
     from engine.errors import EngineError
 
     arguments = sys.argv[1:]
     try:
-        if arguments[:1] == ["profile"]:
-            code = profile.main(arguments[1:], prog_name="prelay profile", standalone_mode=False)
+        if arguments[:1] in (["profile"], ["simulate"]):
+            command = profile if arguments[0] == "profile" else simulate
+            name = f"prelay {arguments[0]}"
+            code = command.main(arguments[1:], prog_name=name, standalone_mode=False)
         else:
             code = bench.main(arguments, prog_name="prelay bench", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,3 +35,15 @@ def progress(title: str) -> Iterator[Callable[[float, str], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=1.0, what=title)
         yield lambda done, what: bar.update(task, completed=done, what=f"{title}: {what}")
+
+
+def milliseconds(found: Mapping[str, float] | None) -> str:
+    """p50 / p90 / p99 of seconds, in ms; - of nothing."""
+    if found is None:
+        return "-"
+    return " / ".join(_ms(found[name]) for name in ("p50", "p90", "p99"))
+
+
+def _ms(seconds: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.3g}"

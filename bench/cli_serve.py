@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.cli_parts import need_directory, need_matplotlib, progress
+from bench.cli_parts import milliseconds, need_directory, need_matplotlib, progress
 from cluster.workload.errors import BadInputError
 from cluster.workload.jobs import TIMEOUT_S
 from cluster.workload.slo import DEFAULT
@@ -224,7 +224,7 @@ def _tables(result: dict[str, Any]) -> list[Table]:
     for rate in result["rates"]:
         name = "trace" if rate["rate"] is None else f"{rate['rate']:g}"
         share, goodput = f"{rate['attainment']:.1%}", f"{rate['goodput']:.2f}/s"
-        times = _percentiles(rate["ttft_s"]), _percentiles(rate["tpot_s"])
+        times = milliseconds(rate["ttft_s"]), milliseconds(rate["tpot_s"])
         curve.add_row(name, str(rate["requests"]), share, goodput, *times)
         for length, found in rate["by_length"].items():
             lengths.add_row(name, length, str(found["requests"]), f"{found['attainment']:.1%}")
@@ -247,15 +247,3 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
     for message, count in errors.most_common(_NUM_ERRORS):
         yield f"{count} x {message}"
     yield f"client: {result['client']['cpu_share']:.0%} of a core"
-
-
-def _percentiles(found: dict[str, float] | None) -> str:
-    """In ms."""
-    if found is None:
-        return "-"
-    return " / ".join(_ms(found[name]) for name in ("p50", "p90", "p99"))
-
-
-def _ms(seconds: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.3g}"

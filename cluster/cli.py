@@ -271,6 +271,13 @@ def profile(arguments: tuple[str, ...]) -> NoReturn:
     _become_bench(("profile", *arguments))
 
 
+@cli.command(context_settings=_PASS_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def simulate(arguments: tuple[str, ...]) -> NoReturn:
+    """What a cluster would do with a workload, in virtual time."""
+    _become_bench(("simulate", *arguments))
+
+
 def main() -> None:
     """Entry point of the console script."""
     from cluster.errors import ClusterError

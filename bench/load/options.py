@@ -25,10 +25,10 @@ def plan_of(chosen: dict[str, Any]) -> ServePlan:
             raise BadInputError(f"--{flag.replace('_', '-')} {value:g}: a number greater than 0 is needed")
     if chosen["duration"] is not None and chosen["requests"] is not None:
         raise BadInputError("give either --duration or --requests")
-    rates = _rates(chosen)
+    rates = rates_of(chosen)
     slo = Slo.parse(chosen["slo_text"])
     dataset = load_dataset(source_of(chosen), chosen["length_scale"], chosen["max_tokens"])
-    arrivals = _arrivals(chosen, rates, dataset)
+    arrivals = arrivals_of(chosen, rates, dataset)
     duration_s = DURATION_S if chosen["duration"] is None else chosen["duration"]
     return ServePlan(
         spec=WorkloadSpec(
@@ -58,7 +58,8 @@ def source_of(chosen: dict[str, Any]) -> str:
     return f"trace:{chosen['trace']}" if chosen["dataset"] is None else str(chosen["dataset"])
 
 
-def _rates(chosen: dict[str, Any]) -> list[float]:
+def rates_of(chosen: dict[str, Any]) -> list[float]:
+    """--rate or --rates, in order; empty without either. Raises BadInputError."""
     if chosen["rate"] is not None and chosen["rates"] is not None:
         raise BadInputError("give either --rate or --rates")
     if chosen["rate"] is not None:
@@ -79,7 +80,8 @@ def _rates(chosen: dict[str, Any]) -> list[float]:
     return sorted(rates)
 
 
-def _arrivals(chosen: dict[str, Any], rates: list[float], dataset: Dataset) -> Arrivals:
+def arrivals_of(chosen: dict[str, Any], rates: list[float], dataset: Dataset) -> Arrivals:
+    """--arrivals, or what goes without saying. Raises BadInputError."""
     has_own = isinstance(dataset, TimedRows)
     text = chosen["arrivals"] or ("trace" if has_own and not rates else "poisson")
     arrivals = Arrivals.parse(text)

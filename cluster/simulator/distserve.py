@@ -7,7 +7,7 @@ room for everybody, and nobody is ever refused.
               worker together. The next one begins when the first stage is free.
     decode    a step takes requests from the head of the queue while sum(context + 1) <= MOST_CONTEXT. When
               it ends they are put back behind all that have come meanwhile. An answer of n tokens takes n
-              steps, and its TPOT is the time from the end of its prefill over n.
+              steps after its prefill, and its TPOT is the time that these take over n.
     stages    PP of them, each with a queue of its own; a batch of prompts stays together, decode steps take
               what they find.
     replicas  a request goes to the one with the shortest queue.
@@ -57,12 +57,12 @@ class _Request:
         self.num_steps, self.ended_at = self.arrival.shape.output_tokens, now
 
     def row(self) -> Row:
+        """With a token more than was asked for: of n tokens each takes a step after the first one's, and the
+        rule of judging divides by the tokens after the first."""
         shape, sent_s = self.arrival.shape, self.arrival.arrival_s
-        # The rule of judging divides by n - 1, this simulator's by n.
-        decode_s = (self.ended_at - self.first_at) / shape.output_tokens
-        first_s = self.first_at - sent_s
-        last_s = first_s + decode_s * (shape.output_tokens - 1)
-        return Row(sent_s, sent_s, shape.prompt_tokens, shape.output_tokens, Status.COMPLETE, first_s, last_s)
+        first_s, last_s = self.first_at - sent_s, self.ended_at - sent_s
+        num_tokens = shape.output_tokens + 1
+        return Row(sent_s, sent_s, shape.prompt_tokens, num_tokens, Status.COMPLETE, first_s, last_s)
 
 
 class _Stage:

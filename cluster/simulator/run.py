@@ -42,6 +42,11 @@ class Outcome:
     preemptions: int
     ended_s: float
 
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Outcome:
+        """By rules that know nothing but requests."""
+        return cls(rows, {}, 0, 0, max((row.arrival_s + (row.last_s or 0.0) for row in rows), default=0.0))
+
 
 def simulate(
     cluster: ClusterSpec, arrivals: Sequence[Arrival], slo: Slo, seed: int = 0, max_run: int = MAX_RUN

@@ -107,6 +107,10 @@ class TimedRows:
         times = times[times < duration_s]
         return times, self._from(start, len(times))
 
+    def whole(self, rng: np.random.Generator, time_scale: float) -> tuple[Times, Sequence[Shape]]:
+        """All rows, once, from the first to the last."""
+        return self._times(rng, 0, len(self.pool)) * time_scale, self.pool
+
     @property
     def _round_s(self) -> float:
         """From the first row to its return: the span, and a gap as long as others are."""

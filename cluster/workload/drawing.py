@@ -78,6 +78,12 @@ def arrivals(
     return [Arrival(float(time), shape) for time, shape in zip(times, shapes, strict=True)]
 
 
+def replay(dataset: TimedRows, seed: int, time_scale: float = 1.0) -> list[Arrival]:
+    """All rows of a trace, once, when they came. seed: for timestamps that are coarse."""
+    times, shapes = dataset.whole(np.random.default_rng(seed), time_scale)
+    return [Arrival(float(time), shape) for time, shape in zip(times, shapes, strict=True)]
+
+
 def _drawn(
     spec: WorkloadSpec,
     rng: np.random.Generator,
