@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,13 @@ from pathlib import Path
 from bench.simulate.splits import Split
 from cluster.errors import ConfigError
 from cluster.latency_profile import read_profile
-from cluster.simulator.distserve_profile import DistServeProfile, StepTimes
+from cluster.planner.measured import latency_of
+from cluster.simulator.distserve_profile import DistServeProfile
 from cluster.simulator.errors import SimulationError
-from engine.latency import LatencyModel, StepShape
-from engine.latency_fit import Sample, fit
+from engine.latency import LatencyModel
 
 KV_TOKENS = 65_536
 """Room of a worker of which nothing else is said."""
-
-_PREFILLS = (64, 128, 256, 512, 1024, 2048, 4096)
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 94, 95, 128, 192, 256)
-_CONTEXTS = (64, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +61,3 @@ def _needed(profile: DistServeProfile, model: str | None) -> str:
     if model is None:
         raise SimulationError(f"--model NAME is missing: {profile.path} has {', '.join(profile.models)}")
     return model
-
-
-def latency_of(times: StepTimes) -> LatencyModel:
-    """The same step times as a model that production's cores take. A step passes all stages one after the
-    other, as the engine's does; what the first one costs more, it costs once.
-
-    Of two lines by the size of the batch it makes one that bends, and so is off where they do not meet.
-    """
-    samples = [Sample(StepShape(((length, 0),)), times.pp * _stage_s(times, length)) for length in _PREFILLS]
-    for batch, each in itertools.product(_BATCHES, _CONTEXTS):
-        seconds = times.pp * times.decode_s(batch, batch * each, is_first=False)
-        samples.append(Sample(StepShape((), batch, batch * each), seconds))
-    return fit(samples)
-
-
-def _stage_s(times: StepTimes, length: int) -> float:
-    return times.prefill_s(length, length * length, is_first=False)

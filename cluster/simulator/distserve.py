@@ -21,15 +21,39 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import Protocol
 
 from cluster.simulator.clock import Clock
-from cluster.simulator.distserve_profile import StepTimes
 from cluster.simulator.errors import SimulationError
 from cluster.workload.drawing import Arrival
 from cluster.workload.jobs import Row, Status
 
 MOST_CONTEXT = 50_000
+
+
+class Times(Protocol):
+    """How long the steps of one stage take, seconds. capacity: most prompt tokens of a batch."""
+
+    @property
+    def pp(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    def prefill_s(self, lengths: Sequence[int], *, is_first: bool) -> float: ...
+
+    def decode_s(self, batch: int, context: int, *, is_first: bool) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Replicas of one phase, alike. most_context: of a decode step, tokens."""
+
+    times: Times
+    replicas: int = 1
+    most_context: int = MOST_CONTEXT
 
 
 @dataclass(slots=True)
@@ -75,8 +99,8 @@ class _Stage:
     def __init__(
         self,
         clock: Clock,
-        prefill: StepTimes | None,
-        decode: StepTimes | None,
+        prefill: Pool | None,
+        decode: Pool | None,
         read: Callable[[list[_Request]], None],
         *,
         is_first: bool,
@@ -89,7 +113,7 @@ class _Stage:
         self.next: _Stage = self
         self.prompts: deque[_Request] = deque()
         self._batches: deque[list[_Request]] = deque()  # from the stage before
-        self._queue = _DecodeQueue()
+        self._queue = _DecodeQueue(MOST_CONTEXT if decode is None else decode.most_context)
         self._is_busy = self._is_woken = False
         self.num_reading = 0
 
@@ -128,11 +152,10 @@ class _Stage:
 
     def _begin_prefill(self) -> None:
         assert self._prefill is not None
-        batch = self._batches.popleft() if self._batches else self._take_prompts(self._prefill.capacity)
+        batch = self._batches.popleft() if self._batches else self._take_prompts(self._prefill.times.capacity)
         lengths = [one.prompt_tokens for one in batch]
-        squares = sum(length * length for length in lengths)
         self._is_busy, self.num_reading = True, len(batch)
-        seconds = self._prefill.prefill_s(sum(lengths), squares, is_first=self._is_first)
+        seconds = self._prefill.times.prefill_s(lengths, is_first=self._is_first)
         self._clock.at(self._clock.now + seconds, lambda: self._end_prefill(batch))
 
     def _take_prompts(self, room: int) -> list[_Request]:
@@ -156,7 +179,7 @@ class _Stage:
         assert self._decode is not None
         size, context = self._queue.begin()
         self._is_busy = True
-        seconds = self._decode.decode_s(size, context, is_first=self._is_first)
+        seconds = self._decode.times.decode_s(size, context, is_first=self._is_first)
         self._clock.at(self._clock.now + seconds, self._end_decode)
 
     def _end_decode(self) -> None:
@@ -174,10 +197,11 @@ class _DecodeQueue:
     """Requests in their order, and the step under way.
 
     While all fit into a step, what is behind each is counted for all together: those of `_whole` are part of
-    every step, and a step costs the same however many they are.
+    every step, and a step costs the same however many they are. most_context: of a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_context: int) -> None:
+        self._most_context = most_context
         self._waiting: deque[_Request] = deque()
         self._context = 0  # of those that wait
         # Behind those that wait: in their order, and as a heap by the step that is the last.
@@ -208,7 +232,7 @@ class _DecodeQueue:
     def begin(self) -> tuple[int, int]:
         """How many the step takes, and their tokens of context."""
         size = len(self._waiting) + len(self._ends)
-        if self._context + self._whole_context + size <= MOST_CONTEXT:
+        if self._context + self._whole_context + size <= self._most_context:
             self._join(self._waiting)
             self._whole.extendleft(reversed(self._waiting))
             self._whole_context += self._context
@@ -216,7 +240,7 @@ class _DecodeQueue:
             self._context, self._runs_whole = 0, True
             return size, self._whole_context
         self.add(self._split())
-        room = MOST_CONTEXT
+        room = self._most_context
         while self._waiting and self._waiting[0].context + 1 <= room:
             one = self._waiting.popleft()
             room -= one.context + 1
@@ -270,14 +294,6 @@ class _DecodeQueue:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Replicas of one phase, alike."""
-
-    times: StepTimes
-    replicas: int = 1
-
-
 def simulate_distserve(arrivals: Sequence[Arrival], prefill: Pool, decode: Pool) -> list[Row]:
     """Separate workers for the phases; a row for each of `arrivals`. Raises SimulationError for a prompt that
     fits no worker."""
@@ -287,9 +303,9 @@ def simulate_distserve(arrivals: Sequence[Arrival], prefill: Pool, decode: Pool)
         for one in batch:
             min(writers, key=lambda stage: stage.num_answers).add_answers([one])
 
-    writers = [_stages(clock, None, decode.times, hand_over) for _ in range(decode.replicas)]
-    readers = [_stages(clock, prefill.times, None, hand_over) for _ in range(prefill.replicas)]
-    return _run(clock, arrivals, readers, prefill.times.capacity)
+    writers = [_stages(clock, None, decode, hand_over) for _ in range(decode.replicas)]
+    readers = [_stages(clock, prefill, None, hand_over) for _ in range(prefill.replicas)]
+    return _run(clock, _checked(arrivals, prefill, decode), _arrive_at(readers))
 
 
 def simulate_distserve_colocated(arrivals: Sequence[Arrival], both: Pool) -> list[Row]:
@@ -301,45 +317,80 @@ def simulate_distserve_colocated(arrivals: Sequence[Arrival], both: Pool) -> lis
         def stay(batch: list[_Request], mine: int = len(workers)) -> None:
             workers[mine].add_answers(batch)
 
-        workers.append(_stages(clock, both.times, both.times, stay))
-    return _run(clock, arrivals, workers, both.times.capacity)
+        workers.append(_stages(clock, both, both, stay))
+    return _run(clock, _checked(arrivals, both, both), _arrive_at(workers))
 
 
 def _stages(
     clock: Clock,
-    prefill: StepTimes | None,
-    decode: StepTimes | None,
+    prefill: Pool | None,
+    decode: Pool | None,
     read: Callable[[list[_Request]], None],
 ) -> _Stage:
     """The first of a worker's stages, which form a ring."""
-    times = prefill or decode
-    assert times is not None
+    pool = prefill or decode
+    assert pool is not None
     stages = [
-        _Stage(clock, prefill, decode, read, is_first=place == 0, is_last=place == times.pp - 1)
-        for place in range(times.pp)
+        _Stage(clock, prefill, decode, read, is_first=place == 0, is_last=place == pool.times.pp - 1)
+        for place in range(pool.times.pp)
     ]
     for stage, after in zip(stages, [*stages[1:], stages[0]], strict=True):
         stage.next = after
     return stages[0]
 
 
-def _run(clock: Clock, arrivals: Sequence[Arrival], readers: Sequence[_Stage], capacity: int) -> list[Row]:
+def simulate_prefill(arrivals: Sequence[Arrival], prefill: Pool) -> list[Row]:
+    """Prompts are read, and nothing else: a request ends with its first token. Raises SimulationError."""
+    clock = Clock()
+
+    def end(batch: list[_Request]) -> None:
+        for one in batch:
+            one.end(clock.now)
+
+    readers = [_stages(clock, prefill, None, end) for _ in range(prefill.replicas)]
+    return _run(clock, _checked(arrivals, prefill, None), _arrive_at(readers))
+
+
+def simulate_decode(arrivals: Sequence[Arrival], decode: Pool) -> list[Row]:
+    """Answers are written, of prompts that are read as they come. Raises SimulationError."""
+    clock = Clock()
+    writers = [_stages(clock, None, decode, lambda batch: None) for _ in range(decode.replicas)]
+
+    def arrive(request: _Request) -> None:
+        request.first_at = clock.now
+        min(writers, key=lambda stage: stage.num_answers).add_answers([request])
+
+    return _run(clock, _checked(arrivals, None, decode), arrive)
+
+
+def _arrive_at(readers: Sequence[_Stage]) -> Callable[[_Request], None]:
+    def arrive(request: _Request) -> None:
+        min(readers, key=lambda stage: stage.num_prompts).add_prompt(request)
+
+    return arrive
+
+
+def _checked(arrivals: Sequence[Arrival], prefill: Pool | None, decode: Pool | None) -> Sequence[Arrival]:
+    """Raises SimulationError for what fits nowhere."""
+    for number, arrival in enumerate(arrivals):
+        prompt_tokens, output_tokens = arrival.shape.prompt_tokens, arrival.shape.output_tokens
+        if prefill is not None and prompt_tokens > prefill.times.capacity:
+            raise SimulationError(
+                f"request {number}: its prompt has {prompt_tokens} tokens, but only "
+                f"{prefill.times.capacity} fit into a prefill worker; split it over more devices, or leave "
+                "such requests out (--max-tokens)"
+            )
+        if decode is not None and prompt_tokens + output_tokens > decode.most_context:
+            raise SimulationError(
+                f"request {number}: prompt and answer have more than the {decode.most_context} tokens of a "
+                "decode step; leave such requests out (--max-tokens)"
+            )
+    return arrivals
+
+
+def _run(clock: Clock, arrivals: Sequence[Arrival], arrive: Callable[[_Request], None]) -> list[Row]:
     requests = [_Request(one) for one in arrivals]
-    for number, request in enumerate(requests):
-        if request.prompt_tokens > capacity:
-            raise SimulationError(
-                f"request {number}: its prompt has {request.prompt_tokens} tokens, but only {capacity} fit "
-                "into a prefill worker; split it over more devices, or leave such requests out (--max-tokens)"
-            )
-        if request.prompt_tokens + request.arrival.shape.output_tokens > MOST_CONTEXT:
-            raise SimulationError(
-                f"request {number}: prompt and answer have more than the {MOST_CONTEXT} tokens of a decode "
-                "step by these rules; leave such requests out (--max-tokens)"
-            )
-
-        def arrive(request: _Request = request) -> None:
-            min(readers, key=lambda stage: stage.num_prompts).add_prompt(request)
-
-        clock.at(request.arrival.arrival_s, arrive)
+    for request in requests:
+        clock.at(request.arrival.arrival_s, partial(arrive, request))
     clock.run()
     return [request.row() for request in requests]

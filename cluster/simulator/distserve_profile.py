@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,9 +41,10 @@ class StepTimes:
     pp: int
     capacity: int
 
-    def prefill_s(self, tokens: int, squares: int, *, is_first: bool) -> float:
-        """tokens, squares: sums of the lengths of the batch, and of their squares."""
+    def prefill_s(self, lengths: Sequence[int], *, is_first: bool) -> float:
+        """lengths: of the prompts of a batch."""
         a, b, c = self.prefill
+        tokens, squares = sum(lengths), sum(length * length for length in lengths)
         ms = (a + b * tokens + c * squares) / self.pp + PIPELINE_MS * self.pp
         return (ms + self._first_ms(tokens) if is_first else ms) / 1000
 

@@ -51,8 +51,8 @@ def test_prompts_that_wait_are_read_together() -> None:
     rows = simulate_distserve(
         arrivals((0.0, 1000, 1), (0.01, 100, 1), (0.02, 200, 1)), Pool(TIMES), Pool(TIMES)
     )
-    first_s = TIMES.prefill_s(1000, 1000**2, is_first=True)
-    both_s = TIMES.prefill_s(300, 100**2 + 200**2, is_first=True)
+    first_s = TIMES.prefill_s([1000], is_first=True)
+    both_s = TIMES.prefill_s([100, 200], is_first=True)
     assert [row.ttft_s for row in rows] == pytest.approx(
         [first_s, first_s + both_s - 0.01, first_s + both_s - 0.02]
     )
@@ -70,8 +70,8 @@ def test_a_batch_takes_what_fits_in_order() -> None:
 def test_stages_overlap_and_each_has_its_part() -> None:
     two = times(pp=2)
     rows = simulate_distserve(arrivals((0.0, 600, 1), (0.001, 600, 1)), Pool(two), Pool(TIMES))
-    first_s = two.prefill_s(600, 600**2, is_first=True)
-    second_s = two.prefill_s(600, 600**2, is_first=False)
+    first_s = two.prefill_s([600], is_first=True)
+    second_s = two.prefill_s([600], is_first=False)
     assert rows[0].ttft_s == pytest.approx(first_s + second_s)
     assert rows[1].ttft_s == pytest.approx(2 * first_s + second_s - 0.001)
 
@@ -80,7 +80,7 @@ def test_prefill_alone_is_an_m_d_1_queue_where_batches_save_nothing() -> None:
     """DistServe, equation 1: TTFT = D + R D^2 / (2 (1 - R D)). With steps that cost by the token alone, a
     batch takes as long as its prompts one by one, and who is read last of it ends when it would have."""
     linear = StepTimes((0.0, 0.1, 0.0), (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), 95, 1, 700)
-    each_s = linear.prefill_s(500, 0, is_first=True)  # one prompt of 500 fits into a batch, not two
+    each_s = linear.prefill_s([500], is_first=True)  # one prompt of 500 fits into a batch, not two
     rate, count = 0.6 / each_s, 60_000
     at = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
     rows = simulate_distserve(
@@ -113,7 +113,7 @@ def test_a_step_has_a_most_of_context_and_the_rest_goes_first_next_time() -> Non
 def test_colocated_reads_first() -> None:
     rows = simulate_distserve_colocated(arrivals((0.0, 100, 50), (0.2, 5000, 1)), Pool(TIMES))
     apart = simulate_distserve(arrivals((0.0, 100, 50), (0.2, 5000, 1)), Pool(TIMES), Pool(TIMES))
-    stall_s = TIMES.prefill_s(5000, 5000**2, is_first=True)
+    stall_s = TIMES.prefill_s([5000], is_first=True)
     assert (rows[0].tpot_s or 0) * 50 == pytest.approx((apart[0].tpot_s or 0) * 50 + stall_s, rel=0.01)
     assert (rows[1].ttft_s or 0) < stall_s + 0.03  # it waits for a step, not for the answer
 
@@ -181,7 +181,7 @@ def literally(requests: list[tuple[float, int, int]], *, colocated: bool) -> lis
                     batch.append(prompts.popleft())
                     room -= requests[batch[-1]][1]
                 lengths = [requests[one][1] for one in batch]
-                took = TIMES.prefill_s(sum(lengths), sum(n * n for n in lengths), is_first=True)
+                took = TIMES.prefill_s(lengths, is_first=True)
                 busy[worker] = (now + took, "read", batch)
             elif (worker == 1 or colocated) and answers:
                 room, batch, context = MOST_CONTEXT, [], 0

@@ -1,0 +1,65 @@
+"""The highest rate at which enough of the requests are good, found by trying. A core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.workload.crossing import Crossing, crossing
+
+Trial = Callable[[float, int], tuple[int, int]]
+"""Rate and seed to (good, requests)."""
+
+_MOST_DOUBLINGS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """rate: requests/s, of all seeds together; least, greatest: of single seeds. points: (good, requests) of
+    all seeds, by rate. is_none: not even the lowest rate attains it."""
+
+    rate: float
+    least: float
+    greatest: float
+    points: dict[float, tuple[int, int]]
+    is_none: bool = False
+
+
+def highest_rate(
+    trial: Trial, target: float, start: float, seeds: Sequence[int], tolerance: float = 0.05
+) -> Goodput:
+    """start: the rate to begin with. tolerance: neighbours of the rate are no further apart than that share.
+
+    Doubles or halves until attainment lies on both sides of the target, then halves the distance.
+    """
+    by_seed: dict[int, dict[float, tuple[int, int]]] = {seed: {} for seed in seeds}
+
+    def attains(rate: float) -> bool:
+        for seed in seeds:
+            by_seed[seed][rate] = trial(rate, seed)
+        counts = [by_seed[seed][rate] for seed in seeds]
+        return sum(good for good, _ in counts) >= target * sum(total for _, total in counts)
+
+    low = high = start
+    is_enough = attains(start)
+    for _ in range(_MOST_DOUBLINGS):
+        low, high = (high, high * 2) if is_enough else (low / 2, low)
+        if attains(high if is_enough else low) != is_enough:
+            break
+    while high / low > 1 + tolerance:
+        middle = (low * high) ** 0.5
+        if attains(middle):
+            low = middle
+        else:
+            high = middle
+    pooled = {
+        rate: (sum(by_seed[seed][rate][0] for seed in seeds), sum(by_seed[seed][rate][1] for seed in seeds))
+        for rate in sorted(by_seed[seeds[0]])
+    }
+    found = crossing(pooled, target)
+    each = [_rate(crossing(points, target)) for points in by_seed.values()]
+    return Goodput(_rate(found), min(each), max(each), pooled, is_none=found.bound == "<")
+
+
+def _rate(found: Crossing) -> float:
+    return 0.0 if found.bound == "<" else found.rate

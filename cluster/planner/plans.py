@@ -1,0 +1,142 @@
+"""A plan: pools of workers, what they cost, and how it is written down for `prelay serve`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from cluster.planner.errors import PlanError
+from cluster.planner.kinds import Kind
+from cluster.simulator.cluster_spec import ClusterSpec, NetworkSpec, WorkerSpec
+from router.pool_view import Role
+
+BATCH_TOKENS = 2048
+"""Most prompt tokens of a step of a prefill worker: as many as fill a GPU, and few enough to interrupt."""
+CHUNK_TOKENS = 512
+"""Of a mixed worker beside its answers (Sarathi-Serve)."""
+NUM_SEQS = 256
+
+
+class Objective(StrEnum):
+    """What goodput is divided by."""
+
+    DEVICE = "device"
+    COST = "cost"
+    WATT = "watt"
+
+    def of(self, kind: Kind) -> float:
+        """Of one worker. Raises PlanError if it is not known."""
+        value = {Objective.DEVICE: 1.0, Objective.COST: kind.gpu.price, Objective.WATT: kind.gpu.watts}[self]
+        if value is None:
+            remedy = f"give it as {kind.gpu.name}:COUNT:PRICE" if self is Objective.COST else "choose another"
+            raise PlanError(
+                f"--objective {self}: nothing is known of the {self} of {kind.gpu.name}; {remedy}"
+            )
+        return value * kind.devices
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Workers of one role, alike."""
+
+    role: Role
+    kind: Kind
+    replicas: int
+
+    @property
+    def devices(self) -> int:
+        return self.kind.devices * self.replicas
+
+    def __str__(self) -> str:
+        return f"{self.replicas} x {self.role} ({self.kind})"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """pools: of different roles. is_near: prefill and decode workers that hand over to each other share nodes
+    (DistServe, Algorithm 2)."""
+
+    pools: tuple[Pool, ...]
+    is_near: bool = False
+
+    @property
+    def devices(self) -> int:
+        return sum(pool.devices for pool in self.pools)
+
+    @property
+    def is_disaggregated(self) -> bool:
+        return any(pool.role is Role.PREFILL for pool in self.pools)
+
+    @property
+    def policy(self) -> str:
+        return "goodput"
+
+    def cost(self, objective: Objective) -> float:
+        return sum(objective.of(pool.kind) * pool.replicas for pool in self.pools)
+
+    def unit(self) -> tuple[Plan, int]:
+        """The smallest plan of the same proportions, and how many of it this one is."""
+        times = math.gcd(*(pool.replicas for pool in self.pools))
+        pools = tuple(replace(pool, replicas=pool.replicas // times) for pool in self.pools)
+        return replace(self, pools=pools), times
+
+    def pool(self, role: Role) -> Pool | None:
+        return next((pool for pool in self.pools if pool.role is role), None)
+
+    def cluster(self, bytes_per_s: float) -> ClusterSpec:
+        """As it is simulated. bytes_per_s: that a device sends of KV; a worker's devices send together."""
+        workers: list[WorkerSpec] = []
+        for pool in self.pools:
+            kind = pool.kind
+            spec = WorkerSpec(
+                "", pool.role, kind.latency, kind.kv_tokens, kind.kv_bytes, kind.devices,
+                max_batch_tokens=_batch_tokens(pool.role), max_num_seqs=NUM_SEQS,
+            )  # fmt: skip
+            workers += [
+                replace(spec, worker_id=f"{pool.role.value}-{index}") for index in range(pool.replicas)
+            ]
+        together = min(pool.kind.devices for pool in self.pools)
+        return ClusterSpec(workers, self.policy, NetworkSpec(bytes_per_s=bytes_per_s * together))
+
+    def to_json(self) -> dict[str, Any]:
+        """By role: tp, pp, replicas, gpu."""
+        return {
+            pool.role.value: {
+                "tp": pool.kind.tp,
+                "pp": pool.kind.pp,
+                "replicas": pool.replicas,
+                "gpu": pool.kind.gpu.name,
+            }
+            for pool in self.pools
+        }
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.pools))
+
+
+def serve_config(plan: Plan, model: str | None, slo: Mapping[str, float]) -> dict[str, Any]:
+    """The configuration of `prelay serve` that the plan is. model: its checkpoint, if that is known. slo:
+    ttft_s and tpot_s."""
+    config: dict[str, Any] = {} if model is None else {"model": {"path": model, "dtype": "bfloat16"}}
+    for role in Role:
+        pool = plan.pool(role)
+        config[role.value] = {"replicas": 0}
+        if pool is not None:
+            config[role.value] = {
+                "replicas": pool.replicas,
+                "tensor_parallel": pool.kind.tp,
+                "pipeline_parallel": pool.kind.pp,
+                "max_batch_tokens": _batch_tokens(role),
+                "kv_cache_tokens": pool.kind.kv_tokens,
+                **({"max_num_seqs": NUM_SEQS} if role.writes else {}),
+            }
+    config["router"] = {"policy": plan.policy}
+    config["slo"] = {"default": "planned", "classes": {"planned": dict(slo)}}
+    return config
+
+
+def _batch_tokens(role: Role) -> int:
+    return BATCH_TOKENS if role is Role.PREFILL else CHUNK_TOKENS

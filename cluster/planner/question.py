@@ -1,0 +1,152 @@
+"""What a plan is asked for: a workload, its limits, the hardware, and what counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from cluster.planner.hardware import Hardware
+from cluster.planner.kinds import Kind
+from cluster.planner.plans import Objective, Plan
+from cluster.simulator.distserve import (
+    Pool,
+    simulate_decode,
+    simulate_distserve,
+    simulate_distserve_colocated,
+    simulate_prefill,
+)
+from cluster.simulator.run import simulate
+from cluster.workload.drawing import Arrival, WorkloadSpec, arrivals
+from cluster.workload.jobs import Row
+from cluster.workload.judge import Outcome, outcome_of
+from cluster.workload.slo import Slo
+from engine.latency import LatencyModel, StepShape
+from router.pool_view import Role
+
+T = TypeVar("T")
+
+_SAMPLE = 2000
+WARM_UP = 0.15
+"""Of the requests, those that come first are not judged: until then a cluster is emptier than later."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTimes:
+    """A worker's latency model, as the single phases are simulated with. capacity: prompt tokens of a
+    batch."""
+
+    latency: LatencyModel
+    capacity: int
+    pp: int = 1
+
+    def prefill_s(self, lengths: Sequence[int], *, is_first: bool) -> float:
+        return self.latency.step_s(StepShape(tuple((length, 0) for length in lengths)))
+
+    def decode_s(self, batch: int, context: int, *, is_first: bool) -> float:
+        return self.latency.decode_s(batch, context + batch)
+
+
+@dataclass(frozen=True)
+class Question:
+    """workload: what comes; its rate is what is searched. slo: limits in seconds. target: share of requests
+    that have to be good. count: requests of a trial. seeds: of a trial's arrivals. by_distserve: the rules of
+    DistServe's simulator decide, not the joint simulation."""
+
+    workload: WorkloadSpec
+    slo: Slo
+    hardware: Hardware
+    target: float = 0.9
+    objective: Objective = Objective.DEVICE
+    count: int = 400
+    seeds: tuple[int, ...] = (0, 1)
+    by_distserve: bool = False
+
+    @cached_property
+    def sample(self) -> Sequence[Arrival]:
+        """Of the workload, whatever its rate."""
+        return arrivals(self.workload, 0, 1.0, count=_SAMPLE)
+
+    @property
+    def longest(self) -> int:
+        return max(one.shape.prompt_tokens + one.shape.output_tokens for one in self.sample)
+
+    @property
+    def longest_prompt(self) -> int:
+        return max(one.shape.prompt_tokens for one in self.sample)
+
+    @property
+    def mean_prompt(self) -> float:
+        return sum(one.shape.prompt_tokens for one in self.sample) / len(self.sample)
+
+    def prefill_alone(self, kind: Kind, rate: float, seed: int) -> tuple[int, int]:
+        """A trial of one worker that only reads: how many have their first token in time."""
+        rows = simulate_prefill(self._arrivals(rate, seed), Pool(self._times(kind)))
+        limits = [self.slo.limits(row.prompt_tokens).ttft_s for row in rows]
+        good = [(row.ttft_s or 0.0) <= limit for row, limit in zip(rows, limits, strict=True)]
+        return sum(_judged(good)), len(_judged(good))
+
+    def decode_alone(self, kind: Kind, rate: float, seed: int) -> tuple[int, int]:
+        """A trial of one worker that only writes: how many keep their time per token."""
+        most = self._most_context(kind)
+        rows = simulate_decode(self._arrivals(rate, seed), Pool(self._times(kind), most_context=most))
+        limits = [self.slo.limits(row.prompt_tokens).tpot_s for row in rows]
+        good = [(row.tpot_s or 0.0) <= limit for row, limit in zip(rows, limits, strict=True)]
+        return sum(_judged(good)), len(_judged(good))
+
+    def joint(self, plan: Plan, rate: float, seed: int) -> tuple[int, int]:
+        """A trial of a whole plan: both limits, with memory, transfer and the router's policy."""
+        rows = _judged(self.rows(plan, rate, seed))
+        good = sum(outcome_of(row, self.slo) is Outcome.GOOD for row in rows)
+        return good, len(rows)
+
+    def rows(self, plan: Plan, rate: float, seed: int) -> Sequence[Row]:
+        """Of all requests of a trial."""
+        requests = self._arrivals(rate, seed)
+        if self.by_distserve:
+            return self._by_distserve(plan, requests)
+        return simulate(plan.cluster(self.link_bytes_per_s(plan)), requests, self.slo, seed).rows
+
+    def link_bytes_per_s(self, plan: Plan) -> float:
+        """Of a device to its peers of the other phase."""
+        within = min(pool.kind.gpu.link_bytes_per_s for pool in plan.pools)
+        if plan.is_near or self.hardware.count <= self.hardware.per_node:
+            return within
+        return min(within, self.hardware.inter_bytes_per_s)
+
+    def idle(self, kind: Kind) -> tuple[float, float]:
+        """TTFT and TPOT of the workload's usual request alone on such workers."""
+        prompt = max(1, round(self.mean_prompt))
+        return (
+            self._times(kind).prefill_s([prompt], is_first=True),
+            self._times(kind).decode_s(1, prompt, is_first=True),
+        )
+
+    def _arrivals(self, rate: float, seed: int) -> list[Arrival]:
+        return arrivals(self.workload, seed, rate, count=self.count)
+
+    def _times(self, kind: Kind) -> ModelTimes:
+        return ModelTimes(kind.latency, max(2048, self.longest_prompt))
+
+    def _most_context(self, kind: Kind) -> int:
+        return max(kind.kv_tokens, self.longest)
+
+    def _by_distserve(self, plan: Plan, requests: Sequence[Arrival]) -> Sequence[Row]:
+        pools = {pool.role: pool for pool in plan.pools}
+        both = pools.get(Role.MIXED)
+        if both is not None:
+            return simulate_distserve_colocated(requests, _distserve_pool(both.kind, both.replicas))
+        reader, writer = pools[Role.PREFILL], pools[Role.DECODE]
+        prefill, decode = (_distserve_pool(pool.kind, pool.replicas) for pool in (reader, writer))
+        return simulate_distserve(requests, prefill, decode)
+
+
+def _judged(values: Sequence[T]) -> Sequence[T]:
+    return values[math.ceil(WARM_UP * len(values)) :]
+
+
+def _distserve_pool(kind: Kind, replicas: int) -> Pool:
+    assert kind.times is not None, "only measured kinds follow DistServe's rules"
+    return Pool(kind.times, replicas)

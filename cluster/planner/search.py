@@ -1,0 +1,250 @@
+"""The search for a plan.
+
+1. Phases apart (Zhong et al., OSDI 2024, Algorithm 1): for each kind of worker, the highest rate at which one
+   that only reads keeps TTFT limits, and one that only writes keeps TPOT limits, both at the target. Where
+   links between nodes are slow (Algorithm 2), only kinds that share nodes are paired: same stages, and both
+   phases' ranks of a stage on one node.
+2. Finalists: the kinds that do best for what they cost, of each phase, with so many replicas that neither
+   phase waits for the other; the same kinds as mixed workers; and half of each. On hardware of several kinds
+   each phase has its pick of them, as far as there are enough.
+3. Together: each finalist is simulated with the router, memory and transfer, and its own highest rate is
+   found. The best for what it costs is the plan; that may be one that does not disaggregate.
+
+What is simulated of a finalist is its smallest part with the same proportions: a cluster of several such
+parts serves at least as many times as much.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.planner.errors import NoPlanError
+from cluster.planner.goodput import Goodput, highest_rate
+from cluster.planner.kinds import Kind
+from cluster.planner.plans import Plan, Pool
+from cluster.planner.question import Question
+from cluster.simulator.errors import SimulationError
+from router.pool_view import Role
+
+_BEST = 3
+_SLOW_SHARE = 0.1
+"""Links are slow if the KV of a usual prompt takes more than this share of its TTFT limit between nodes."""
+
+Show = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """What a worker of one kind serves alone: the rates at which it keeps TTFT limits as a reader, and TPOT
+    limits as a writer."""
+
+    kind: Kind
+    prefill: Goodput
+    decode: Goodput
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """unit: what was simulated, times: how many of it the plan is. goodput: of the unit. value: of the plan,
+    for what it costs."""
+
+    plan: Plan
+    unit: Plan
+    times: int
+    goodput: Goodput
+    value: float
+
+    @property
+    def rate(self) -> float:
+        """Requests/s of the whole plan."""
+        return self.goodput.rate * self.times
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """finalists: the best first. phases: of all kinds. is_near: whether links are so slow that phases share
+    nodes."""
+
+    finalists: Sequence[Finalist]
+    phases: Sequence[Phases]
+    is_near: bool
+
+
+def search(question: Question, kinds: Sequence[Kind], executor: Executor, show: Show) -> Answer:
+    """Raises NoPlanError."""
+    _check_limits(question, kinds)
+    show(0.0, "each phase apart")
+    phases: list[Phases] = []
+    for number, found in enumerate(executor.map(partial(measure_phases, question), kinds)):
+        phases.append(found)
+        show(0.3 * (number + 1) / len(kinds), f"each phase apart: {found.kind}")
+    is_near = _links_are_slow(question, kinds)
+    plans = finalists(question, phases, is_near=is_near)
+    if not plans:
+        raise NoPlanError(_why_none(question, phases))
+    done: list[Finalist] = []
+    guesses = [_guess(plan, phases) for plan in plans]
+    for number, finalist in enumerate(executor.map(partial(measure_plan, question), plans, guesses)):
+        done.append(finalist)
+        show(0.3 + 0.7 * (number + 1) / len(plans), f"together: {finalist.plan}")
+    best = sorted(done, key=lambda one: -one.value)
+    if best[0].goodput.is_none:
+        raise NoPlanError(_why_none(question, phases))
+    return Answer(best, phases, is_near)
+
+
+def measure_phases(question: Question, kind: Kind) -> Phases:
+    """Of one kind."""
+
+    def found(trial: Callable[[Kind, float, int], tuple[int, int]], start: float) -> Goodput:
+        return highest_rate(partial(trial, kind), question.target, start, question.seeds[:1])
+
+    start = 0.5 / question.idle(kind)[0]
+    return Phases(kind, found(question.prefill_alone, start), found(question.decode_alone, start))
+
+
+def measure_plan(question: Question, plan: Plan, guess: float) -> Finalist:
+    """guess: requests/s of the whole plan."""
+    unit, times = plan.unit()
+    try:
+        goodput = highest_rate(
+            partial(question.joint, unit), question.target, max(guess / times, 1e-3), question.seeds
+        )
+    except SimulationError as error:
+        raise NoPlanError(f"{plan}: {error}") from error
+    value = goodput.rate * times / plan.cost(question.objective)
+    return Finalist(plan, unit, times, goodput, value)
+
+
+def finalists(question: Question, phases: Sequence[Phases], *, is_near: bool) -> list[Plan]:
+    """Each once."""
+    objective = question.objective
+    readers = _best(phases, lambda one: one.prefill.rate / objective.of(one.kind))
+    writers = _best(phases, lambda one: one.decode.rate / objective.of(one.kind))
+    both = _best(phases, lambda one: _both(one) / objective.of(one.kind))
+    plans: list[Plan] = []
+    pairs: Iterable[tuple[Phases, Phases]] = itertools.product(readers, writers)
+    if is_near:
+        usable = [one for one in phases if one.prefill.rate > 0 or one.decode.rate > 0]
+        pairs = [pair for pair in itertools.product(usable, usable) if _share_nodes(question, *pair)]
+        pairs = sorted(pairs, key=lambda pair: -_value(question, *pair))[: _BEST * _BEST]
+    for reader, writer in pairs:
+        replicas = matched(question, reader, writer, is_near=is_near)
+        if replicas is not None:
+            pools = (
+                Pool(Role.PREFILL, reader.kind, replicas[0]),
+                Pool(Role.DECODE, writer.kind, replicas[1]),
+            )
+            plans.append(Plan(pools, is_near))
+    for one in both:
+        count = _available(question, one.kind) // one.kind.devices
+        plans.append(Plan((Pool(Role.MIXED, one.kind, count),)))
+        if count >= 2 and not question.by_distserve:
+            half = (Pool(Role.PREFILL, one.kind, count // 2), Pool(Role.MIXED, one.kind, count // 2))
+            plans.append(Plan(half))
+    return list(dict.fromkeys(plans))
+
+
+def matched(
+    question: Question, reader: Phases, writer: Phases, *, is_near: bool = False
+) -> tuple[int, int] | None:
+    """How many of each serve most for what they cost, none waiting for the other; None if there is no room
+    for one of each. Of those that are alike, the most."""
+    best: tuple[float, float, tuple[int, int]] | None = None
+    for num_readers in range(1, _available(question, reader.kind) // reader.kind.devices + 1):
+        left = _left(question, reader.kind, num_readers, writer.kind)
+        wanted = num_readers * reader.prefill.rate / max(writer.decode.rate, 1e-9)
+        for num_writers in {1, int(wanted), int(wanted) + 1, left // writer.kind.devices}:
+            if not 1 <= num_writers <= left // writer.kind.devices:
+                continue
+            if is_near and num_readers != num_writers:
+                continue  # a unit is a pair
+            rate = min(num_readers * reader.prefill.rate, num_writers * writer.decode.rate)
+            cost = num_readers * question.objective.of(reader.kind)
+            cost += num_writers * question.objective.of(writer.kind)
+            found = (round(rate / cost, 6), rate, (num_readers, num_writers))
+            if best is None or found > best:
+                best = found
+    return None if best is None or best[1] <= 0 else best[2]
+
+
+def _available(question: Question, kind: Kind) -> int:
+    return sum(one.count for one in question.hardware.devices if one.gpu == kind.gpu)
+
+
+def _left(question: Question, kind: Kind, replicas: int, other: Kind) -> int:
+    """Devices of the other's kind when so many workers of `kind` have theirs."""
+    taken = kind.devices * replicas if kind.gpu == other.gpu else 0
+    return _available(question, other) - taken
+
+
+def _best(phases: Sequence[Phases], value: Callable[[Phases], float]) -> list[Phases]:
+    useful = [one for one in phases if value(one) > 0]
+    return sorted(useful, key=lambda one: -value(one))[:_BEST]
+
+
+def _both(one: Phases) -> float:
+    """What a worker serves that does both, one after the other."""
+    if one.prefill.rate <= 0 or one.decode.rate <= 0:
+        return 0.0
+    return 1 / (1 / one.prefill.rate + 1 / one.decode.rate)
+
+
+def _guess(plan: Plan, phases: Sequence[Phases]) -> float:
+    """Requests/s, from the phases apart."""
+    of = {one.kind: one for one in phases}
+    rates = []
+    for pool in plan.pools:
+        one = of[pool.kind]
+        rate = {Role.PREFILL: one.prefill.rate, Role.DECODE: one.decode.rate, Role.MIXED: _both(one)}
+        rates.append(rate[pool.role] * pool.replicas)
+    return max(1e-3, 0.7 * min(rates))
+
+
+def _value(question: Question, reader: Phases, writer: Phases) -> float:
+    """Of one pair."""
+    cost = question.objective.of(reader.kind) + question.objective.of(writer.kind)
+    return min(reader.prefill.rate, writer.decode.rate) / cost
+
+
+def _share_nodes(question: Question, reader: Phases, writer: Phases) -> bool:
+    """Whether a stage of both fits on a node, and layers lie alike (Algorithm 2)."""
+    one, other = reader.kind, writer.kind
+    return one.pp == other.pp and one.gpu == other.gpu and one.tp + other.tp <= question.hardware.per_node
+
+
+def _links_are_slow(question: Question, kinds: Sequence[Kind]) -> bool:
+    hardware = question.hardware
+    if question.by_distserve or hardware.count <= hardware.per_node:
+        return False
+    kv_bytes = max(kind.kv_bytes for kind in kinds) * question.mean_prompt
+    limit_s = question.slo.limits(round(question.mean_prompt)).ttft_s
+    return kv_bytes / hardware.inter_bytes_per_s > _SLOW_SHARE * limit_s
+
+
+def _check_limits(question: Question, kinds: Sequence[Kind]) -> None:
+    """Raises NoPlanError for limits below what an empty machine does."""
+    limits = question.slo.limits(round(question.mean_prompt))
+    for place, (name, limit_s) in enumerate((("ttft", limits.ttft_s), ("tpot", limits.tpot_s))):
+        least_s, number = min((question.idle(kind)[place], index) for index, kind in enumerate(kinds))
+        if least_s > limit_s:
+            raise NoPlanError(
+                f"--slo: {name} is {limit_s:g} s, but a request of {question.mean_prompt:.0f} tokens alone "
+                f"takes {least_s:.3g} s on the fastest worker that fits here ({kinds[number]}); give at least "
+                "that, or faster devices"
+            )
+
+
+def _why_none(question: Question, phases: Sequence[Phases]) -> str:
+    reader = max(phases, key=lambda one: one.prefill.rate)
+    writer = max(phases, key=lambda one: one.decode.rate)
+    return (
+        f"no plan serves {question.target:.0%} of the requests within both limits, however few there are: "
+        f"the best reader ({reader.kind}) keeps TTFT up to {reader.prefill.rate:.3g} requests/s, the best writer "
+        f"({writer.kind}) TPOT up to {writer.decode.rate:.3g}; give looser limits, a lower --target, or more "
+        "devices"
+    )
