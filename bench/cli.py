@@ -16,6 +16,7 @@ from rich.table import Table
 
 from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
+from bench.cli_plan import plan
 from bench.cli_router import router
 from bench.cli_serve import serve
 from bench.cli_simulate import simulate
@@ -243,14 +244,18 @@ def profile(target: Path, plot: Path | None, **chosen: Any) -> int:
     return 0
 
 
+_OWN: dict[str, click.Command] = {"profile": profile, "simulate": simulate, "plan": plan}
+"""Commands beside `prelay bench`, not below it."""
+
+
 def main() -> None:
-    """`python -m bench profile ...` is `prelay profile`, so is simulate; all else is `prelay bench`."""
+    """`python -m bench profile ...` is `prelay profile`; what is not in _OWN is `prelay bench`."""
     from engine.errors import EngineError
 
     arguments = sys.argv[1:]
     try:
-        if arguments[:1] in (["profile"], ["simulate"]):
-            command = profile if arguments[0] == "profile" else simulate
+        command = _OWN.get(arguments[0]) if arguments else None
+        if command is not None:
             name = f"prelay {arguments[0]}"
             code = command.main(arguments[1:], prog_name=name, standalone_mode=False)
         else:

@@ -273,6 +273,13 @@ def profile(arguments: tuple[str, ...]) -> NoReturn:
 
 @cli.command(context_settings=_PASS_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def plan(arguments: tuple[str, ...]) -> NoReturn:
+    """Which workers to run for a workload and its limits: how split, how many, on which devices."""
+    _become_bench(("plan", *arguments))
+
+
+@cli.command(context_settings=_PASS_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def simulate(arguments: tuple[str, ...]) -> NoReturn:
     """What a cluster would do with a workload, in virtual time."""
     _become_bench(("simulate", *arguments))

@@ -140,6 +140,9 @@ class Places:
         that they have now count as the first one's. At most `most`, at least 1."""
         steps = most
         while steps > 1:
+            # Whoever needs most needs these, and one for what does not fill a block now.
+            if self._pool.can_allocate(len(sequences) * (self._pool.num_blocks_for(steps) + 1)):
+                break
             needed = sum(
                 max(0, self._pool.num_blocks_for(len(one.token_ids) + steps - 1) - len(one.blocks))
                 for one in sequences

@@ -15,9 +15,10 @@ anybody wants one, the oldest gets through; then the next is the oldest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from decode_worker.chunk_budget import ChunkBudget
+from decode_worker.chunk_budget import ChunkBudget, Pace
 from decode_worker.places import Places
 from decode_worker.sequences import Decoded, DecodeSequence, DecodeTask
 from engine.block_pool import BlockPool
@@ -53,6 +54,9 @@ class DecodeScheduler:
         self._num_arrived = 0
         self._num_paused = 0
         self._num_chunked_steps = 0
+        self._all_decode = False
+        # When a step last began or ended, and what could be afforded then: None until somebody asks.
+        self._seen_at = 0.0
         self._least_tpot_s: float | None = None
         # Prompt tokens of the last step that had any.
         self._chunk_tokens = max_batch_tokens
@@ -83,9 +87,14 @@ class DecodeScheduler:
 
     @property
     def least_tpot_s(self) -> float | None:
-        """What the tightest of those who decode can afford for each token to come, at the last step; None if
-        none has a limit that it can keep. What one is ahead is not counted: it is spent once."""
-        return self._least_tpot_s
+        """What the tightest of those who decode can afford for each token to come, as of the last step that
+        began or ended; None if none has a limit that it can keep. What one is ahead is not counted: it is
+        spent once."""
+        if self._least_tpot_s is None:
+            decoding = [sequence for sequence in self._places.running if sequence.decodes]
+            tightest = self._tightest(decoding, self._seen_at)
+            self._least_tpot_s = math.inf if tightest is None else tightest.sustained_s
+        return None if math.isinf(self._least_tpot_s) else self._least_tpot_s
 
     @property
     def num_blocks(self) -> int:
@@ -126,27 +135,42 @@ class DecodeScheduler:
 
     def schedule(self, now: float) -> list[ScheduledChunk]:
         """The chunks of the next step; empty if there is nothing that can be done now."""
+        self.plan(now)
+        return self.chunks()
+
+    def plan(self, now: float) -> bool:
+        """Decides on the next step; False if there is nothing that can be done now."""
+        self._seen_at, self._least_tpot_s = now, None
         self._places.fill(now)
         self._num_paused = 0
         decoding: list[DecodeSequence] = []
         others: list[DecodeSequence] = []
+        preempted = self._places.num_preemptions
         for sequence in self._places.running:
-            if not self._places.has(sequence):
-                continue  # preempted for an older one
+            if self._places.num_preemptions > preempted and not self._places.has(sequence):
+                continue  # for an older one
             if not self._places.grow(sequence):
                 self._num_paused += 1
             else:
                 (decoding if sequence.decodes else others).append(sequence)
         self._batch = [(sequence, 1) for sequence in decoding]
-        limit_s = self._limit(decoding, now)
+        self._all_decode = not others
         if others:
             self._num_chunked_steps += 1
+            tightest = self._tightest(decoding, now)
+            limit_s = None if tightest is None else tightest.effective_s
             self._fill(self._in_order(others, now), limit_s, now)
+        return bool(self._batch)
+
+    def chunks(self) -> list[ScheduledChunk]:
+        """Of the step that was planned."""
         return [sequence.chunk(count) for sequence, count in self._batch]
 
     @property
     def shape(self) -> StepShape:
         """Of the step under way."""
+        if self._all_decode:
+            return StepShape((), len(self._batch), sum(len(one.token_ids) for one, _ in self._batch))
         return _shape(self._batch)
 
     @property
@@ -160,6 +184,7 @@ class DecodeScheduler:
             if (result.token_id is None) != (count < sequence.num_left):
                 raise ValueError(f"the runner drew {result.token_id} after {count} tokens of {sequence.key}")
         self._latency.observe(self.shape, now - began_s)
+        self._seen_at, self._least_tpot_s = now, None
         batch, self._batch = self._batch, []
         decoded: list[Decoded] = []
         for (sequence, count), result in zip(batch, results, strict=True):
@@ -176,27 +201,49 @@ class DecodeScheduler:
 
         For simulations, which need not take them one by one.
         """
-        if self._num_paused or not self._batch or not all(one.decodes for one, _ in self._batch):
+        if self._num_paused or not self._all_decode:
             return 1
-        left = min(one.sampling.max_tokens - one.num_output_tokens for one, _ in self._batch)
-        if any(one.sampling.stop_token_ids for one, _ in self._batch):
-            return 1
-        return self._places.num_growing([one for one, _ in self._batch], min(most, left))
+        left = most
+        for sequence, _ in self._batch:
+            sampling = sequence.sampling
+            if sampling.stop_token_ids:
+                return 1
+            left = min(left, sampling.max_tokens - sequence.num_output_tokens)
+        return self._places.num_growing([one for one, _ in self._batch], left)
 
-    def coast(self, steps: Sequence[tuple[float, float]], now: float) -> None:
-        """So many steps are over as if each had been completed, and the next one scheduled at `now`: fewer
-        than num_alike. Nobody looks at the tokens that were drawn, which are all 0.
+    def coast(self, steps: Sequence[tuple[float, float]], *, is_last: bool) -> list[Decoded]:
+        """So many steps are over as if each but the last had been completed and the next one scheduled at its
+        end; the last one, too, or it is completed only (is_last). No more than num_alike. Nobody looks at the
+        tokens that were drawn, which are all 0.
 
-        steps: when each began and ended.
+        steps: when each began and ended. Returns of the last step what is not like all others: the tokens
+        that end an answer, and the first ones after a hand-off, if there is but one step.
         """
         context = [len(one.token_ids) for one, _ in self._batch]
         for number, (began_s, ended_s) in enumerate(steps):
             shape = StepShape((), len(context), sum(context) + number * len(context))
             self._latency.observe(shape, ended_s - began_s)
+        now, count, decoded = steps[-1][1], len(steps), []
+        self._seen_at, self._least_tpot_s = now, None
         for sequence, _ in self._batch:
-            sequence.append_drawn(len(steps))
-            self._places.grow(sequence)
-        self._limit([one for one, _ in self._batch], now)
+            is_first = sequence.num_output_tokens == sequence.num_given
+            sequence.append_drawn(count)
+            if not is_last:
+                self._places.grow(sequence)
+            elif is_first or sequence.num_output_tokens >= sequence.sampling.max_tokens:
+                decoded.append(self._coasted(sequence, is_first=is_first and count == 1))
+        if is_last:
+            self._batch = []
+        return decoded
+
+    def _coasted(self, sequence: DecodeSequence, *, is_first: bool) -> Decoded:
+        index, queue_s = sequence.num_output_tokens - 1, None
+        if is_first and sequence.joined_s is not None:
+            queue_s = sequence.joined_s - sequence.ready_s
+        stop_reason = sequence.sampling.stop_reason(0, index + 1)
+        if stop_reason is not None:
+            self._places.retire(sequence)
+        return Decoded(sequence.key, index, 0, stop_reason, None, queue_s, None)
 
     def abandon(self) -> list[RequestKey]:
         """The step failed: its sequences are forgotten and their blocks freed."""
@@ -213,12 +260,10 @@ class DecodeScheduler:
         places.num_preemptions = places.num_cached_tokens = 0
         return counts
 
-    def _limit(self, decoding: Sequence[DecodeSequence], now: float) -> float | None:
-        """How long the step may take for the sake of those who decode."""
+    def _tightest(self, decoding: Sequence[DecodeSequence], now: float) -> Pace | None:
+        """Of those who decode, who can afford least of those that can still keep their limit."""
         paces = (sequence.pace(now) for sequence in decoding)
-        tightest = self._budget.tightest(pace for pace in paces if pace is not None)
-        self._least_tpot_s = None if tightest is None else tightest.sustained_s
-        return None if tightest is None else tightest.effective_s
+        return self._budget.tightest(pace for pace in paces if pace is not None)
 
     def _fill(self, others: Sequence[DecodeSequence], limit_s: float | None, now: float) -> None:
         """Chunks of `others`, in this order, beside those who decode."""

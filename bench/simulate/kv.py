@@ -17,18 +17,36 @@ def kv_bytes_of(chosen: dict[str, Any]) -> int:
     SimulationError."""
     if chosen["kv_bytes"] is not None:
         return int(chosen["kv_bytes"])
-    name = chosen["model"]
-    for path in [] if name is None else [SHAPES / name, Path(name)]:
-        if (path / "config.json").exists():
-            try:
-                return kv_bytes(ModelConfig.from_pretrained(path))
-            except CheckpointError as error:
-                raise SimulationError(f"--model {name}: {error}") from error
+    if chosen["model"] is not None and (found := _read(chosen["model"])) is not None:
+        return kv_bytes(found)
     shapes = ", ".join(sorted(one.parent.name for one in SHAPES.glob("*/config.json")))
     raise SimulationError(
         "--kv-bytes N is missing, the bytes of KV of a token (2 * layers * KV heads * head size * 2); or "
         f"give a --model that is a checkpoint, or one of {shapes}"
     )
+
+
+def model_of(name: str) -> ModelConfig:
+    """A shape that comes with prelay, or a checkpoint's directory. Raises SimulationError."""
+    model = _read(name)
+    if model is None:
+        shapes = ", ".join(sorted(one.parent.name for one in SHAPES.glob("*/config.json")))
+        raise SimulationError(f"--model {name}: no checkpoint lies there, and shapes are {shapes}")
+    return model
+
+
+def checkpoint_of(name: str) -> str | None:
+    """Its directory, if it is one of these."""
+    found = (path for path in (SHAPES / name, Path(name)) if (path / "config.json").exists())
+    return next((str(path.absolute()) for path in found), None)
+
+
+def _read(name: str) -> ModelConfig | None:
+    path = checkpoint_of(name)
+    try:
+        return None if path is None else ModelConfig.from_pretrained(Path(path))
+    except CheckpointError as error:
+        raise SimulationError(f"--model {name}: {error}") from error
 
 
 def kv_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:

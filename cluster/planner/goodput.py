@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ from cluster.workload.crossing import Crossing, crossing
 Trial = Callable[[float, int], tuple[int, int]]
 """Rate and seed to (good, requests)."""
 
-_MOST_DOUBLINGS = 12
+_STEP = 1.3
+_MOST_TRIALS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """rate: requests/s, of all seeds together; least, greatest: of single seeds. points: (good, requests) of
+    """rate: requests/s, of all seeds together; least, greatest: with those of single seeds. points: (good, requests) of
     all seeds, by rate. is_none: not even the lowest rate attains it."""
 
     rate: float
@@ -26,11 +28,18 @@ class Goodput:
 
 
 def highest_rate(
-    trial: Trial, target: float, start: float, seeds: Sequence[int], tolerance: float = 0.05
+    trial: Trial,
+    target: float,
+    start: float,
+    seeds: Sequence[int],
+    tolerance: float = 0.05,
+    most: float = math.inf,
 ) -> Goodput:
     """start: the rate to begin with. tolerance: neighbours of the rate are no further apart than that share.
+    most: beyond which nobody wants to know.
 
-    Doubles or halves until attainment lies on both sides of the target, then halves the distance.
+    Goes up or down, in steps that grow, until attainment lies on both sides of the target, then halves the
+    distance.
     """
     by_seed: dict[int, dict[float, tuple[int, int]]] = {seed: {} for seed in seeds}
 
@@ -40,13 +49,16 @@ def highest_rate(
         counts = [by_seed[seed][rate] for seed in seeds]
         return sum(good for good, _ in counts) >= target * sum(total for _, total in counts)
 
-    low = high = start
-    is_enough = attains(start)
-    for _ in range(_MOST_DOUBLINGS):
-        low, high = (high, high * 2) if is_enough else (low / 2, low)
+    low = high = start = min(start, most)
+    is_enough, step = attains(start), _STEP
+    while len(by_seed[seeds[0]]) < _MOST_TRIALS:
+        if is_enough and high >= most:
+            break
+        low, high = (high, min(most, high * step)) if is_enough else (low / step, low)
+        step *= step
         if attains(high if is_enough else low) != is_enough:
             break
-    while high / low > 1 + tolerance:
+    while high / low > 1 + tolerance and len(by_seed[seeds[0]]) < 2 * _MOST_TRIALS:
         middle = (low * high) ** 0.5
         if attains(middle):
             low = middle
@@ -58,7 +70,8 @@ def highest_rate(
     }
     found = crossing(pooled, target)
     each = [_rate(crossing(points, target)) for points in by_seed.values()]
-    return Goodput(_rate(found), min(each), max(each), pooled, is_none=found.bound == "<")
+    rate = _rate(found)
+    return Goodput(rate, min(rate, *each), max(rate, *each), pooled, is_none=found.bound == "<")
 
 
 def _rate(found: Crossing) -> float:

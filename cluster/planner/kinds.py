@@ -94,6 +94,6 @@ class ReckonedKinds:
         return (
             f"the model fits on no plan: with a sequence of {longest} tokens it needs {needed:.1f} GB, and "
             f"these {self.hardware.count} devices have {together:.0f} GB, {largest:.0f} GB each at most, "
-            f"nine tenths of it for that; the best way to split it leaves room for {most} tokens. Give more or "
-            "larger devices, or leave long requests out (--max-tokens)"
+            f"nine tenths of it for that; the best way to split it leaves room for {most} tokens. Give more "
+            "or larger devices, or leave long requests out (--max-tokens)"
         )

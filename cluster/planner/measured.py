@@ -42,8 +42,8 @@ class MeasuredKinds:
         if not found:
             measured = ", ".join(f"TP{tp} PP{pp}" for tp, pp in splits)
             raise NoPlanError(
-                f"{self.model}: no measured split ({measured}) fits on {self.hardware.count} devices with a sequence of {longest} tokens; give more devices, or "
-                "leave long requests out (--max-tokens)"
+                f"{self.model}: no measured split ({measured}) fits on {self.hardware.count} devices with a "
+                f"sequence of {longest} tokens; give more devices, or leave long requests out (--max-tokens)"
             )
         return found
 

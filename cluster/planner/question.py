@@ -29,8 +29,11 @@ from router.pool_view import Role
 T = TypeVar("T")
 
 _SAMPLE = 2000
-WARM_UP = 0.15
-"""Of the requests, those that come first are not judged: until then a cluster is emptier than later."""
+GIVE_UP = 2.0
+"""A trial is given up at so many times the misses that it may have."""
+_MOST_COUNT = 1000
+WARM_UP, COOL_DOWN = 0.25, 0.15
+"""Of the requests, those that come first and last are not judged: a cluster is emptier then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,9 @@ class ModelTimes:
 @dataclass(frozen=True)
 class Question:
     """workload: what comes; its rate is what is searched. slo: limits in seconds. target: share of requests
-    that have to be good. count: requests of a trial. seeds: of a trial's arrivals. by_distserve: the rules of
-    DistServe's simulator decide, not the joint simulation."""
+    that have to be good. count: requests of a trial at least; more at high rates. seeds: of a trial's
+    arrivals. by_distserve: the rules of DistServe's simulator decide, not the joint simulation. settle_s:
+    that a trial lasts at least, in virtual time."""
 
     workload: WorkloadSpec
     slo: Slo
@@ -63,6 +67,7 @@ class Question:
     count: int = 400
     seeds: tuple[int, ...] = (0, 1)
     by_distserve: bool = False
+    settle_s: float = 60.0
 
     @cached_property
     def sample(self) -> Sequence[Arrival]:
@@ -97,17 +102,27 @@ class Question:
         return sum(_judged(good)), len(_judged(good))
 
     def joint(self, plan: Plan, rate: float, seed: int) -> tuple[int, int]:
-        """A trial of a whole plan: both limits, with memory, transfer and the router's policy."""
-        rows = _judged(self.rows(plan, rate, seed))
+        """A trial of a whole plan: both limits, with memory, transfer and the router's policy. Given up when
+        it is clear that there are too few good ones; those that had not ended then do not count as good."""
+        requests = self._arrivals(rate, seed)
+        if self.by_distserve:
+            rows = _judged(self._by_distserve(plan, requests))
+        else:
+            rows = _judged(self._simulated(plan, requests, seed))
         good = sum(outcome_of(row, self.slo) is Outcome.GOOD for row in rows)
         return good, len(rows)
 
-    def rows(self, plan: Plan, rate: float, seed: int) -> Sequence[Row]:
-        """Of all requests of a trial."""
-        requests = self._arrivals(rate, seed)
-        if self.by_distserve:
-            return self._by_distserve(plan, requests)
-        return simulate(plan.cluster(self.link_bytes_per_s(plan)), requests, self.slo, seed).rows
+    def _simulated(self, plan: Plan, requests: Sequence[Arrival], seed: int) -> Sequence[Row]:
+        judged = _judged(range(len(requests)))
+        left = GIVE_UP * (1 - self.target) * len(judged)
+
+        def goes_on(number: int, row: Row) -> bool:
+            nonlocal left
+            left -= number in judged and outcome_of(row, self.slo) is not Outcome.GOOD
+            return left > 0
+
+        cluster = plan.cluster(self.link_bytes_per_s(plan))
+        return simulate(cluster, requests, self.slo, seed, goes_on=goes_on).rows
 
     def link_bytes_per_s(self, plan: Plan) -> float:
         """Of a device to its peers of the other phase."""
@@ -125,7 +140,9 @@ class Question:
         )
 
     def _arrivals(self, rate: float, seed: int) -> list[Arrival]:
-        return arrivals(self.workload, seed, rate, count=self.count)
+        """So many that queues have time to build up."""
+        count = min(_MOST_COUNT, max(self.count, round(self.settle_s * rate)))
+        return arrivals(self.workload, seed, rate, count=count)
 
     def _times(self, kind: Kind) -> ModelTimes:
         return ModelTimes(kind.latency, max(2048, self.longest_prompt))
@@ -144,7 +161,7 @@ class Question:
 
 
 def _judged(values: Sequence[T]) -> Sequence[T]:
-    return values[math.ceil(WARM_UP * len(values)) :]
+    return values[math.ceil(WARM_UP * len(values)) : math.floor((1 - COOL_DOWN) * len(values))]
 
 
 def _distserve_pool(kind: Kind, replicas: int) -> Pool:

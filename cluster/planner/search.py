@@ -17,7 +17,7 @@ parts serves at least as many times as much.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,10 @@ from cluster.simulator.errors import SimulationError
 from router.pool_view import Role
 
 _BEST = 3
+_BEST_PAIRS, _BEST_MIXED = 5, 2
+_COARSE = 0.1
+_MOST_DECODE = 50
+"""A writer that serves so many times half of what a reader of its kind can is never what is missing."""
 _SLOW_SHARE = 0.1
 """Links are slow if the KV of a usual prompt takes more than this share of its TTFT limit between nodes."""
 
@@ -100,11 +104,14 @@ def search(question: Question, kinds: Sequence[Kind], executor: Executor, show: 
 def measure_phases(question: Question, kind: Kind) -> Phases:
     """Of one kind."""
 
-    def found(trial: Callable[[Kind, float, int], tuple[int, int]], start: float) -> Goodput:
-        return highest_rate(partial(trial, kind), question.target, start, question.seeds[:1])
+    def found(trial: Callable[[Kind, float, int], tuple[int, int]], most: float) -> Goodput:
+        seeds = question.seeds[:1]
+        return highest_rate(partial(trial, kind), question.target, start, seeds, _COARSE, most)
 
     start = 0.5 / question.idle(kind)[0]
-    return Phases(kind, found(question.prefill_alone, start), found(question.decode_alone, start))
+    return Phases(
+        kind, found(question.prefill_alone, 10 * start), found(question.decode_alone, _MOST_DECODE * start)
+    )
 
 
 def measure_plan(question: Question, plan: Plan, guess: float) -> Finalist:
@@ -123,15 +130,28 @@ def measure_plan(question: Question, plan: Plan, guess: float) -> Finalist:
 def finalists(question: Question, phases: Sequence[Phases], *, is_near: bool) -> list[Plan]:
     """Each once."""
     objective = question.objective
-    readers = _best(phases, lambda one: one.prefill.rate / objective.of(one.kind))
-    writers = _best(phases, lambda one: one.decode.rate / objective.of(one.kind))
-    both = _best(phases, lambda one: _both(one) / objective.of(one.kind))
-    plans: list[Plan] = []
-    pairs: Iterable[tuple[Phases, Phases]] = itertools.product(readers, writers)
+    both = _best(phases, lambda one: _both(one) / objective.of(one.kind))[:_BEST_MIXED]
+    plans = _pairs(question, phases, is_near=is_near)
+    for number, one in enumerate(both):
+        count = _available(question, one.kind) // one.kind.devices
+        plans.append(Plan((Pool(Role.MIXED, one.kind, count),)))
+        if count >= 2 and number == 0 and not question.by_distserve:
+            half = (Pool(Role.PREFILL, one.kind, count // 2), Pool(Role.MIXED, one.kind, count // 2))
+            plans.append(Plan(half))
+    return list(dict.fromkeys(plans))
+
+
+def _pairs(question: Question, phases: Sequence[Phases], *, is_near: bool) -> list[Plan]:
+    """Disaggregated plans, those first that promise most by the phases apart."""
+    objective = question.objective
     if is_near:
-        usable = [one for one in phases if one.prefill.rate > 0 or one.decode.rate > 0]
+        usable = [one for one in phases if one.prefill.rate > 0 and one.decode.rate > 0]
         pairs = [pair for pair in itertools.product(usable, usable) if _share_nodes(question, *pair)]
-        pairs = sorted(pairs, key=lambda pair: -_value(question, *pair))[: _BEST * _BEST]
+    else:
+        readers = _best(phases, lambda one: one.prefill.rate / objective.of(one.kind))
+        writers = _best(phases, lambda one: one.decode.rate / objective.of(one.kind))
+        pairs = list(itertools.product(readers, writers))
+    found: list[tuple[float, Plan]] = []
     for reader, writer in pairs:
         replicas = matched(question, reader, writer, is_near=is_near)
         if replicas is not None:
@@ -139,14 +159,10 @@ def finalists(question: Question, phases: Sequence[Phases], *, is_near: bool) ->
                 Pool(Role.PREFILL, reader.kind, replicas[0]),
                 Pool(Role.DECODE, writer.kind, replicas[1]),
             )
-            plans.append(Plan(pools, is_near))
-    for one in both:
-        count = _available(question, one.kind) // one.kind.devices
-        plans.append(Plan((Pool(Role.MIXED, one.kind, count),)))
-        if count >= 2 and not question.by_distserve:
-            half = (Pool(Role.PREFILL, one.kind, count // 2), Pool(Role.MIXED, one.kind, count // 2))
-            plans.append(Plan(half))
-    return list(dict.fromkeys(plans))
+            plan = Plan(pools, is_near)
+            rate = min(replicas[0] * reader.prefill.rate, replicas[1] * writer.decode.rate)
+            found.append((rate / plan.cost(objective), plan))
+    return [plan for _, plan in sorted(found, key=lambda one: -one[0])[:_BEST_PAIRS]]
 
 
 def matched(
@@ -205,12 +221,6 @@ def _guess(plan: Plan, phases: Sequence[Phases]) -> float:
     return max(1e-3, 0.7 * min(rates))
 
 
-def _value(question: Question, reader: Phases, writer: Phases) -> float:
-    """Of one pair."""
-    cost = question.objective.of(reader.kind) + question.objective.of(writer.kind)
-    return min(reader.prefill.rate, writer.decode.rate) / cost
-
-
 def _share_nodes(question: Question, reader: Phases, writer: Phases) -> bool:
     """Whether a stage of both fits on a node, and layers lie alike (Algorithm 2)."""
     one, other = reader.kind, writer.kind
@@ -234,8 +244,8 @@ def _check_limits(question: Question, kinds: Sequence[Kind]) -> None:
         if least_s > limit_s:
             raise NoPlanError(
                 f"--slo: {name} is {limit_s:g} s, but a request of {question.mean_prompt:.0f} tokens alone "
-                f"takes {least_s:.3g} s on the fastest worker that fits here ({kinds[number]}); give at least "
-                "that, or faster devices"
+                f"takes {least_s:.3g} s on the fastest worker that fits here ({kinds[number]}); give at "
+                "least that, or faster devices"
             )
 
 
@@ -244,7 +254,7 @@ def _why_none(question: Question, phases: Sequence[Phases]) -> str:
     writer = max(phases, key=lambda one: one.decode.rate)
     return (
         f"no plan serves {question.target:.0%} of the requests within both limits, however few there are: "
-        f"the best reader ({reader.kind}) keeps TTFT up to {reader.prefill.rate:.3g} requests/s, the best writer "
-        f"({writer.kind}) TPOT up to {writer.decode.rate:.3g}; give looser limits, a lower --target, or more "
-        "devices"
+        f"the best reader ({reader.kind}) keeps TTFT up to {reader.prefill.rate:.3g} requests/s, the best "
+        f"writer ({writer.kind}) TPOT up to {writer.decode.rate:.3g}; give looser limits, a lower --target, "
+        "or more devices"
     )

@@ -15,6 +15,7 @@ class Clock:
         self.now = 0.0
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
+        self._is_stopped = False
 
     def __call__(self) -> float:
         """The time, for whoever takes a clock."""
@@ -24,9 +25,13 @@ class Clock:
         """`what` happens at `when`, which must not be over."""
         heapq.heappush(self._due, (when, next(self._numbers), what))
 
+    def stop(self) -> None:
+        """Nothing more happens."""
+        self._is_stopped = True
+
     def run(self, until: float = float("inf")) -> None:
         """Goes on until nothing is due, or only what is after `until`."""
-        due = self._due
-        while due and due[0][0] <= until:
+        due, self._is_stopped = self._due, False
+        while due and due[0][0] <= until and not self._is_stopped:
             self.now, _, what = heapq.heappop(due)
             what()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.latency import LatencyModel
 from router.pool_view import Role
+from router.pump import RETRY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,16 @@ class Fault:
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
     """policy, max_gated_requests, retry_after_s, max_attempts: as of `prelay serve`. heartbeat_s: after which
-    a worker says how it is, if it has not. timeout_s: after which a client gives up. noise: standard
+    a worker says how it is, if it has not. retry_s: after which the router looks again at those that wait, if
+    nothing has happened; the real one's by default, and what takes most of a simulation's time in overload.
+    timeout_s: after which a client gives up. noise: standard
     deviation of the logarithm of a step's time over what its latency model says."""
 
     workers: Sequence[WorkerSpec]
     policy: str = "goodput"
     network: NetworkSpec = field(default_factory=NetworkSpec)
     heartbeat_s: float = 0.25
+    retry_s: float = RETRY_S
     max_gated_requests: int = 1024
     retry_after_s: float = 1.0
     max_attempts: int = 6

@@ -26,7 +26,6 @@ from router.placement.base import Decision
 from router.policies import POLICIES, PolicyInputs
 from router.pool_view import WRITERS, Load, PoolView, Role, WorkerView
 from router.prefix_index import PrefixIndex
-from router.pump import RETRY_S
 from router.recovery import Recovery, RetryBudget, Verdict, pause_s, worker_lost
 from router.requests import Request, Stage
 from router.stages import StageClock
@@ -192,12 +191,9 @@ class Router:
         if is_last:
             self._complete(live)
 
-    def tokens(self, worker_id: str, tokens: Sequence[Token]) -> None:
-        """Of one step of a writer."""
-        runs, now = self._runs[worker_id], self._clock.now
+    def tokens(self, worker_id: str, tokens: Sequence[Token], *, are_counted: bool) -> None:
+        """Of one step of a writer. are_counted: of a run, of whose steps it hears anyway."""
         self._hear(worker_id)
-        while runs and runs[0].end + self._message_s <= now:
-            runs.popleft()
         for token in tokens:
             live = token.live
             if live.key != token.key:
@@ -206,21 +202,25 @@ class Router:
                 self._read(live, token.read)
             elif token.decode_queue_s is not None:
                 self._handed_over(live, token)
-            self._emitted(live, worker_id)
+            if not are_counted:
+                self._emitted(live, worker_id)
             if token.is_last:
                 self._forget_workers(live)  # who ends an answer has let go of it
                 self._complete(live)
 
     def _hear(self, worker_id: str) -> None:
-        """What has come of runs by now, but for the last step of each."""
+        """What has come of runs by now."""
         now, ledger = self._clock.now, self.pool[worker_id].writing
         assert isinstance(ledger, HeardLedger)
-        for run in self._runs[worker_id]:
+        runs = self._runs[worker_id]
+        for run in runs:
             count = run.hear(now, self._message_s)
             for live, key in run.writes if count else ():
-                if live.key == key:
+                if live.key is key:
                     live.num_emitted += count
                     ledger.heard(key, count)
+        while runs and runs[0].end + self._message_s <= now:
+            runs.popleft()
 
     def _read(self, live: Live, times: tuple[float, float]) -> None:
         live.stages.report(Stage.PREFILL_QUEUE, times[0])
@@ -255,7 +255,7 @@ class Router:
             pass
         self.num_refused_in_vain += self._admission.could_have_served(now)
         if len(self._gate):
-            self._round_by(now + RETRY_S)
+            self._round_by(now + self._cluster.retry_s)
 
     def _pump_soon(self) -> None:
         if self._live:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.simulator.clock import Clock
@@ -14,7 +14,7 @@ from cluster.simulator.router import Router
 from cluster.simulator.worker import KnownLatency, Worker
 from cluster.simulator.writer import Writer
 from cluster.workload.drawing import Arrival
-from cluster.workload.jobs import Row
+from cluster.workload.jobs import Row, Status
 from cluster.workload.prompts import PromptWriter
 from cluster.workload.slo import Slo
 from engine.sequence import TokenSampling
@@ -49,18 +49,31 @@ class Outcome:
 
 
 def simulate(
-    cluster: ClusterSpec, arrivals: Sequence[Arrival], slo: Slo, seed: int = 0, max_run: int = MAX_RUN
+    cluster: ClusterSpec,
+    arrivals: Sequence[Arrival],
+    slo: Slo,
+    seed: int = 0,
+    max_run: int = MAX_RUN,
+    goes_on: Callable[[int, Row], bool] | None = None,
 ) -> Outcome:
-    """slo: what requests come with. max_run: 1 takes decode steps one by one, with the same result.
+    """slo: what requests come with. max_run: 1 takes decode steps one by one, with the same result. goes_on:
+    told of each request that has ended, with its number; False ends the simulation, and those that have not
+    ended then are timed out.
 
     Raises SimulationError.
     """
-    return _Simulation(cluster, arrivals, slo, seed, max_run).run()
+    return _Simulation(cluster, arrivals, slo, seed, max_run, goes_on).run()
 
 
 class _Simulation:
     def __init__(
-        self, cluster: ClusterSpec, arrivals: Sequence[Arrival], slo: Slo, seed: int, max_run: int
+        self,
+        cluster: ClusterSpec,
+        arrivals: Sequence[Arrival],
+        slo: Slo,
+        seed: int,
+        max_run: int,
+        goes_on: Callable[[int, Row], bool] | None,
     ) -> None:
         _check(cluster)
         self._cluster = cluster
@@ -73,7 +86,8 @@ class _Simulation:
         self._prompts = PromptWriter((seed,), _VOCABULARY)
         self._tokens = (0,) * max((one.shape.prompt_tokens for one in arrivals), default=0)
         self._rows: dict[int, Row] = {}
-        self._router = Router(cluster, self._clock, seed, self._rows.__setitem__)
+        self._goes_on = goes_on
+        self._router = Router(cluster, self._clock, seed, self._ended)
         self._workers: dict[str, Worker] = {}
         self._num_lives = 0
         self._num_preemptions = 0
@@ -88,12 +102,17 @@ class _Simulation:
         clock.run()
         for worker in self._workers.values():
             self._retire(worker)
-        rows = [self._rows[number] for number in range(len(self._arrivals))]
+        rows = [self._rows.get(number) or _unended(one) for number, one in enumerate(self._arrivals)]
         ended_s = max((row.arrival_s + (row.last_s or 0.0) for row in rows), default=0.0)
         router = self._router
         return Outcome(
             rows, dict(router.placements), router.num_refused_in_vain, self._num_preemptions, ended_s
         )
+
+    def _ended(self, number: int, row: Row) -> None:
+        self._rows[number] = row
+        if self._goes_on is not None and not self._goes_on(number, row):
+            self._clock.stop()
 
     def _arrive_from(self, number: int) -> None:
         """One after the other, so that few wait on the clock."""
@@ -158,6 +177,11 @@ class _Simulation:
         if isinstance(worker, Writer):
             self._num_preemptions += worker.num_preemptions
             worker.num_preemptions = 0
+
+
+def _unended(arrival: Arrival) -> Row:
+    at, shape = arrival.arrival_s, arrival.shape
+    return Row(at, at, shape.prompt_tokens, 0, Status.TIMED_OUT, error="the simulation was ended before it")
 
 
 def _sampling(output_tokens: int) -> TokenSampling:

@@ -55,10 +55,9 @@ class Run:
         return list(zip(begins, ends, strict=True))
 
     def hear(self, until: float, message_s: float) -> int:
-        """How many have been heard of by then that were not before; never of the last one, whose tokens are
-        told by themselves."""
+        """How many have been heard of by then that were not before."""
         heard = self._num_heard
-        while heard < self.num_steps - 1 and self._times[heard + 1] + message_s <= until:
+        while heard < self.num_steps and self._times[heard + 1] + message_s <= until:
             heard += 1
         new, self._num_heard = heard - self._num_heard, heard
         return new

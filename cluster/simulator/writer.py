@@ -121,20 +121,20 @@ class Writer(Worker):
         )
 
     def _begin(self) -> bool:
-        now = self.clock.now
-        chunks = self._scheduler.schedule(now)
+        now = self._began = self.clock.now
+        is_something = self._scheduler.plan(now)
         num_preemptions, _ = self._scheduler.take_counts()
         self.num_preemptions += num_preemptions
-        if not chunks:
+        if not is_something:
             return False
         shape = self._scheduler.shape
-        self._began = now
-        if shape.prefill or self._is_new or self._max_run == 1:
+        if shape.prefill or self._max_run == 1:
+            chunks = self._scheduler.chunks()
             self._is_new = bool(shape.prefill)
-            seconds = self.machine.step_s(shape)
-            self.clock.at(now + seconds, lambda: self._end(shape, chunks))
+            self.clock.at(now + self.machine.step_s(shape), lambda: self._end(shape, chunks))
             return True
-        count = self._scheduler.num_alike(self._max_run)
+        count = 1 if self._is_new else self._scheduler.num_alike(self._max_run)
+        self._is_new = False
         batch, context = shape.decode_batch, shape.decode_context
         steps_s = [self.machine.decode_s(batch, context + number * batch) for number in range(count)]
         keys = self._scheduler.batch_keys
@@ -149,16 +149,19 @@ class Writer(Worker):
             self.clock.at(run.end, lambda: self._end_run(run, run.num_steps))
 
     def _end(self, shape: StepShape, chunks: list[ScheduledChunk]) -> None:
+        """Of a step by itself."""
         if not self.is_up:
             return
-        self._complete(shape, [_NO_TOKEN if chunk.sampling is None else _TOKEN for chunk in chunks])
+        results = [_NO_TOKEN if chunk.sampling is None else _TOKEN for chunk in chunks]
+        self._tell(self._scheduler.complete(results, self._began, self.clock.now), shape, is_run=False)
 
     def _end_run(self, run: Run, num_steps: int) -> None:
         if not self.is_up or run is not self._run or num_steps != run.num_steps:
             return  # it was cut
         self._apply(num_steps - 1)
-        self._run = None
-        self._complete(self._scheduler.shape, [_TOKEN] * len(run.writes))
+        shape, self._run = self._scheduler.shape, None
+        steps = [(self._began, self.clock.now)]
+        self._tell(self._scheduler.coast(steps, is_last=True), shape, is_run=True)
 
     def _apply(self, num_steps: int) -> None:
         """So many steps of the run are over, and at least one is not."""
@@ -167,17 +170,17 @@ class Writer(Worker):
         steps = run.take(num_steps)
         if steps:
             self._began = steps[-1][1]
-            self._scheduler.coast(steps, self._began)
+            self._scheduler.coast(steps, is_last=False)
 
-    def _complete(self, shape: StepShape, results: list[ChunkResult]) -> None:
-        now = self.clock.now
-        decoded = self._scheduler.complete(results, self._began, now)
+    def _tell(self, decoded: list[Decoded], shape: StepShape, *, is_run: bool) -> None:
+        """is_run: the router counts the tokens itself, and is told only what is special."""
         tokens = [self._token(one) for one in decoded]
         ended = any(token.is_last for token in tokens)
-        self.router.after_message(lambda: self.router.tokens(self.worker_id, tokens))
+        if tokens:
+            self.router.after_message(lambda: self.router.tokens(self.worker_id, tokens, are_counted=is_run))
         if ended:
             self.push()
-        self._step_over(shape, now - self._began)
+        self._step_over(shape, self.clock.now - self._began)
 
     def _token(self, one: Decoded) -> Token:
         request = self._requests[one.key]

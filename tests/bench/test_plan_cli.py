@@ -1,0 +1,132 @@
+"""`prelay plan` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench import cli
+from cluster.config_file import load_config
+
+Run = Callable[..., int]
+LINES = {
+    "1": ([18.0, 0.1, 7e-6], [20.0, 6e-4, 0.04], [7.0, 5.8e-4, 0.16]),
+    "2": ([14.0, 0.07, 3e-6], [13.0, 3e-4, 0.06], [10.0, 3e-4, 0.09]),
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def start(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["bench", "plan", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    return start
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    by_tp = {
+        tp: {
+            "prefill": prefill,
+            "decoding_smallbs": small,
+            "decoding_largebs": large,
+            "decoding_large_small_bs_threshold": 95,
+        }
+        for tp, (prefill, small, large) in LINES.items()
+    }
+    (tmp_path / "max_num_tokens.csv").write_text(
+        "model,tp,pp,max_num_tokens\nzoo/ant,1,1,66144\nzoo/ant,1,2,163008\nzoo/ant,2,1,163008\n"
+    )
+    path = tmp_path / "ant.json"
+    path.write_text(json.dumps({"zoo/ant": by_tp}))
+    return path
+
+
+def ant(profile: Path, *more: str) -> tuple[str, ...]:
+    return (
+        "--profile", str(profile), "--model", "ant", "--gpus", "a100-80g:4", "--mode", "distserve",
+        "--dataset", "synthetic:prompt=500,answer=60", "--slo", "ttft=0.3,tpot=0.1", "--count", "100", *more,
+    )  # fmt: skip
+
+
+def test_what_a_program_reads_and_what_serve_takes(
+    run: Run, profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    assert run(*ant(profile), "--json", "--out", str(out), "--plot", str(plot)) == 0
+    result = json.loads(capsys.readouterr().out)
+    best = result["plans"][0]
+    assert best["goodput_per_device"] == max(plan["goodput_per_device"] for plan in result["plans"])
+    assert best["ci"][0] <= best["goodput_per_device"] <= best["ci"][1]
+    assert result["wall_s"] > 0
+    assert result["verdict"].startswith(("run ", "do not disaggregate: run "))
+    roles = [role for role in ("prefill", "decode", "mixed") if role in best]
+    for role in roles:
+        assert {"tp", "pp", "replicas"} <= best[role].keys()
+    config = load_config(out, [])
+    for role in roles:
+        assert getattr(config, role).replicas == best[role]["replicas"]
+        assert getattr(config, role).tensor_parallel == best[role]["tp"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_why_is_explained(run: Run, profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ant(profile), "--explain") == 0
+    said = capsys.readouterr().out
+    assert "reading alone would keep its limit up to" in said
+    assert "the next best" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (("--slo", "ttft=1ms,tpot=1"), 1, "ttft is 0.001 s, but a request of 500 tokens alone takes"),
+        (("--gpus", "b100:4"), 2, "nothing is known of 'b100'"),
+        (("--gpus", "a100-80g:4,h100-80g:4"), 2, "was measured on devices of one kind"),
+        (("--model", "bee"), 2, "is a profile of zoo/ant; give one of these"),
+        (("--mode", "prelay"), 2, "--kv-bytes N is missing"),
+        (
+            ("--dataset", "synthetic:prompt=200000,answer=60"),
+            1,
+            "no measured split (TP1 PP1, TP1 PP2, TP2 PP1)",
+        ),
+        (
+            ("--objective", "cost"),
+            2,
+            "nothing is known of the cost of a100-80g; give it as a100-80g:COUNT:PRICE",
+        ),
+        (("--trace", "nowhere.csv"), 2, "give either --trace FILE or --dataset"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    run: Run,
+    profile: Path,
+    change: tuple[str, ...],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(*ant(profile), *change) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_fits_nowhere(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (
+        "--gpus",
+        "a10g-24g:1",
+        "--dataset",
+        "synthetic:prompt=90000,answer=60",
+        "--slo",
+        "ttft=9,tpot=1",
+    )
+    assert run("--model", "llama-3.1-8b", *asked) == 1
+    assert "the model fits on no plan: with a sequence of 90060 tokens it needs" in capsys.readouterr().err
+    assert run("--model", "no-such", *asked) == 2
+    assert "--model no-such: no checkpoint lies there, and shapes are llama-3.1-8b" in capsys.readouterr().err
