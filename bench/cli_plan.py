@@ -84,7 +84,7 @@ Exit codes:
 @click.option(
     "--count",
     type=click.IntRange(20),
-    default=300,
+    default=600,
     show_default=True,
     metavar="N",
     help="Requests of a trial, at least.",

@@ -133,7 +133,7 @@ def simulate(as_json: bool, plot: Path | None, requests_out: Path | None, **chos
 
     \b
     Examples:
-      prelay profile --shape smollm2-135m --json > core.json
+      prelay profile --shape smollm2-135m --json core.json
       prelay simulate --profile core.json --model smollm2-135m --dataset synthetic:prompt=512,answer=64 \\
           --rates 0.5,1,1.5,2 --slo ttft=2,tpot=60ms --plot simulated.png
       prelay simulate --mode distserve --profile a100-80g.opt-13b.distserve.json --model opt-13b \\

@@ -226,12 +226,12 @@ class DecodeScheduler:
         now, count, decoded = steps[-1][1], len(steps), []
         self._seen_at, self._least_tpot_s = now, None
         for sequence, _ in self._batch:
-            is_first = sequence.num_output_tokens == sequence.num_given
+            is_first = count == 1 and sequence.num_output_tokens == sequence.num_given
             sequence.append_drawn(count)
             if not is_last:
                 self._places.grow(sequence)
             elif is_first or sequence.num_output_tokens >= sequence.sampling.max_tokens:
-                decoded.append(self._coasted(sequence, is_first=is_first and count == 1))
+                decoded.append(self._coasted(sequence, is_first=is_first))
         if is_last:
             self._batch = []
         return decoded

@@ -137,9 +137,9 @@ def draw(question: Question, answer: Answer, target: Path) -> None:
     for number, one in enumerate(answer.finalists):
         rates, shares = _curve(one.goodput, one.times)
         alpha = 1.0 if number < _NUM_STRONG else 0.5
-        left.plot(rates, shares, marker="o", markersize=3, label=str(one.plan), alpha=alpha)
+        left.plot(rates, shares, marker="o", markersize=3, label=f"{number + 1}  {one.plan}", alpha=alpha)
         right.scatter(one.plan.cost(question.objective), one.rate, s=40)
-        right.annotate(f" {number + 1}", (one.plan.cost(question.objective), one.rate))
+        right.annotate(f"  {number + 1}", (one.plan.cost(question.objective), one.rate), fontsize="small")
     left.axhline(question.target, color="#c8553d", linestyle="--", linewidth=1)
     left.set(xlabel="offered, requests / s", ylabel="attainment (both limits)", ylim=(0, 1.03))
     left.legend(fontsize="x-small", loc="lower left")

@@ -19,6 +19,7 @@ from cluster.simulator.distserve import (
     simulate_prefill,
 )
 from cluster.simulator.run import simulate
+from cluster.workload.datasets import Lengths, Shape, TimedRows
 from cluster.workload.drawing import Arrival, WorkloadSpec, arrivals
 from cluster.workload.jobs import Row
 from cluster.workload.judge import Outcome, outcome_of
@@ -31,7 +32,7 @@ T = TypeVar("T")
 _SAMPLE = 2000
 GIVE_UP = 2.0
 """A trial is given up at so many times the misses that it may have."""
-_MOST_COUNT = 1000
+_MOST_COUNT = 4000
 WARM_UP, COOL_DOWN = 0.25, 0.15
 """Of the requests, those that come first and last are not judged: a cluster is emptier then."""
 
@@ -67,22 +68,31 @@ class Question:
     count: int = 400
     seeds: tuple[int, ...] = (0, 1)
     by_distserve: bool = False
-    settle_s: float = 60.0
+    settle_s: float = 200.0
 
     @cached_property
     def sample(self) -> Sequence[Arrival]:
         """Of the workload, whatever its rate."""
         return arrivals(self.workload, 0, 1.0, count=_SAMPLE)
 
-    @property
+    @cached_property
+    def _shapes(self) -> Sequence[Shape]:
+        """All that may come, if they can be counted."""
+        dataset = self.workload.dataset
+        if isinstance(dataset, Lengths | TimedRows):
+            return dataset.pool
+        return [one.shape for one in self.sample]
+
+    @cached_property
     def longest(self) -> int:
-        return max(one.shape.prompt_tokens + one.shape.output_tokens for one in self.sample)
+        """Tokens of prompt and answer together."""
+        return max(shape.prompt_tokens + shape.output_tokens for shape in self._shapes)
 
-    @property
+    @cached_property
     def longest_prompt(self) -> int:
-        return max(one.shape.prompt_tokens for one in self.sample)
+        return max(shape.prompt_tokens for shape in self._shapes)
 
-    @property
+    @cached_property
     def mean_prompt(self) -> float:
         return sum(one.shape.prompt_tokens for one in self.sample) / len(self.sample)
 
