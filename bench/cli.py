@@ -20,6 +20,7 @@ from bench.cli_plan import plan
 from bench.cli_router import router
 from bench.cli_serve import serve
 from bench.cli_simulate import simulate
+from bench.cli_simulator import simulator
 from bench.errors import MeasurementError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -198,6 +199,7 @@ def transfer(plot: Path | None, as_json: bool, rounds: int, **chosen: str) -> in
 bench.add_command(serve)
 bench.add_command(goodput)
 bench.add_command(router)
+bench.add_command(simulator)
 
 
 @click.command(

@@ -197,7 +197,8 @@ class DecodeScheduler:
 
     def num_alike(self, most: int) -> int:
         """How many steps, the one under way included, are like it if nothing comes from outside: all decode,
-        and nobody ends before the last of them or lacks blocks. At most `most`; 1 if it is alone.
+        and nobody ends before the last of them or lacks blocks. At most `most`; 1 if it is alone, or somebody
+        has its first token here in it.
 
         For simulations, which need not take them one by one.
         """
@@ -205,10 +206,10 @@ class DecodeScheduler:
             return 1
         left = most
         for sequence, _ in self._batch:
-            sampling = sequence.sampling
-            if sampling.stop_token_ids:
+            sampling, drawn = sequence.sampling, sequence.num_output_tokens
+            if sampling.stop_token_ids or drawn == sequence.num_given:
                 return 1
-            left = min(left, sampling.max_tokens - sequence.num_output_tokens)
+            left = min(left, sampling.max_tokens - drawn)
         return self._places.num_growing([one for one, _ in self._batch], left)
 
     def coast(self, steps: Sequence[tuple[float, float]], *, is_last: bool) -> list[Decoded]:

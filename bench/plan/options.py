@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from cluster.planner.measured import MeasuredKinds
 from cluster.planner.plans import Objective
 from cluster.planner.question import Question
 from cluster.simulator.distserve_profile import DistServeProfile
-from cluster.workload.arrivals import Arrivals, Process
 from cluster.workload.datasets import load_dataset
 from cluster.workload.drawing import WorkloadSpec
 from cluster.workload.slo import IdlePoint, IdleTimes, Slo
@@ -28,10 +28,10 @@ _LONG_S = 600.0
 def question_of(chosen: dict[str, Any]) -> tuple[Question, Sequence[Kind]]:
     """chosen: the options by name. Raises BadInputError, PlanError, SimulationError."""
     hardware = Hardware(parse_devices(chosen["gpus"]), chosen["per_node"], chosen["inter"] * 1e9)
+    if not (math.isfinite(chosen["length_scale"]) and chosen["length_scale"] > 0):
+        raise PlanError(f"--length-scale {chosen['length_scale']:g}: a number greater than 0 is needed")
     dataset = load_dataset(source_of(chosen), chosen["length_scale"], chosen["max_tokens"])
     process = arrivals_of({**chosen, "time_scale": None}, [1.0], dataset)
-    if process.process is Process.TRACE and chosen["arrivals"] is None:
-        process = Arrivals(Process.POISSON)
     question = Question(
         WorkloadSpec(dataset, process, range(0)),
         Slo.parse(chosen["slo_text"]),

@@ -64,7 +64,7 @@ def verdict(question: Question, answer: Answer) -> str:
     if other is None:
         return what
     than = f"than {other.plan} ({other.value:.3g})"
-    by = f"{best.value / other.value:.2f} times more {than}" if other.value > 0 else f"infinitely more {than}"
+    by = f"{best.value / other.value:.2f} times more {than}" if other.value > 0 else f"more {than}"
     if best.plan.is_disaggregated:
         return f"{what}, {by}"
     return f"do not disaggregate: {what}, {by}"
@@ -94,9 +94,9 @@ def explanation(question: Question, answer: Answer) -> Iterator[str]:
         )
     if len(answer.finalists) > 1:
         second = answer.finalists[1]
-        lead = best.value / second.value - 1 if second.value else float("inf")
-        close = " (closer than trials can tell)" if best.goodput.least * best.times <= second.rate else ""
-        yield f"the next best, {second.plan}, gives {lead:.0%} less{close}"
+        least = best.value * best.goodput.least / best.goodput.rate
+        close = " (closer than trials can tell)" if least <= second.value else ""
+        yield f"the next best, {second.plan}, gives {1 - second.value / best.value:.0%} less{close}"
     if not best.plan.pools[0].kind.is_measured:
         yield "step times were reckoned from data sheets, not measured: measure before you buy"
 

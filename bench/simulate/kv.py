@@ -36,15 +36,16 @@ def model_of(name: str) -> ModelConfig:
 
 
 def checkpoint_of(name: str) -> str | None:
-    """Its directory, if it is one of these."""
-    found = (path for path in (SHAPES / name, Path(name)) if (path / "config.json").exists())
-    return next((str(path.absolute()) for path in found), None)
+    """Its directory, if that is what it is, with weights."""
+    path = Path(name)
+    return str(path.absolute()) if any(path.glob("*.safetensors")) else None
 
 
 def _read(name: str) -> ModelConfig | None:
-    path = checkpoint_of(name)
+    found = (path for path in (SHAPES / name, Path(name)) if (path / "config.json").exists())
+    path = next(found, None)
     try:
-        return None if path is None else ModelConfig.from_pretrained(Path(path))
+        return None if path is None else ModelConfig.from_pretrained(path)
     except CheckpointError as error:
         raise SimulationError(f"--model {name}: {error}") from error
 

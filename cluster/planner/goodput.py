@@ -45,7 +45,8 @@ def highest_rate(
 
     def attains(rate: float) -> bool:
         for seed in seeds:
-            by_seed[seed][rate] = trial(rate, seed)
+            if rate not in by_seed[seed]:
+                by_seed[seed][rate] = trial(rate, seed)
         counts = [by_seed[seed][rate] for seed in seeds]
         return sum(good for good, _ in counts) >= target * sum(total for _, total in counts)
 
@@ -58,7 +59,8 @@ def highest_rate(
         step *= step
         if attains(high if is_enough else low) != is_enough:
             break
-    while high / low > 1 + tolerance and len(by_seed[seeds[0]]) < 2 * _MOST_TRIALS:
+    are_sides = low < high and attains(low) and not attains(high)
+    while are_sides and high / low > 1 + tolerance and len(by_seed[seeds[0]]) < 2 * _MOST_TRIALS:
         middle = (low * high) ** 0.5
         if attains(middle):
             low = middle

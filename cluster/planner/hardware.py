@@ -6,6 +6,7 @@ provider to the next and from month to month, so there are none unless somebody 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -62,6 +63,8 @@ class Hardware:
     def __post_init__(self) -> None:
         if not self.devices or any(one.count < 1 for one in self.devices):
             raise HardwareError("there must be a device at least; write it as a100-80g:8")
+        if not self.inter_bytes_per_s > 0 or math.isinf(self.inter_bytes_per_s):
+            raise HardwareError("the bandwidth between nodes must be a number above 0")
         if self.per_node < 1:
             raise HardwareError(f"{self.per_node} devices in a node: there must be one at least")
 
@@ -93,9 +96,16 @@ def parse_devices(text: str) -> list[Devices]:
             raise HardwareError(f"--gpus {text!r}: how many of {name}? Write it as {name}:8")
         gpu = GPUS[name]
         if price:
-            try:
-                gpu = replace(gpu, price=float(price))
-            except ValueError as error:
-                raise HardwareError(f"--gpus {text!r}: {price!r} is not a price an hour") from error
+            gpu = replace(gpu, price=_price(text, price))
         found.append(Devices(gpu, int(count)))
     return found
+
+
+def _price(text: str, price: str) -> float:
+    try:
+        value = float(price)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise HardwareError(f"--gpus {text!r}: {price!r} is not a price an hour, a number above 0")
+    return value

@@ -42,9 +42,10 @@ def footprint(
     room = memory_bytes * (1 - RESERVED)
     least: Footprint | None = None
     for rank in range(pp):
-        layers = model.num_layers * (rank + 1) // pp - model.num_layers * rank // pp
-        weights = size * _parameters(model, layers, tp, is_first=rank == 0, is_last=rank == pp - 1)
-        kv_heads = max(1, model.num_kv_heads // tp)
+        shard = stages[rank]
+        layers = len(shard.layers(model))
+        weights = size * _parameters(model, shard)
+        kv_heads = len(shard.kv_heads(model))
         kv_here = 2 * layers * kv_heads * model.head_dim * size
         whole = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
         one = Footprint(weights, kv_here, whole, max(0, int((room - weights) // kv_here)))
@@ -54,13 +55,15 @@ def footprint(
     return least
 
 
-def _parameters(model: ModelConfig, layers: int, tp: int, *, is_first: bool, is_last: bool) -> int:
-    """Of one rank."""
-    heads = model.num_heads * model.head_dim
-    qkv = (
-        heads + 2 * max(model.num_kv_heads, tp) * model.head_dim
-    )  # KV heads are copied, if there are too few
-    layer = model.hidden_size * (qkv + heads + 3 * model.intermediate_size) // tp + 2 * model.hidden_size
-    vocabulary = model.vocab_size * model.hidden_size // tp
-    ends = vocabulary * (is_first + (is_last and not (is_first and model.tie_word_embeddings)))
-    return layers * layer + ends + (model.hidden_size if is_last else 0)
+def _parameters(model: ModelConfig, shard: Shard) -> int:
+    """Of one rank, the first of its stage: no other has more."""
+    heads = len(shard.heads(model)) * model.head_dim
+    kv = len(shard.kv_heads(model)) * model.head_dim
+    inner, hidden = len(shard.intermediate(model)), model.hidden_size
+    layer = hidden * (2 * heads + 2 * kv + 3 * inner) + 2 * hidden
+    layer += model.qkv_bias * (heads + 2 * kv) + model.attention_out_bias * hidden
+    layer += model.mlp_bias * (2 * inner + hidden) + model.qk_norm * 2 * model.head_dim
+    vocabulary = len(shard.vocabulary(model)) * hidden
+    is_tied = model.tie_word_embeddings and shard.is_first_stage
+    head = shard.is_last_stage * (hidden + vocabulary * (not is_tied))
+    return len(shard.layers(model)) * layer + shard.is_first_stage * vocabulary + head

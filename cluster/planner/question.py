@@ -19,7 +19,7 @@ from cluster.simulator.distserve import (
     simulate_prefill,
 )
 from cluster.simulator.run import simulate
-from cluster.workload.datasets import Lengths, Shape, TimedRows
+from cluster.workload.datasets import Dataset, Lengths, Mix, Shape, Synthetic, TimedRows
 from cluster.workload.drawing import Arrival, WorkloadSpec, arrivals
 from cluster.workload.jobs import Row
 from cluster.workload.judge import Outcome, outcome_of
@@ -78,10 +78,7 @@ class Question:
     @cached_property
     def _shapes(self) -> Sequence[Shape]:
         """All that may come, if they can be counted."""
-        dataset = self.workload.dataset
-        if isinstance(dataset, Lengths | TimedRows):
-            return dataset.pool
-        return [one.shape for one in self.sample]
+        return _most(self.workload.dataset) or [one.shape for one in self.sample]
 
     @cached_property
     def longest(self) -> int:
@@ -168,6 +165,18 @@ class Question:
         reader, writer = pools[Role.PREFILL], pools[Role.DECODE]
         prefill, decode = (_distserve_pool(pool.kind, pool.replicas) for pool in (reader, writer))
         return simulate_distserve(requests, prefill, decode)
+
+
+def _most(dataset: Dataset) -> Sequence[Shape]:
+    """All shapes of it, or those of the greatest lengths; none if it does not say."""
+    match dataset:
+        case Lengths() | TimedRows():
+            return dataset.pool
+        case Synthetic():
+            return [Shape(dataset.prompt[1], dataset.answer[1])]
+        case Mix():
+            return [*_most(dataset.first), *_most(dataset.second)]
+    return []
 
 
 def _judged(values: Sequence[T]) -> Sequence[T]:

@@ -33,8 +33,8 @@ from router.pool_view import Role
 _BEST = 3
 _BEST_PAIRS, _BEST_MIXED = 5, 2
 _COARSE = 0.1
-_MOST_DECODE = 50
-"""A writer that serves so many times half of what a reader of its kind can is never what is missing."""
+_MOST_ALONE = 50
+"""Times half of what a reader serves one by one: who serves more in a phase is never what is missing."""
 _SLOW_SHARE = 0.1
 """Links are slow if the KV of a usual prompt takes more than this share of its TTFT limit between nodes."""
 
@@ -110,7 +110,9 @@ def measure_phases(question: Question, kind: Kind) -> Phases:
 
     start = 0.5 / question.idle(kind)[0]
     return Phases(
-        kind, found(question.prefill_alone, 10 * start), found(question.decode_alone, _MOST_DECODE * start)
+        kind,
+        found(question.prefill_alone, _MOST_ALONE * start),
+        found(question.decode_alone, _MOST_ALONE * start),
     )
 
 

@@ -77,7 +77,6 @@ class Live:
     decision: Decision | None = None
     reader: SimulatedReader | None = None
     writer: SimulatedWriter | None = None
-    avoid: frozenset[str] = frozenset()
     lost_attempts: int = 0
     num_emitted: int = 0
     travelling_tokens: int = 0

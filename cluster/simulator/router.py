@@ -196,8 +196,8 @@ class Router:
         self._hear(worker_id)
         for token in tokens:
             live = token.live
-            if live.key != token.key:
-                continue
+            if live.key is not token.key or live.writer is None:
+                continue  # it has ended, or is placed again
             if token.read is not None:
                 self._read(live, token.read)
             elif token.decode_queue_s is not None:
@@ -216,7 +216,7 @@ class Router:
         for run in runs:
             count = run.hear(now, self._message_s)
             for live, key in run.writes if count else ():
-                if live.key is key:
+                if live.key is key and live.writer is not None:
                     live.num_emitted += count
                     ledger.heard(key, count)
         while runs and runs[0].end + self._message_s <= now:
@@ -273,7 +273,7 @@ class Router:
     def _place_next(self, now: float) -> bool:
         for request in self._gate.next(now):
             live = self._live[request.request_id]
-            decision = self._placement.choose(request, live.avoid, now)
+            decision = self._placement.choose(request, (), now)
             if decision is not None:
                 self._place(live, decision, now)
                 return True
@@ -316,7 +316,6 @@ class Router:
         loss = worker_lost(worker_id, "it died")
         live.lost_attempts += 1
         verdict = self._recovery.judge(loss, live.lost_attempts)
-        live.avoid |= {worker_id}
         if verdict is not Verdict.PLACE_AGAIN:
             self._close(live, Status.FAILED, None, str(verdict))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -203,6 +204,11 @@ def _check(cluster: ClusterSpec) -> None:
         raise SimulationError(
             f"policy {cluster.policy!r}: there are {', '.join(sorted(POLICIES))}; give one of these"
         )
+    numbers = (
+        cluster.noise, cluster.timeout_s, cluster.network.bytes_per_s, cluster.network.message_s,
+    )  # fmt: skip
+    if not all(math.isfinite(number) for number in numbers):
+        raise SimulationError("noise, time-out, bandwidth and the time of a message must be finite numbers")
     roles = {worker.role for worker in cluster.workers}
     if Role.MIXED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
         raise SimulationError(
@@ -213,6 +219,11 @@ def _check(cluster: ClusterSpec) -> None:
     if len(set(ids)) != len(ids):
         raise SimulationError("two workers have the same id: give each its own")
     for worker in cluster.workers:
+        if worker.role.writes and worker.max_batch_tokens < worker.max_num_seqs:
+            raise SimulationError(
+                f"worker {worker.worker_id}: {worker.max_batch_tokens} tokens a step are less than one for "
+                f"each of {worker.max_num_seqs} sequences; raise --max-batch-tokens or lower --max-num-seqs"
+            )
         if not worker.latency.is_known:
             raise SimulationError(f"worker {worker.worker_id}: it is not known how long its steps take")
     if unknown := sorted({fault.worker_id for fault in cluster.faults} - set(ids)):

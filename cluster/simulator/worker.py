@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cluster.simulator.router import Router
 
 _GOLDEN = 0.618034
+_FINGERPRINT = "simulated"
 
 
 class KnownLatency(OnlineLatency):
@@ -78,7 +79,7 @@ class Worker(ABC):
         self.router = router
         self.machine = Machine(spec.latency, cluster.noise, f"{spec.worker_id}/{index}")
         self.pool = BlockPool(spec.num_blocks, spec.block_size, [0] * spec.num_blocks)
-        self.cache = (PrefixCache if shares else UnsharedCache)(self.pool, "simulated")
+        self.cache = (PrefixCache if shares else UnsharedCache)(self.pool, _FINGERPRINT)
         self.is_up = True
         self._message_s = cluster.network.message_s
         self._heartbeat_s = cluster.heartbeat_s
@@ -98,7 +99,8 @@ class Worker(ABC):
     @property
     def capacity(self) -> WorkerCapacity:
         spec = self.spec
-        return WorkerCapacity(spec.block_size, spec.num_blocks, spec.max_num_seqs, spec.max_batch_tokens)
+        blocks = spec.block_size, spec.num_blocks
+        return WorkerCapacity(*blocks, spec.max_num_seqs, spec.max_batch_tokens, _FINGERPRINT)
 
     def command(self, number: int, what: Callable[[], None]) -> None:
         """Of the router, which counts them."""

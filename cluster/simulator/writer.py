@@ -60,8 +60,6 @@ class Writer(Worker):
         self._max_run = 1 if cluster.noise else max_run
         self._run: Run | None = None
         self._began = 0.0
-        # Who was handed over, or read, and has not had a step since.
-        self._is_new = False
         self.num_preemptions = 0
 
     def reserve(self, placed: Placed, *, is_local: bool) -> None:
@@ -79,6 +77,7 @@ class Writer(Worker):
         if self._scheduler.lacks_blocks or not has_room(num_new, free, num_here):
             self.pool.drop(cached, holder)
             self.router.after_message(lambda: self.router.no_room(live, key))
+            self.push()
             return
         blocks = cached + self.pool.allocate(num_new, holder)
         cached_tokens = len(cached) * size
@@ -97,7 +96,6 @@ class Writer(Worker):
         self.pool.add(blocks, Holder.SEQUENCE)
         self.pool.drop(blocks, Holder.TRANSFER)
         self._scheduler.add(request.task, 0, blocks, ready)
-        self._is_new = True
 
     def cancel(self, key: RequestKey) -> None:
         request = self._requests.pop(key, None)
@@ -130,11 +128,9 @@ class Writer(Worker):
         shape = self._scheduler.shape
         if shape.prefill or self._max_run == 1:
             chunks = self._scheduler.chunks()
-            self._is_new = bool(shape.prefill)
             self.clock.at(now + self.machine.step_s(shape), lambda: self._end(shape, chunks))
             return True
-        count = 1 if self._is_new else self._scheduler.num_alike(self._max_run)
-        self._is_new = False
+        count = self._scheduler.num_alike(self._max_run)
         batch, context = shape.decode_batch, shape.decode_context
         steps_s = [self.machine.decode_s(batch, context + number * batch) for number in range(count)]
         keys = self._scheduler.batch_keys

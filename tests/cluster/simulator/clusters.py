@@ -19,8 +19,9 @@ CORE = LatencyModel(
 """About a CPU core with SmolLM2-135M's shape."""
 
 
-def worker(role: Role, index: int = 0, *, kv_tokens: int = 32_768) -> WorkerSpec:
-    return WorkerSpec(f"{role.value}-{index}", role, CORE, kv_tokens, kv_bytes=23_040)
+def worker(role: Role, index: int = 0, *, kv_tokens: int = 32_768, max_num_seqs: int = 64) -> WorkerSpec:
+    name = f"{role.value}-{index}"
+    return WorkerSpec(name, role, CORE, kv_tokens, kv_bytes=23_040, max_num_seqs=max_num_seqs)
 
 
 def pools(
@@ -30,12 +31,16 @@ def pools(
     *,
     policy: str = "goodput",
     kv_tokens: int = 32_768,
+    max_num_seqs: int = 64,
     faults: Sequence[Fault] = (),
     network: NetworkSpec | None = None,
     noise: float = 0.0,
 ) -> ClusterSpec:
     roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.MIXED] * mixed
-    workers = [worker(role, index, kv_tokens=kv_tokens) for index, role in enumerate(roles)]
+    workers = [
+        worker(role, index, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
+        for index, role in enumerate(roles)
+    ]
     return ClusterSpec(workers, policy, network or NetworkSpec(), faults=faults, noise=noise, timeout_s=600.0)
 
 

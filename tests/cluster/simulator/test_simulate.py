@@ -88,25 +88,31 @@ def test_every_policy_serves_everybody_in_time_when_there_is_time(policy: str) -
     assert max(row.first_s or 9 for row in rows) < 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    requests_st, shapes_st, st.sampled_from(sorted(POLICIES)), st.sampled_from([32_768, 2_000]), st.booleans()
+    requests_st,
+    shapes_st,
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from([32_768, 2_000]),
+    st.sampled_from([64, 2]),
+    st.booleans(),
 )
 def test_runs_of_steps_change_nothing(
     requests: list[tuple[float, int, int]],
     shape: tuple[int, int, int],
     policy: str,
     kv_tokens: int,
+    max_num_seqs: int,
     tight: bool,
 ) -> None:
-    cluster = pools(*shape, policy=policy, kv_tokens=kv_tokens)
+    cluster = pools(*shape, policy=policy, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
     slo = TIGHT if tight else LOOSE
     runs = simulate(cluster, arrivals(*requests), slo)
     steps = simulate(cluster, arrivals(*requests), slo, max_run=1)
     assert runs == steps
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(requests_st, st.floats(0.5, 10), st.floats(0.1, 5), st.sampled_from(["prefill-0", "decode-1"]))
 def test_a_worker_that_dies_costs_time_and_nothing_else(
     requests: list[tuple[float, int, int]], at_s: float, down_s: float, worker_id: str
@@ -139,6 +145,23 @@ def test_prefixes_are_read_once() -> None:
     assert (rows[1].first_s or 0) > (rows[0].first_s or 9)
 
 
+def test_the_router_knows_who_has_a_prefix() -> None:
+    """Of two readers and writers the second request goes to those that have read its beginning."""
+    ids = tuple(range(10))
+    shapes = [Shape(640, 4, ids, 64.0), Shape(700, 4, (*ids, 99), 64.0)]
+    rows = simulate(pools(4, 4), [Arrival(at * 5.0, shape) for at, shape in enumerate(shapes)], LOOSE).rows
+    assert (rows[1].first_s or 9) < 0.3 * (rows[0].first_s or 0)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.004, 0.008, 0.0125, 0.0255])
+def test_a_client_gives_up_while_its_last_token_is_on_its_way(late_s: float) -> None:
+    [whole] = simulate(pools(1, 1), arrivals((0.0, 100, 3)), LOOSE).rows
+    cluster = replace(pools(1, 1), timeout_s=(whole.last_s or 0.0) - late_s)
+    rows = simulate(cluster, arrivals((0.0, 100, 3), (5.0, 8, 1)), LOOSE).rows
+    assert rows[0].status in (Status.COMPLETE, Status.TIMED_OUT)
+    assert rows[1].status is Status.COMPLETE
+
+
 def test_a_client_gives_up() -> None:
     cluster = replace(pools(1, 1, policy="least_loaded"), timeout_s=1.0)
     rows = simulate(cluster, arrivals((0.0, 100, 2), (0.0, 100, 500), (3.0, 100, 2)), LOOSE).rows
@@ -157,5 +180,11 @@ def test_what_cannot_be_simulated_is_said() -> None:
         simulate(pools(1, 0), arrivals((0, 1, 1)), LOOSE)
     with pytest.raises(SimulationError, match="policy 'best': there are"):
         simulate(pools(1, 1, policy="best"), arrivals((0, 1, 1)), LOOSE)
+    with pytest.raises(
+        SimulationError, match="512 tokens a step are less than one for each of 600 sequences"
+    ):
+        simulate(pools(1, 1, max_num_seqs=600), arrivals((0, 1, 1)), LOOSE)
+    with pytest.raises(SimulationError, match="must be finite numbers"):
+        simulate(pools(1, 1, noise=float("nan")), arrivals((0, 1, 1)), LOOSE)
     with pytest.raises(SimulationError, match="a fault of nobody"):
         simulate(pools(1, 1, faults=[Fault("nobody", 1, 1)]), arrivals((0, 1, 1)), LOOSE)
