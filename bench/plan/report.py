@@ -142,7 +142,7 @@ def draw(question: Question, answer: Answer, target: Path) -> None:
         right.annotate(f"  {number + 1}", (one.plan.cost(question.objective), one.rate), fontsize="small")
     left.axhline(question.target, color="#c8553d", linestyle="--", linewidth=1)
     left.set(xlabel="offered, requests / s", ylabel="attainment (both limits)", ylim=(0, 1.03))
-    left.legend(fontsize="x-small", loc="lower left")
+    left.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     front = _front([(one.plan.cost(question.objective), one.rate) for one in answer.finalists])
     right.step(*zip(*front, strict=True), where="post", color="#1f6f8b", linewidth=1)
     right.set(xlabel=f"{_unit(question)}s", ylabel="requests / s within both limits", ylim=(0, None))

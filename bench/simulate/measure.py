@@ -28,6 +28,12 @@ _MAX_ANSWER = 64
 _NO_CLIENT = ClientUse(0.0, 0.0, 0.0)
 _NO_LIMITS = Slo.fixed(1e6, 1e6)
 
+_OF_SERVERS = (
+    "requests_as", "salt", "client", "client_cpu_share", "slo_sent", "arrivals", "time_scale", "warmup_s",
+    "timeout_s",
+)  # fmt: skip
+"""Of what is said of a measured server: what a simulation has not, or was told on its command line."""
+
 Show = Callable[[float, str], None]
 
 
@@ -44,7 +50,7 @@ class Simulated:
     def to_json(self) -> dict[str, Any]:
         """What --json prints; of a single rate, its figures also stand at the top."""
         result = self.measured.to_json()
-        for name in ("requests_as", "salt", "client", "client_cpu_share", "slo_sent"):
+        for name in _OF_SERVERS:
             result.pop(name, None)
         for rate in result["rates"]:
             rate.pop("client", None)
