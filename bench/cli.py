@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.cli_accuracy import accuracy
 from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
 from bench.cli_plan import plan
@@ -200,6 +201,7 @@ bench.add_command(serve)
 bench.add_command(goodput)
 bench.add_command(router)
 bench.add_command(simulator)
+bench.add_command(accuracy)
 
 
 @click.command(

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import json
-import platform
-import resource
-import signal
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.cli_parts import need_directory, need_matplotlib
+from bench.cli_parts import (
+    about_machine,
+    end_on_sigterm,
+    kept_in,
+    names_of,
+    need_directory,
+    need_matplotlib,
+    raise_file_limit,
+    telling,
+    wide_console,
+)
 from bench.errors import MeasurementError
 from cluster.workload.errors import BadInputError
 
@@ -90,23 +91,23 @@ def goodput(as_json: bool, plot: Path | None, resume: Path | None, **chosen: Any
     need_matplotlib(plot)
     need_directory("--resume", resume)
     target = resume or Path(time.strftime("goodput-%Y%m%d-%H%M%S.json"))
-    _raise_file_limit()
+    raise_file_limit()
     try:
         experiment = _experiment(chosen)
-        with tempfile.TemporaryDirectory(prefix="prelay-bench-") as folder, _telling() as teller:
+        with tempfile.TemporaryDirectory(prefix="prelay-bench-") as folder, telling("goodput") as teller:
             result = asyncio.run(_measure(experiment, chosen, target, Path(folder), teller, plot))
     except BadInputError as error:
         raise click.UsageError(str(error)) from error
     except MeasurementError as error:
-        raise MeasurementError(f"{error}\n{_kept(target)}") from error
+        raise MeasurementError(f"{error}\n{kept_in(target)}") from error
     except (KeyboardInterrupt, asyncio.CancelledError):
-        click.echo(f"prelay: interrupted; {_kept(target)}", err=True)
+        click.echo(f"prelay: interrupted; {kept_in(target)}", err=True)
         return 130
     if as_json:
         click.echo(json.dumps(result))
     else:
         _print(result)
-    click.echo(_kept(target), err=True)
+    click.echo(kept_in(target), err=True)
     return 0
 
 
@@ -123,11 +124,8 @@ async def _measure(
     from bench.goodput.report import result_of
     from bench.goodput.run import measure_rounds
 
-    task = asyncio.current_task()
-    assert task is not None
-    # Ended otherwise than by Ctrl-C, too, it stops what it has started.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    about = {"about": _about(), "measure": experiment.measure.model_dump(mode="json")}
+    end_on_sigterm()
+    about = {"about": about_machine(), "measure": experiment.measure.model_dump(mode="json")}
     traces = chosen["traces"] or chosen["config_file"].absolute().parent
     if chosen["as_map"]:
         return await _measure_map(experiment, target, folder, teller, plot, about)
@@ -177,58 +175,16 @@ def _experiment(chosen: dict[str, Any]) -> Experiment:
 
     return chosen_part(
         load_experiment(chosen["config_file"]),
-        _names(chosen["workloads"]),
-        _names(chosen["deployments"]),
+        names_of(chosen["workloads"]),
+        names_of(chosen["deployments"]),
         chosen["rounds"],
         chosen["seconds"],
         only_90=chosen["only_90"],
     )
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-@contextmanager
-def _telling() -> Iterator[Teller]:
-    """A bar on standard error, below a line for each point; where that is no terminal, only the lines."""
-    from bench.goodput.teller import Teller
-
-    console = Console(stderr=True)
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.fields[what]}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("goodput", total=1.0, what="checking the experiment")
-        yield Teller(
-            lambda share, what: bar.update(task, completed=share, what=what),
-            lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True),
-        )
-
-
-def _about() -> dict[str, Any]:
-    from bench.profile import cpu_name
-
-    return {
-        "machine": cpu_name(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("prelay", "torch")},
-    }
-
-
-def _kept(target: Path) -> str:
-    if not target.exists():
-        return "nothing was measured"
-    return f"what was measured is kept in {target}; --resume {target} goes on from there"
-
-
-def _raise_file_limit() -> None:
-    """Each request that is under way may have a socket."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _print(result: dict[str, Any]) -> None:
-    # A pipe has no width to respect.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = wide_console()
     from bench.goodput.report import tables
 
     for table in tables(result) if "workloads" in result else ():

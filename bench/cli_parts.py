@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.metadata
 import importlib.util
+import platform
+import resource
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from bench.goodput.teller import Teller
 
 
 def need_matplotlib(plot: Path | None) -> None:
@@ -47,3 +57,59 @@ def milliseconds(found: Mapping[str, float] | None) -> str:
 def _ms(seconds: float) -> str:
     """Three digits, or all before the point."""
     return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.3g}"
+
+
+def names_of(text: str | None) -> list[str] | None:
+    """Of a comma-separated list; None where nothing was given."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextmanager
+def telling(title: str) -> Iterator[Teller]:
+    """A bar on standard error, below a line for each point; where that is no terminal, only the lines."""
+    from bench.goodput.teller import Teller
+
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.fields[what]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0, what="checking the experiment")
+        yield Teller(
+            lambda share, what: bar.update(task, completed=share, what=what),
+            lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True),
+        )
+
+
+def about_machine() -> dict[str, str]:
+    """What figures depend on, besides what was asked for."""
+    from bench.profile import cpu_name
+
+    return {
+        "machine": cpu_name(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("prelay", "torch")},
+    }
+
+
+def kept_in(target: Path) -> str:
+    """What to say of a record of measurements."""
+    if not target.exists():
+        return "nothing was measured"
+    return f"what was measured is kept in {target}; --resume {target} goes on from there"
+
+
+def raise_file_limit() -> None:
+    """Each request that is under way may have a socket."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def end_on_sigterm() -> None:
+    """Ended otherwise than by Ctrl-C, too, the running task stops what it has started."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
+def wide_console() -> Console:
+    """For wide tables: a pipe has no width to respect."""
+    return Console(width=None if sys.stdout.isatty() else 160)

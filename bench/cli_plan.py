@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,6 +17,10 @@ from bench.cli_parts import need_directory, need_matplotlib, progress
 from cluster.planner.errors import PlanError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
+
+if TYPE_CHECKING:
+    from bench.plan.options import Asked
+    from bench.plan.report import Found
 
 _EXIT_CODES = """
 \b
@@ -29,9 +33,14 @@ Exit codes:
 
 @click.command(epilog=_EXIT_CODES)
 @click.option("--model", metavar="NAME", help="A checkpoint, a shape of prelay's, or one of the profile's.")
-@click.option("--profile", type=Path, metavar="FILE", help="Of DistServe: measured instead of reckoned.")
 @click.option(
-    "--gpus", required=True, metavar="KIND:N,...", help="a100-80g:16,h100-80g:8, or KIND:N:PRICE an hour."
+    "--profile", type=Path, metavar="FILE", help="Of DistServe (JSON) or Splitwise (CSV): measured."
+)
+@click.option("--gpus", metavar="KIND:N,...", help="a100-80g:16,h100-80g:8, or KIND:N:PRICE an hour.")
+@click.option(
+    "--live",
+    metavar="HOST:PORT",
+    help="Admin port of a running router: plan for what it has seen, and without --gpus for its workers.",
 )
 @click.option(
     "--per-node", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Devices of a node."
@@ -54,9 +63,9 @@ Exit codes:
 @click.option(
     "--slo",
     "slo_text",
-    required=True,
     metavar="LIMITS",
-    help="ttft=0.25,tpot=0.1, or multiples of the usual request alone on the fastest worker.",
+    help="ttft=0.25,tpot=0.1, or multiples of the usual request alone on the fastest worker (with --live: "
+    "default the limits of its busiest class).",
 )
 @click.option(
     "--target",
@@ -92,6 +101,22 @@ Exit codes:
 @click.option(
     "--seeds", type=click.IntRange(1), default=2, show_default=True, metavar="N", help="Trials of each rate."
 )
+@click.option(
+    "--for-rate",
+    type=click.FloatRange(0, min_open=True),
+    metavar="R",
+    help="Requests/s: the cheapest plan that serves them, by --objective.",
+)
+@click.option("--what-if", is_flag=True, help="Then with longer prompts, slower links, and twice the rate.")
+@click.option("--no-transfer", is_flag=True, help="Leave out that hand-offs take time.")
+@click.option("--no-memory", is_flag=True, help="Leave out that workers hold only so much KV.")
+@click.option(
+    "--context-parallel",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Devices that share a prompt's context; the engine has only 1 yet.",
+)
 @click.option("--explain", is_flag=True, help="Say why the winner won, too.")
 @click.option("--out", type=Path, metavar="FILE.yaml", help="Write the plan as `prelay serve` takes it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -107,36 +132,54 @@ def plan(as_json: bool, plot: Path | None, out: Path | None, explain: bool, **ch
     Examples:
       prelay plan --model llama-3.1-8b --gpus h100-80g:8 --dataset synthetic:prompt=1024,answer=256 \\
           --slo ttft=0.5,tpot=0.03 --explain --out plan.yaml
+      prelay plan --live 127.0.0.1:9091 --explain
       prelay plan --profile a100-80g.opt-13b.distserve.json --model opt-13b --gpus a100-80g:4 \\
           --dataset sharegpt:lengths.csv --max-tokens 2048 --slo ttft=0.2,tpot=0.1 --mode distserve --json
     """
     need_matplotlib(plot)
     need_directory("--out", out)
-    from bench.plan.options import question_of
-    from bench.plan.report import draw, explanation, table, to_json, write_plan
+    from bench.plan.options import asked_of
+    from bench.plan.report import draw, explanation, lines, table, to_json, write_plan
     from bench.simulate.kv import checkpoint_of
+    from cluster.errors import NoRouterError
     from cluster.planner.errors import NoPlanError
-    from cluster.planner.search import search
 
     began = time.perf_counter()
-    processes = len(os.sched_getaffinity(0))
     try:
-        question, kinds = question_of(chosen)
-        with progress("plan") as show, ProcessPoolExecutor(processes, get_context("spawn")) as executor:
-            answer = search(question, kinds, executor, show)
-    except NoPlanError as error:
+        asked = asked_of(chosen)
+        found = _found(asked, for_rate=chosen["for_rate"], what_if=chosen["what_if"])
+    except (NoPlanError, NoRouterError) as error:
         raise click.ClickException(str(error)) from error
     except (BadInputError, SimulationError, PlanError) as error:
         raise click.UsageError(str(error)) from error
-    best = answer.finalists[0].plan
+    question, answer = asked.question, found.answer
     if out is not None:
-        write_plan(question, best, checkpoint_of(chosen["model"]), out)
+        checkpoint = None if chosen["model"] is None else checkpoint_of(chosen["model"])
+        write_plan(question, found.chosen, checkpoint, out)
     if plot is not None:
         draw(question, answer, plot)
     if as_json:
-        click.echo(json.dumps(to_json(question, answer, time.perf_counter() - began)))
+        click.echo(json.dumps(to_json(asked, found, time.perf_counter() - began)))
         return 0
     Console().print(table(question, answer))
+    for line in lines(asked, found):
+        click.echo(line)
     for line in explanation(question, answer) if explain else ():
         click.echo(f"- {line}")
     return 0
+
+
+def _found(asked: Asked, *, for_rate: float | None, what_if: bool) -> Found:
+    """Raises NoPlanError."""
+    from bench.plan.report import Found
+    from cluster.planner.cheapest import cheapest
+    from cluster.planner.search import search
+    from cluster.planner.sensitivity import sensitivity
+
+    question, processes = asked.question, len(os.sched_getaffinity(0))
+    with progress("plan") as show, ProcessPoolExecutor(processes, get_context("spawn")) as executor:
+        also = [] if asked.now is None else [asked.now]
+        answer = search(question, asked.kinds, executor, show, also)
+        enough = [] if for_rate is None else cheapest(question, answer, for_rate, executor, show)
+        changes = sensitivity(question, answer, executor, show) if what_if else None
+    return Found(answer, for_rate, enough, changes)

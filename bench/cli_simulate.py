@@ -24,6 +24,11 @@ _COLUMNS = (
     "rate", "seed", "arrival_s", "prompt_tokens", "output_tokens", "status", "outcome", "ttft_s", "tpot_s",
     "end_s", "error",
 )  # fmt: skip
+_OF_PRELAY = {
+    "policy": "--policy", "kv_tokens": "--kv-tokens", "kv_bytes": "--kv-bytes", "link": "--link",
+    "max_batch_tokens": "--max-batch-tokens", "max_num_seqs": "--max-num-seqs", "noise": "--noise",
+    "timeout": "--timeout", "faults": "--fault", "step_by_step": "--step-by-step",
+}  # fmt: skip
 _EXIT_CODES = """
 \b
 Exit codes:
@@ -120,6 +125,13 @@ Exit codes:
     metavar="S",
     help="After which a client gives up.",
 )
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="WORKER:AT:DOWN",
+    help="decode-0:30:5 dies 30 s after the start and is back 5 s later; may be given more than once.",
+)
 @click.option("--step-by-step", is_flag=True, help="Take decode steps one by one: the same result, slower.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Draw the result.")
@@ -141,6 +153,7 @@ def simulate(as_json: bool, plot: Path | None, requests_out: Path | None, **chos
     """
     need_matplotlib(plot)
     need_directory("--requests", requests_out)
+    _refuse_what_is_ignored(chosen["mode"])
     from bench.simulate.measure import measure
     from bench.simulate.plan import plan_of
 
@@ -161,6 +174,18 @@ def simulate(as_json: bool, plot: Path | None, requests_out: Path | None, **chos
     else:
         Console().print(_table(result))
     return 0
+
+
+def _refuse_what_is_ignored(mode: str) -> None:
+    """Raises click.UsageError for what somebody gave, and DistServe's rules have no place for."""
+    if mode == "prelay":
+        return
+    context = click.get_current_context()
+    for name, flag in _OF_PRELAY.items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{flag} is for --mode prelay; by the rules of --mode {mode} it has no meaning"
+            )
 
 
 def _write_requests(simulated: Simulated, target: Path) -> None:

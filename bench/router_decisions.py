@@ -273,7 +273,7 @@ class BusyCluster:
             policy=timed,
             recovery=Recovery(6, RetryBudget(1.0, 256)),
             limits=Limits(60.0, 1 << 20, 60.0),
-            metrics=RouterMetrics(CollectorRegistry(), classes, lambda: 0, lambda: 0),
+            metrics=RouterMetrics(CollectorRegistry(), classes, lambda: 0, lambda: 0, lambda: ()),
             new_detokenizer=_NoText,
             clock=lambda: self._now,
             on_change=lambda: None,

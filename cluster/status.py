@@ -37,7 +37,7 @@ class StatusClient:
         self._channel.close()
 
     def fetch(self) -> admin_pb2.GetStatusResponse:
-        """Raises NoRouterError."""
+        """How it is. Raises NoRouterError."""
         try:
             status: admin_pb2.GetStatusResponse = self._stub.GetStatus(
                 admin_pb2.GetStatusRequest(), timeout=_TIMEOUT_S
@@ -45,6 +45,16 @@ class StatusClient:
         except grpc.RpcError as error:
             raise NoRouterError(self._reason(error)) from error
         return status
+
+    def fetch_workload(self) -> admin_pb2.GetWorkloadResponse:
+        """What has come lately. Raises NoRouterError."""
+        try:
+            workload: admin_pb2.GetWorkloadResponse = self._stub.GetWorkload(
+                admin_pb2.GetWorkloadRequest(), timeout=_TIMEOUT_S
+            )
+        except grpc.RpcError as error:
+            raise NoRouterError(self._reason(error)) from error
+        return workload
 
     def _reason(self, error: grpc.RpcError) -> str:
         code, details = error.code(), str(error.details())

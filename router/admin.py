@@ -99,6 +99,27 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
             uptime_s=self._clock() - self._started_at,
         )
 
+    async def GetWorkload(
+        self, request: admin_pb2.GetWorkloadRequest, context: _Context
+    ) -> admin_pb2.GetWorkloadResponse:
+        """What has come lately, and what of it has changed."""
+        now = self._clock()
+        seen = self._live.workload.seen(now)
+        return admin_pb2.GetWorkloadResponse(
+            seconds=seen.seconds,
+            rate=seen.rate,
+            hit_share=seen.hit_share,
+            kv_token_bytes=seen.kv_token_bytes or 0.0,
+            shapes=[
+                admin_pb2.RequestShape(prompt_tokens=prompt, answer_tokens=answer)
+                for prompt, answer in seen.shapes
+            ],
+            drifts=[
+                admin_pb2.Drift(trait=one.trait.value, before=one.before, now=one.now)
+                for one in self._live.workload.drifts(now)
+            ],
+        )
+
 
 def _counts(outcomes: Mapping[Outcome, int]) -> dict[str, int]:
     return {outcome.value: count for outcome, count in outcomes.items()}

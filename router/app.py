@@ -82,6 +82,7 @@ class Router:
             settings.slo_classes,
             gated_requests=lambda: self.dispatcher.live.gated,
             prefix_blocks=lambda: len(prefixes),
+            drifting=lambda: {one.trait for one in self.dispatcher.live.workload.drifts(clock())},
         )
         self._workers_changed = asyncio.Event()
         self._estimates = estimates = Estimates(self.pool, prefixes, self.lengths)

@@ -29,6 +29,7 @@ from router.record import Detokenizes, RequestRecord
 from router.recovery import RetryBudget
 from router.requests import Delta, Details, Outcome, Request
 from router.tally import Tally
+from router.workload_profile import WorkloadProfile
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class LiveRequests:
         self._idle.set()
         self.stopping = False
         self.tally = Tally()
+        self.workload = WorkloadProfile(clock())
 
     def __len__(self) -> int:
         return len(self._live)
@@ -115,10 +117,18 @@ class LiveRequests:
         """More of the answer, or the rest of it."""
         self.tally.tokens += len(delta.token_ids)
         live.stream.put(delta)
-        if delta.finish is None:
+        finish = delta.finish
+        if finish is None:
             self._pace.wrote(live)
-        else:
-            self._close(live, delta.finish.details)
+            return
+        self.workload.ended(
+            self._clock(),
+            finish.prompt_tokens,
+            finish.completion_tokens,
+            finish.cached_tokens,
+            finish.details.kv_bytes,
+        )
+        self._close(live, finish.details)
 
     def fail(self, live: LiveRequest, error: RouterError) -> None:
         """Ends the whole call that `live` is part of; what of it has ended already is left alone."""
@@ -144,6 +154,8 @@ class LiveRequests:
         now, overdue = self._clock(), self._outage.overdue
         admitted: list[Request] = []
         refusal: Refusal | None = None
+        for _ in requests:
+            self.workload.arrived(now)
         for request in requests:
             verdict = self._admission.judge(request, now, len(admitted), overdue=overdue)
             if isinstance(verdict, Refusal):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -12,6 +13,7 @@ from router.pool_view import Role
 from router.recovery import Cause
 from router.requests import Details, Outcome, Stage
 from router.slo import SloClass
+from router.workload_profile import Trait
 
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -52,9 +54,11 @@ class RouterMetrics:
         slo_classes: Mapping[str, SloClass],
         gated_requests: Callable[[], int],
         prefix_blocks: Callable[[], int],
+        drifting: Callable[[], Collection[Trait]],
     ) -> None:
         """slo_classes: their limits become bucket edges, so that attainment can be read off. gated_requests,
         prefix_blocks: how many wait at the gate, and how many blocks of workers the prefix index knows now.
+        drifting: what of the workload is not as it was.
         """
         ttft = _edges(_TTFT_BUCKETS, (limits.ttft_s for limits in slo_classes.values()))
         per_token = _edges(_PER_TOKEN_BUCKETS, (limits.tpot_s for limits in slo_classes.values()))
@@ -137,6 +141,14 @@ class RouterMetrics:
             registry=registry,
         )
         prefix.set_function(prefix_blocks)
+        drift = Gauge(
+            "prelay_workload_drift",
+            "1 while that trait of the workload differs from what it was in the hour before.",
+            ["trait"],
+            registry=registry,
+        )
+        for trait in Trait:
+            drift.labels(trait).set_function(partial(_is_among, trait, drifting))
         placements = Counter(
             "prelay_placement_total", "Placements on workers, by kind.", ["kind"], registry=registry
         )
@@ -271,6 +283,10 @@ class RouterMetrics:
     def devices(self, role: Role, count: int) -> None:
         """How many devices the workers of a role hold."""
         self._devices.labels(role).set(count)
+
+
+def _is_among(trait: Trait, found: Callable[[], Collection[Trait]]) -> bool:
+    return trait in found()
 
 
 def _edges(buckets: Iterable[float], limits: Iterable[float]) -> list[float]:

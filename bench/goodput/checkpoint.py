@@ -15,7 +15,6 @@ from cluster.config import demo_model_path
 from cluster.errors import ConfigError
 from cluster.latency_profile import read_profile
 from cluster.workload.errors import BadInputError
-from engine.latency import LatencyModel
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -44,7 +43,6 @@ def profile_of(model: ModelPart, folder: Path) -> Path | None:
         latency = read_profile(model.profile)
     except ConfigError as error:
         raise BadInputError(str(error)) from error
-    scaled = LatencyModel({name: value * model.time_scale for name, value in latency.coefficients.items()})
     target = folder / "profile.json"
-    target.write_text(json.dumps(scaled.to_json()))
+    target.write_text(json.dumps(latency.times(model.time_scale).to_json()))
     return target

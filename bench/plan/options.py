@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.load.options import arrivals_of, source_of
+from bench.plan.live import Live
 from bench.simulate.kv import model_of
 from cluster.planner.errors import PlanError
 from cluster.planner.hardware import Hardware, parse_devices
 from cluster.planner.kinds import Kind, Kinds, ReckonedKinds
 from cluster.planner.measured import MeasuredKinds
-from cluster.planner.plans import Objective
-from cluster.planner.question import Question
+from cluster.planner.plans import Objective, Plan
+from cluster.planner.question import SETTLE_S, Question
+from cluster.planner.splitwise import SplitwiseKinds, SplitwiseProfile
 from cluster.simulator.distserve_profile import DistServeProfile
-from cluster.workload.datasets import load_dataset
+from cluster.workload.datasets import Dataset, load_dataset
 from cluster.workload.drawing import WorkloadSpec
 from cluster.workload.slo import IdlePoint, IdleTimes, Slo
 
@@ -25,28 +27,73 @@ _LONG_S = 600.0
 """That a trial by DistServe's rules lasts: they are quick, and overload by these rules is slow to show."""
 
 
-def question_of(chosen: dict[str, Any]) -> tuple[Question, Sequence[Kind]]:
-    """chosen: the options by name. Raises BadInputError, PlanError, SimulationError."""
-    hardware = Hardware(parse_devices(chosen["gpus"]), chosen["per_node"], chosen["inter"] * 1e9)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """now: the plan that runs, if the question is about a running cluster. live: that cluster."""
+
+    question: Question
+    kinds: Sequence[Kind]
+    live: Live | None = None
+    now: Plan | None = None
+
+
+def asked_of(chosen: dict[str, Any]) -> Asked:
+    """chosen: the options by name. Raises BadInputError, PlanError, SimulationError, NoRouterError."""
+    if chosen["context_parallel"] > 1:
+        raise PlanError(
+            f"--context-parallel {chosen['context_parallel']}: the engine cannot split a prompt over devices "
+            "by its context yet; leave it at 1, long prompts can be split by --gpus with more TP"
+        )
+    live = None if chosen["live"] is None else Live.ask(chosen["live"])
+    on_its_own = live is not None and chosen["gpus"] is None
+    if on_its_own:
+        for flag in ("profile", "model"):
+            if chosen[flag] is not None:
+                raise PlanError(f"--{flag} is for --gpus; without, --live plans with the workers that run")
+        if chosen["mode"] == "distserve":
+            raise PlanError("--mode distserve needs a --profile of DistServe's, and --gpus")
+    elif chosen["gpus"] is None:
+        raise PlanError("--gpus KIND:N is missing, or --live HOST:PORT of a cluster that runs")
+    hardware = (
+        live.hardware
+        if live is not None and on_its_own
+        else Hardware(parse_devices(chosen["gpus"]), chosen["per_node"], chosen["inter"] * 1e9)
+    )
+    question = _question(chosen, hardware, live)
+    if live is not None and on_its_own:
+        kinds: Sequence[Kind] = live.kinds()
+    else:
+        kinds = _kinds(chosen, hardware).kinds(question.longest)
+    if question.slo.is_relative:
+        question = replace(question, slo=question.slo.with_idle(_idle(question, kinds)))
+    now = live.plan(kinds) if live is not None and on_its_own else None
+    return Asked(question, kinds, live, now)
+
+
+def _question(chosen: dict[str, Any], hardware: Hardware, live: Live | None) -> Question:
     if not (math.isfinite(chosen["length_scale"]) and chosen["length_scale"] > 0):
         raise PlanError(f"--length-scale {chosen['length_scale']:g}: a number greater than 0 is needed")
-    dataset = load_dataset(source_of(chosen), chosen["length_scale"], chosen["max_tokens"])
+    dataset: Dataset
+    if live is not None and chosen["trace"] is None and chosen["dataset"] is None:
+        dataset = live.dataset
+    else:
+        dataset = load_dataset(source_of(chosen), chosen["length_scale"], chosen["max_tokens"])
     process = arrivals_of({**chosen, "time_scale": None}, [1.0], dataset)
-    question = Question(
+    if chosen["slo_text"] is None and live is None:
+        raise PlanError("--slo is missing: limits in seconds as in ttft=0.25,tpot=0.1, or multiples")
+    return Question(
         WorkloadSpec(dataset, process, range(0)),
-        Slo.parse(chosen["slo_text"]),
+        Slo.parse(chosen["slo_text"]) if live is None or chosen["slo_text"] is not None else live.slo,
         hardware,
         chosen["target"],
         Objective(chosen["objective"]),
         chosen["count"],
         tuple(range(chosen["seeds"])),
         chosen["mode"] == "distserve",
-        *((_LONG_S,) if chosen["mode"] == "distserve" else ()),
+        _LONG_S if chosen["mode"] == "distserve" else SETTLE_S,
+        has_transfer=not chosen["no_transfer"],
+        has_memory=not chosen["no_memory"],
     )
-    kinds = _kinds(chosen, hardware).kinds(question.longest)
-    if question.slo.is_relative:
-        question = replace(question, slo=question.slo.with_idle(_idle(question, kinds)))
-    return question, kinds
 
 
 def _kinds(chosen: dict[str, Any], hardware: Hardware) -> Kinds:
@@ -57,6 +104,11 @@ def _kinds(chosen: dict[str, Any], hardware: Hardware) -> Kinds:
         if chosen["model"] is None:
             raise PlanError("--model NAME is missing: a checkpoint, or a shape that comes with prelay")
         return ReckonedKinds(model_of(chosen["model"]), hardware)
+    if path.suffix == ".csv":
+        measured = SplitwiseProfile.read(path)
+        if chosen["model"] is None:
+            raise PlanError(f"--model NAME is missing: {path} has {', '.join(measured.models)}")
+        return SplitwiseKinds(measured, chosen["model"], model_of(chosen["model"]), hardware)
     profile = DistServeProfile.read(path)
     if chosen["model"] is None:
         raise PlanError(f"--model NAME is missing: {path} has {', '.join(profile.models)}")

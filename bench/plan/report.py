@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.table import Table
 
+from bench.plan.live import difference
+from bench.plan.options import Asked
+from cluster.planner.cheapest import Enough
 from cluster.planner.goodput import Goodput
 from cluster.planner.plans import Plan, serve_config
 from cluster.planner.question import Question
-from cluster.planner.search import Answer, Finalist
+from cluster.planner.search import Answer, Finalist, apart
+from cluster.planner.sensitivity import Sensitivity
 from router.pool_view import Role
 
 _NUM_STRONG = 3
 UNITS = {"device": "device", "cost": "currency unit an hour", "watt": "watt"}
 
 
-def to_json(question: Question, answer: Answer, wall_s: float) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """enough: what serves for_rate, the cheapest first. changes: None where nobody asked what if."""
+
+    answer: Answer
+    for_rate: float | None
+    enough: Sequence[Enough]
+    changes: Sensitivity | None
+
+    @property
+    def chosen(self) -> Plan:
+        """What to run."""
+        return self.enough[0].plan if self.enough else self.answer.finalists[0].plan
+
+
+def to_json(asked: Asked, found: Found, wall_s: float) -> dict[str, Any]:
     """What --json prints. goodput_per_device, ci: requests/s; ci spans the seeds."""
+    question, answer = asked.question, found.answer
     return {
         "target": question.target,
         "objective": question.objective.value,
         "is_measured": answer.finalists[0].plan.pools[0].kind.is_measured,
-        "plans": [_plan_json(one) for one in answer.finalists],
+        "plans": [_plan_json(one, answer) for one in answer.finalists],
         "phases": [
             {
                 "gpu": one.kind.gpu.name,
@@ -38,11 +59,95 @@ def to_json(question: Question, answer: Answer, wall_s: float) -> dict[str, Any]
             for one in answer.phases
         ],
         "verdict": verdict(question, answer),
+        **({} if found.for_rate is None else {"for_rate": _enough_json(found)}),
+        **({} if found.changes is None else {"what_if": _changes_json(found.changes)}),
+        **({} if asked.live is None else {"live": _live_json(asked, answer)}),
         "wall_s": wall_s,
     }
 
 
-def _plan_json(one: Finalist) -> dict[str, Any]:
+def _enough_json(found: Found) -> dict[str, Any]:
+    return {
+        "rate": found.for_rate,
+        "plans": [
+            {
+                **one.plan.to_json(),
+                "devices": one.plan.devices,
+                "cost": one.cost,
+                "attainment": one.attainment,
+            }
+            for one in found.enough
+        ],
+    }
+
+
+def _changes_json(changes: Sensitivity) -> dict[str, Any]:
+    return {
+        "attainment_at_twice_the_rate": changes.at_twice,
+        "changes": [
+            {
+                "what": one.what,
+                "goodput": one.winner_before.rate,
+                "of_before": one.of_before,
+                "best": one.finalists[0].plan.to_json(),
+                "best_goodput": one.finalists[0].rate,
+            }
+            for one in changes.changed
+        ],
+    }
+
+
+def _live_json(asked: Asked, answer: Answer) -> dict[str, Any]:
+    assert asked.live is not None
+    seen = asked.live.workload
+    return {
+        "rate": seen.rate,
+        "hit_share": seen.hit_share,
+        "drifts": [{"trait": one.trait, "before": one.before, "now": one.now} for one in seen.drifts],
+        "now": None if asked.now is None else asked.now.to_json(),
+        "changes": [] if asked.now is None else difference(asked.now, answer.finalists[0].plan),
+    }
+
+
+def lines(asked: Asked, found: Found) -> Iterator[str]:
+    """What else was asked, in words."""
+    if asked.live is not None:
+        yield from asked.live.said()
+    if asked.now is not None:
+        yield from _of_now(asked, found)
+    for number, one in enumerate(found.enough):
+        unit = _unit(asked.question)
+        what = f"{one.plan}: {one.cost:g} {unit}s, {one.attainment:.1%} good"
+        yield f"cheapest for {found.for_rate:g} requests/s: {what}" if number == 0 else f"  next: {what}"
+    if found.changes is not None:
+        best = found.answer.finalists[0]
+        for change in found.changes.changed:
+            other = change.finalists[0]
+            stays = other.plan == best.plan
+            serves = f"{change.of_before:.0%} of that ({change.winner_before.rate:.3g} requests/s)"
+            better = "" if stays else f"; {other.plan} would be better ({other.rate:.3g})"
+            yield f"{change.what}: it would serve {serves}{better}"
+        yield (
+            f"at twice its rate {found.changes.at_twice:.0%} would be good; twice the devices "
+            f"({2 * best.plan.devices}) serve it"
+        )
+
+
+def _of_now(asked: Asked, found: Found) -> Iterator[str]:
+    assert asked.now is not None
+    now = next(one for one in found.answer.finalists if one.plan == asked.now)
+    best = found.answer.finalists[0]
+    yield f"now: {now.plan}, good for {now.rate:.3g} requests/s"
+    if best.plan == now.plan:
+        yield "it is the best of these plans: change nothing"
+        return
+    gain = f"{best.rate / now.rate - 1:+.0%}" if now.rate > 0 else "up from none"
+    yield f"planned: {best.plan}, good for {best.rate:.3g} ({gain})"
+    for line in difference(asked.now, best.plan):
+        yield f"  {line}"
+
+
+def _plan_json(one: Finalist, answer: Answer) -> dict[str, Any]:
     per_device = one.times / one.plan.devices
     return {
         **one.plan.to_json(),
@@ -50,6 +155,7 @@ def _plan_json(one: Finalist) -> dict[str, Any]:
         "goodput": one.rate,
         "goodput_per_device": one.goodput.rate * per_device,
         "ci": [one.goodput.least * per_device, one.goodput.greatest * per_device],
+        "phases_apart_per_device": apart(one.plan, answer.phases) / one.plan.devices,
         "value": one.value,
     }
 

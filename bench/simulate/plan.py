@@ -13,7 +13,7 @@ from bench.load.options import arrivals_of, rates_of, source_of
 from bench.simulate.kv import kv_bytes_of
 from bench.simulate.profiles import KV_TOKENS, is_distserve, worker_profile
 from bench.simulate.splits import Split
-from cluster.simulator.cluster_spec import ClusterSpec, NetworkSpec, WorkerSpec
+from cluster.simulator.cluster_spec import ClusterSpec, Fault, NetworkSpec, WorkerSpec
 from cluster.simulator.distserve import Pool, simulate_distserve, simulate_distserve_colocated
 from cluster.simulator.distserve_profile import DistServeProfile
 from cluster.simulator.errors import SimulationError
@@ -157,7 +157,12 @@ def _prelay(chosen: dict[str, Any], splits: dict[Role, Split]) -> tuple[Simulate
         workers += [replace(spec, worker_id=f"{role.value}-{index}") for index in range(split.replicas)]
     network = NetworkSpec(bytes_per_s=chosen["link"] * 1e9)
     cluster = ClusterSpec(
-        workers, chosen["policy"], network, noise=chosen["noise"], timeout_s=chosen["timeout"]
+        workers,
+        chosen["policy"],
+        network,
+        noise=chosen["noise"],
+        timeout_s=chosen["timeout"],
+        faults=[_fault(text) for text in chosen["faults"]],
     )
     max_run = 1 if chosen["step_by_step"] else MAX_RUN
 
@@ -166,6 +171,19 @@ def _prelay(chosen: dict[str, Any], splits: dict[Role, Split]) -> tuple[Simulate
 
     said = ", ".join(_said(role.value, split) for role, split in splits.items())
     return run, cluster.devices, f"{said}, {chosen['policy']}"
+
+
+def _fault(text: str) -> Fault:
+    """Raises SimulationError."""
+    worker_id, _, times = text.partition(":")
+    at, _, down = times.partition(":")
+    try:
+        at_s, down_s = float(at), float(down)
+    except ValueError:
+        at_s = down_s = math.nan
+    if not (math.isfinite(at_s) and math.isfinite(down_s) and at_s >= 0 and down_s >= 0):
+        raise SimulationError(f"--fault {text!r}: write it as WORKER:AT:DOWN in seconds, as in decode-0:30:5")
+    return Fault(worker_id, at_s, down_s)
 
 
 def _said(name: str, split: Split) -> str:

@@ -22,7 +22,8 @@ _PP = (1, 2, 3, 4, 6, 8)
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A worker. latency: of its steps. kv_tokens: room of its KV cache. kv_bytes: of a token as it travels.
-    times: its step times as DistServe's simulator has them, if they are known. is_measured: or reckoned."""
+    times: its step times as DistServe's simulator has them, if they are known. is_measured: or reckoned.
+    batch_tokens, num_seqs: most tokens and sequences of a step; None leaves them to the planner."""
 
     gpu: Gpu
     tp: int
@@ -32,6 +33,8 @@ class Kind:
     kv_bytes: int
     is_measured: bool
     times: StepTimes | None = field(default=None, compare=False)
+    batch_tokens: int | None = None
+    num_seqs: int | None = None
 
     @property
     def devices(self) -> int:

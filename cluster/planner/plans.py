@@ -52,6 +52,16 @@ class Pool:
     def devices(self) -> int:
         return self.kind.devices * self.replicas
 
+    @property
+    def batch_tokens(self) -> int:
+        """Most of a step."""
+        return self.kind.batch_tokens or (BATCH_TOKENS if self.role is Role.PREFILL else CHUNK_TOKENS)
+
+    @property
+    def num_seqs(self) -> int:
+        """Most of a step that writes."""
+        return min(self.kind.num_seqs or NUM_SEQS, self.batch_tokens)
+
     def __str__(self) -> str:
         return f"{self.replicas} x {self.role} ({self.kind})"
 
@@ -95,7 +105,7 @@ class Plan:
             kind = pool.kind
             spec = WorkerSpec(
                 "", pool.role, kind.latency, kind.kv_tokens, kind.kv_bytes, kind.devices,
-                max_batch_tokens=_batch_tokens(pool.role), max_num_seqs=NUM_SEQS,
+                max_batch_tokens=pool.batch_tokens, max_num_seqs=pool.num_seqs,
             )  # fmt: skip
             workers += [
                 replace(spec, worker_id=f"{pool.role.value}-{index}") for index in range(pool.replicas)
@@ -132,14 +142,10 @@ def serve_config(plan: Plan, model: str | None, slo: Mapping[str, float]) -> dic
                 "replicas": pool.replicas,
                 "tensor_parallel": pool.kind.tp,
                 "pipeline_parallel": pool.kind.pp,
-                "max_batch_tokens": _batch_tokens(role),
+                "max_batch_tokens": pool.batch_tokens,
                 "kv_cache_tokens": pool.kind.kv_tokens,
-                **({"max_num_seqs": NUM_SEQS} if role.writes else {}),
+                **({"max_num_seqs": pool.num_seqs} if role.writes else {}),
             }
     config["router"] = {"policy": plan.policy}
     config["slo"] = {"default": "planned", "classes": {"planned": dict(slo)}}
     return config
-
-
-def _batch_tokens(role: Role) -> int:
-    return BATCH_TOKENS if role is Role.PREFILL else CHUNK_TOKENS

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
 from cluster.planner.hardware import Hardware
 from cluster.planner.kinds import Kind
 from cluster.planner.plans import Objective, Plan
+from cluster.simulator.cluster_spec import NetworkSpec, WorkerSpec
 from cluster.simulator.distserve import (
     Pool,
     simulate_decode,
@@ -33,6 +35,9 @@ _SAMPLE = 2000
 GIVE_UP = 2.0
 """A trial is given up at so many times the misses that it may have."""
 _MOST_COUNT = 4000
+SETTLE_S = 200.0
+"""That a trial lasts at least, in virtual time."""
+_NO_TRANSFER = NetworkSpec(bytes_per_s=1e18, part_s=0.0)
 WARM_UP, COOL_DOWN = 0.25, 0.15
 """Of the requests, those that come first and last are not judged: a cluster is emptier then."""
 
@@ -58,7 +63,9 @@ class Question:
     """workload: what comes; its rate is what is searched. slo: limits in seconds. target: share of requests
     that have to be good. count: requests of a trial at least; more at high rates. seeds: of a trial's
     arrivals. by_distserve: the rules of DistServe's simulator decide, not the joint simulation. settle_s:
-    that a trial lasts at least, in virtual time."""
+    that a trial lasts at least, in virtual time. has_transfer, has_memory: False leaves out, in the joint
+    simulation, that hand-offs take time and that workers hold only so much. prompt_scale: of the workload's
+    prompts, for what-if questions; link_scale: of the bandwidth of hand-offs."""
 
     workload: WorkloadSpec
     slo: Slo
@@ -68,17 +75,22 @@ class Question:
     count: int = 400
     seeds: tuple[int, ...] = (0, 1)
     by_distserve: bool = False
-    settle_s: float = 200.0
+    settle_s: float = SETTLE_S
+    has_transfer: bool = True
+    has_memory: bool = True
+    prompt_scale: float = 1.0
+    link_scale: float = 1.0
 
     @cached_property
     def sample(self) -> Sequence[Arrival]:
         """Of the workload, whatever its rate."""
-        return arrivals(self.workload, 0, 1.0, count=_SAMPLE)
+        return self._scaled(arrivals(self.workload, 0, 1.0, count=_SAMPLE))
 
     @cached_property
     def _shapes(self) -> Sequence[Shape]:
         """All that may come, if they can be counted."""
-        return _most(self.workload.dataset) or [one.shape for one in self.sample]
+        known = [self._scaled_shape(shape) for shape in _most(self.workload.dataset)]
+        return known or [one.shape for one in self.sample]
 
     @cached_property
     def longest(self) -> int:
@@ -111,13 +123,17 @@ class Question:
     def joint(self, plan: Plan, rate: float, seed: int) -> tuple[int, int]:
         """A trial of a whole plan: both limits, with memory, transfer and the router's policy. Given up when
         it is clear that there are too few good ones; those that had not ended then do not count as good."""
+        outcomes = self.outcomes(plan, rate, seed)
+        return outcomes[Outcome.GOOD], outcomes.total()
+
+    def outcomes(self, plan: Plan, rate: float, seed: int) -> Counter[Outcome]:
+        """The same trial: what became of how many."""
         requests = self._arrivals(rate, seed)
         if self.by_distserve:
             rows = _judged(self._by_distserve(plan, requests))
         else:
             rows = _judged(self._simulated(plan, requests, seed))
-        good = sum(outcome_of(row, self.slo) is Outcome.GOOD for row in rows)
-        return good, len(rows)
+        return Counter(outcome_of(row, self.slo) for row in rows)
 
     def _simulated(self, plan: Plan, requests: Sequence[Arrival], seed: int) -> Sequence[Row]:
         judged = _judged(range(len(requests)))
@@ -129,14 +145,18 @@ class Question:
             return left > 0
 
         cluster = plan.cluster(self.link_bytes_per_s(plan))
+        if not self.has_transfer:
+            cluster = replace(cluster, network=_NO_TRANSFER)
+        if not self.has_memory:
+            cluster = replace(cluster, workers=[self._endless(worker) for worker in cluster.workers])
         return simulate(cluster, requests, self.slo, seed, goes_on=goes_on).rows
 
     def link_bytes_per_s(self, plan: Plan) -> float:
         """Of a device to its peers of the other phase."""
         within = min(pool.kind.gpu.link_bytes_per_s for pool in plan.pools)
-        if plan.is_near or self.hardware.count <= self.hardware.per_node:
-            return within
-        return min(within, self.hardware.inter_bytes_per_s)
+        if not plan.is_near and self.hardware.count > self.hardware.per_node:
+            within = min(within, self.hardware.inter_bytes_per_s)
+        return within * self.link_scale
 
     def idle(self, kind: Kind) -> tuple[float, float]:
         """TTFT and TPOT of the workload's usual request alone on such workers."""
@@ -149,7 +169,22 @@ class Question:
     def _arrivals(self, rate: float, seed: int) -> list[Arrival]:
         """So many that queues have time to build up."""
         count = min(_MOST_COUNT, max(self.count, round(self.settle_s * rate)))
-        return arrivals(self.workload, seed, rate, count=count)
+        return self._scaled(arrivals(self.workload, seed, rate, count=count))
+
+    def _scaled(self, requests: list[Arrival]) -> list[Arrival]:
+        if self.prompt_scale == 1.0:
+            return requests
+        return [replace(one, shape=self._scaled_shape(one.shape)) for one in requests]
+
+    def _scaled_shape(self, shape: Shape) -> Shape:
+        scale = self.prompt_scale
+        tokens = max(1, round(shape.prompt_tokens * scale))
+        return replace(shape, prompt_tokens=tokens, block_tokens=shape.block_tokens * scale)
+
+    def _endless(self, worker: WorkerSpec) -> WorkerSpec:
+        """With room for as many sequences as it takes, however long."""
+        most = (worker.max_num_seqs + 1) * (self.longest + worker.block_size)
+        return replace(worker, kv_tokens=max(worker.kv_tokens, most))
 
     def _times(self, kind: Kind) -> ModelTimes:
         return ModelTimes(kind.latency, max(2048, self.longest_prompt))

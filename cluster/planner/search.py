@@ -78,8 +78,10 @@ class Answer:
     is_near: bool
 
 
-def search(question: Question, kinds: Sequence[Kind], executor: Executor, show: Show) -> Answer:
-    """Raises NoPlanError."""
+def search(
+    question: Question, kinds: Sequence[Kind], executor: Executor, show: Show, also: Sequence[Plan] = ()
+) -> Answer:
+    """also: plans that are judged, too, whatever the phases apart say of them. Raises NoPlanError."""
     _check_limits(question, kinds)
     show(0.0, "each phase apart")
     phases: list[Phases] = []
@@ -87,11 +89,11 @@ def search(question: Question, kinds: Sequence[Kind], executor: Executor, show: 
         phases.append(found)
         show(0.3 * (number + 1) / len(kinds), f"each phase apart: {found.kind}")
     is_near = _links_are_slow(question, kinds)
-    plans = finalists(question, phases, is_near=is_near)
+    plans = list(dict.fromkeys([*also, *finalists(question, phases, is_near=is_near)]))
     if not plans:
         raise NoPlanError(_why_none(question, phases))
     done: list[Finalist] = []
-    guesses = [_guess(plan, phases) for plan in plans]
+    guesses = [guess(plan, phases) for plan in plans]
     for number, finalist in enumerate(executor.map(partial(measure_plan, question), plans, guesses)):
         done.append(finalist)
         show(0.3 + 0.7 * (number + 1) / len(plans), f"together: {finalist.plan}")
@@ -117,7 +119,7 @@ def measure_phases(question: Question, kind: Kind) -> Phases:
 
 
 def measure_plan(question: Question, plan: Plan, guess: float) -> Finalist:
-    """guess: requests/s of the whole plan."""
+    """guess: requests/s of the whole plan, to begin with."""
     unit, times = plan.unit()
     try:
         goodput = highest_rate(
@@ -212,15 +214,20 @@ def _both(one: Phases) -> float:
     return 1 / (1 / one.prefill.rate + 1 / one.decode.rate)
 
 
-def _guess(plan: Plan, phases: Sequence[Phases]) -> float:
-    """Requests/s, from the phases apart."""
+def guess(plan: Plan, phases: Sequence[Phases]) -> float:
+    """Requests/s, from the phases apart, and somewhat less."""
+    return max(1e-3, 0.7 * apart(plan, phases))
+
+
+def apart(plan: Plan, phases: Sequence[Phases]) -> float:
+    """Requests/s, if each phase did what it does alone (what Algorithms 1 and 2 maximise)."""
     of = {one.kind: one for one in phases}
     rates = []
     for pool in plan.pools:
         one = of[pool.kind]
         rate = {Role.PREFILL: one.prefill.rate, Role.DECODE: one.decode.rate, Role.MIXED: _both(one)}
         rates.append(rate[pool.role] * pool.replicas)
-    return max(1e-3, 0.7 * min(rates))
+    return min(rates)
 
 
 def _share_nodes(question: Question, reader: Phases, writer: Phases) -> bool:

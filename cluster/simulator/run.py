@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cluster.simulator.clock import Clock
 from cluster.simulator.cluster_spec import ClusterSpec, Fault, WorkerSpec
@@ -228,3 +229,9 @@ def _check(cluster: ClusterSpec) -> None:
             raise SimulationError(f"worker {worker.worker_id}: it is not known how long its steps take")
     if unknown := sorted({fault.worker_id for fault in cluster.faults} - set(ids)):
         raise SimulationError(f"a fault of {unknown[0]}, which is no worker; there are {', '.join(ids)}")
+    for one, after in pairwise(sorted(cluster.faults, key=lambda fault: (fault.worker_id, fault.at_s))):
+        if one.worker_id == after.worker_id and after.at_s < one.at_s + one.down_s:
+            raise SimulationError(
+                f"{one.worker_id} dies at {after.at_s:g} s while it is down from {one.at_s:g} s on for "
+                f"{one.down_s:g} s; let it come back first"
+            )

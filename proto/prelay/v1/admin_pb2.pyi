@@ -119,3 +119,41 @@ class WorkerStatus(_message.Message):
     suspected: bool
     live_requests: int
     def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ..., suspected: _Optional[bool] = ..., live_requests: _Optional[int] = ...) -> None: ...
+
+class GetWorkloadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetWorkloadResponse(_message.Message):
+    __slots__ = ("seconds", "rate", "hit_share", "kv_token_bytes", "shapes", "drifts")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    HIT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
+    DRIFTS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    rate: float
+    hit_share: float
+    kv_token_bytes: float
+    shapes: _containers.RepeatedCompositeFieldContainer[RequestShape]
+    drifts: _containers.RepeatedCompositeFieldContainer[Drift]
+    def __init__(self, seconds: _Optional[float] = ..., rate: _Optional[float] = ..., hit_share: _Optional[float] = ..., kv_token_bytes: _Optional[float] = ..., shapes: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., drifts: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
+
+class RequestShape(_message.Message):
+    __slots__ = ("prompt_tokens", "answer_tokens")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    answer_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ...) -> None: ...
+
+class Drift(_message.Message):
+    __slots__ = ("trait", "before", "now")
+    TRAIT_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
+    trait: str
+    before: float
+    now: float
+    def __init__(self, trait: _Optional[str] = ..., before: _Optional[float] = ..., now: _Optional[float] = ...) -> None: ...

@@ -49,6 +49,11 @@ class RouterAdminStub:
                 request_serializer=prelay_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=prelay_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetWorkload = channel.unary_unary(
+                '/prelay.v1.RouterAdmin/GetWorkload',
+                request_serializer=prelay_dot_v1_dot_admin__pb2.GetWorkloadRequest.SerializeToString,
+                response_deserializer=prelay_dot_v1_dot_admin__pb2.GetWorkloadResponse.FromString,
+                _registered_method=True)
 
 
 class RouterAdminServicer:
@@ -75,6 +80,13 @@ class RouterAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWorkload(self, request, context):
+        """What has come lately, for planning.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_RouterAdminServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=prelay_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=prelay_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetWorkload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWorkload,
+                    request_deserializer=prelay_dot_v1_dot_admin__pb2.GetWorkloadRequest.FromString,
+                    response_serializer=prelay_dot_v1_dot_admin__pb2.GetWorkloadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class RouterAdmin:
             '/prelay.v1.RouterAdmin/GetStatus',
             prelay_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             prelay_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWorkload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prelay.v1.RouterAdmin/GetWorkload',
+            prelay_dot_v1_dot_admin__pb2.GetWorkloadRequest.SerializeToString,
+            prelay_dot_v1_dot_admin__pb2.GetWorkloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

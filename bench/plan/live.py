@@ -1,0 +1,145 @@
+"""What a running cluster has seen and what it is made of, as a question to the planner."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from prelay.v1 import admin_pb2, worker_pb2
+
+from cluster.planner.errors import PlanError
+from cluster.planner.hardware import Devices, Gpu, Hardware
+from cluster.planner.kinds import Kind
+from cluster.planner.plans import Plan, Pool
+from cluster.roles import ROLE_NAMES
+from cluster.status import StatusClient
+from cluster.workload.datasets import Lengths, Shape
+from cluster.workload.slo import Slo
+from engine.latency import LatencyModel
+from router.pool_view import Role
+
+_LEAST_ANSWERS = 50
+_LINK_BYTES_PER_S = 10e9
+_TYPICAL_PROMPT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """address: that was asked. workers: those that are up."""
+
+    address: str
+    workers: Sequence[worker_pb2.WorkerInfo]
+    classes: Mapping[str, admin_pb2.ClassOutcomes]
+    workload: admin_pb2.GetWorkloadResponse
+
+    @classmethod
+    def ask(cls, url: str) -> Live:
+        """url: HOST:PORT of a router's admin port, with or without grpc:// before it. Raises NoRouterError,
+        PlanError."""
+        address = urlsplit(url).netloc if "://" in url else url
+        if not address:
+            raise PlanError(f"--live {url!r}: give HOST:PORT, what `prelay serve` shows as admin")
+        with StatusClient(address) as client:
+            status, workload = client.fetch(), client.fetch_workload()
+        workers = [worker.info for worker in status.workers if worker.up]
+        if not workers:
+            raise PlanError(f"--live {url}: no worker is up there, so there is nothing to plan with")
+        return cls(address, workers, dict(status.classes), workload)
+
+    @property
+    def dataset(self) -> Lengths:
+        """Prompts and answers as they were. Raises PlanError if there are too few."""
+        shapes = [Shape(one.prompt_tokens, one.answer_tokens) for one in self.workload.shapes]
+        if len(shapes) < _LEAST_ANSWERS:
+            raise PlanError(
+                f"--live {self.address}: {len(shapes)} answers are complete so far, and a plan needs "
+                f"{_LEAST_ANSWERS}; try again later, or give --dataset"
+            )
+        return Lengths(shapes)
+
+    @property
+    def slo(self) -> Slo:
+        """Of the class that most requests came with."""
+        name = max(self.classes, key=lambda one: sum(self.classes[one].outcomes.values()))
+        return Slo.fixed(self.classes[name].ttft_limit_s, self.classes[name].tpot_limit_s)
+
+    @property
+    def hardware(self) -> Hardware:
+        """As many devices as its workers hold. All that is known of them is how long steps take."""
+        return Hardware([Devices(_DEVICE, sum(map(_devices, self.workers)))])
+
+    def kinds(self) -> list[Kind]:
+        """A kind for each number of devices that a worker has: with the step times that the worker in the
+        middle has measured of itself. Raises PlanError."""
+        alike: defaultdict[int, list[worker_pb2.WorkerInfo]] = defaultdict(list)
+        for info in self.workers:
+            if info.latency:
+                alike[_devices(info)].append(info)
+        if not alike:
+            raise PlanError(f"--live {self.address}: its workers do not say how long their steps take")
+        return [self._kind(devices, infos) for devices, infos in sorted(alike.items())]
+
+    def plan(self, kinds: Sequence[Kind]) -> Plan:
+        """What runs now. Workers of a role that differ count as the kind that most of them are of."""
+        of = {kind.devices: kind for kind in kinds}
+        pools = []
+        for role in Role:
+            sizes = [_devices(info) for info in self.workers if ROLE_NAMES.get(info.role) == role.value]
+            if sizes:
+                usual = max(set(sizes), key=sizes.count)
+                pools.append(Pool(role, of.get(usual, kinds[0]), len(sizes)))
+        return Plan(tuple(pools))
+
+    def said(self) -> Iterator[str]:
+        """What was seen, in words."""
+        seen, shapes = self.workload, self.workload.shapes
+        yield (
+            f"seen in {seen.seconds:.0f} s: {seen.rate:.3g} requests/s; of the last {len(shapes)} answers: "
+            f"prompts of {_mean([one.prompt_tokens for one in shapes]):.0f} tokens on average, answers of "
+            f"{_mean([one.answer_tokens for one in shapes]):.0f}; {seen.hit_share:.0%} of the prompts' "
+            "tokens were in prefix caches (planned as if none were)"
+        )
+        for drift in seen.drifts:
+            yield f"changed in the last minutes: {drift.trait}, from {drift.before:.3g} to {drift.now:.3g}"
+
+    def _kind(self, devices: int, infos: Sequence[worker_pb2.WorkerInfo]) -> Kind:
+        models = sorted(
+            (LatencyModel.from_coefficients(info.latency) for info in infos),
+            key=lambda model: model.prefill_s(_TYPICAL_PROMPT),
+        )
+        return Kind(
+            _DEVICE,
+            devices,
+            1,
+            models[len(models) // 2],
+            max(info.num_blocks * info.block_size for info in infos),
+            round(self.workload.kv_token_bytes),
+            is_measured=True,
+            batch_tokens=max(info.max_batch_tokens for info in infos),
+            num_seqs=max(1, *(info.max_num_seqs for info in infos), 1),
+        )
+
+
+_DEVICE = Gpu("device", 0.0, 0.0, 0.0, _LINK_BYTES_PER_S)
+
+
+def difference(now: Plan, planned: Plan) -> list[str]:
+    """What would have to change, a line for each role that does."""
+    lines = []
+    for role in Role:
+        old, new = now.pool(role), planned.pool(role)
+        if old == new:
+            continue
+        before, after = (f"{pool.replicas} x {pool.kind}" if pool else "none" for pool in (old, new))
+        lines.append(f"{role.value}: {before} -> {after}")
+    return lines
+
+
+def _devices(info: worker_pb2.WorkerInfo) -> int:
+    return max(1, info.num_devices)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values) if values else 0.0
