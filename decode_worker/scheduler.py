@@ -220,10 +220,10 @@ class DecodeScheduler:
         steps: when each began and ended. Returns of the last step what is not like all others: the tokens
         that end an answer, and the first ones after a hand-off, if there is but one step.
         """
-        context = [len(one.token_ids) for one, _ in self._batch]
-        for number, (began_s, ended_s) in enumerate(steps):
-            shape = StepShape((), len(context), sum(context) + number * len(context))
-            self._latency.observe(shape, ended_s - began_s)
+        shape = self.shape
+        self._latency.observe_run(
+            shape.decode_batch, shape.decode_context, (ended_s - began_s for began_s, ended_s in steps)
+        )
         now, count, decoded = steps[-1][1], len(steps), []
         self._seen_at, self._least_tpot_s = now, None
         for sequence, _ in self._batch:

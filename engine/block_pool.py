@@ -84,6 +84,9 @@ class BlockPool:
         # Held by the cache only, the longest unused first.
         self._unused: OrderedDict[int, None] = OrderedDict()
         self._references = {holder: [0] * num_blocks for holder in Holder}
+        # Of all holders together; a pool is asked for each block of each request several times.
+        self._total = [0] * num_blocks
+        self._cache = self._references[Holder.CACHE]
         self._num_references = dict.fromkeys(Holder, 0)
         self._num_leased = 0
         self._forget: Callable[[int], None] = lambda block: None
@@ -119,9 +122,9 @@ class BlockPool:
         for _ in range(num_blocks - len(self._free)):
             self._evict()
         blocks = [self._free.popleft() for _ in range(num_blocks)]
-        references = self._references[holder]
+        references, total = self._references[holder], self._total
         for block in blocks:
-            references[block] = 1
+            references[block] = total[block] = 1
         self._num_references[holder] += num_blocks
         if holder is Holder.TRANSFER:
             self._num_leased += num_blocks
@@ -132,19 +135,22 @@ class BlockPool:
 
         Raises BlockAccountingError if one of them is free: what it held may be overwritten at any moment.
         """
+        total, unused = self._total, self._unused
+        self._check_exist(blocks)
         for block in blocks:
-            self._check_exists(block)
-            if not self._is_held(block):
+            if not total[block]:
                 raise BlockAccountingError(
                     f"block {block} is free: it cannot be shared with a {holder.value}"
                 )
         references = self._references[holder]
+        leases, uses = holder is Holder.TRANSFER, holder is not Holder.CACHE
         for block in blocks:
-            if holder is Holder.TRANSFER and references[block] == 0:
+            if leases and references[block] == 0:
                 self._num_leased += 1
             references[block] += 1
-            if holder is not Holder.CACHE:
-                self._unused.pop(block, None)
+            total[block] += 1
+            if uses and unused:
+                unused.pop(block, None)
         self._num_references[holder] += len(blocks)
 
     def drop(self, blocks: Sequence[int], holder: Holder) -> None:
@@ -152,21 +158,24 @@ class BlockPool:
 
         Raises BlockAccountingError if `holder` has fewer references than it drops.
         """
-        references = self._references[holder]
+        references, total, cache = self._references[holder], self._total, self._cache
+        self._check_exist(blocks)
         for block, dropped in Counter(blocks).items():
-            self._check_exists(block)
             if references[block] < dropped:
                 raise BlockAccountingError(
                     f"block {block} has {references[block]} {holder.value} references, {dropped} were dropped"
                 )
+        leased, used = holder is Holder.TRANSFER, holder is not Holder.CACHE
         for block in reversed(blocks):
             references[block] -= 1
-            if holder is Holder.TRANSFER and references[block] == 0:
+            total[block] -= 1
+            if leased and references[block] == 0:
                 self._num_leased -= 1
-            if not self._is_held(block):
-                self._unused.pop(block, None)
+            if total[block] == 0:
+                if not used:
+                    self._unused.pop(block, None)
                 self._recycle(block)
-            elif holder is not Holder.CACHE and self._is_unused(block):
+            elif used and total[block] == cache[block]:
                 self._unused[block] = None
         self._num_references[holder] -= len(blocks)
 
@@ -177,15 +186,19 @@ class BlockPool:
 
     def check(self) -> None:
         """Recount everything from the references; raises BlockAccountingError if the books do not agree."""
+        everything = range(self.num_blocks)
         free = set(self._free)
         if len(free) != len(self._free):
             raise BlockAccountingError("a block is on the free list twice")
-        unreferenced = {block for block in range(self.num_blocks) if not self._is_held(block)}
+        totals = [sum(references[block] for references in self._references.values()) for block in everything]
+        if totals != self._total:
+            raise BlockAccountingError("a block has other references than the books say")
+        unreferenced = {block for block in everything if not totals[block]}
         if free != unreferenced:
             raise BlockAccountingError(
                 f"free but referenced, or unreferenced but not free: blocks {sorted(free ^ unreferenced)}"
             )
-        unused = {block for block in range(self.num_blocks) if self._is_unused(block)}
+        unused = {block for block in everything if 0 < totals[block] == self._cache[block]}
         if unused != set(self._unused):
             wrong = sorted(unused ^ set(self._unused))
             raise BlockAccountingError(f"held by the cache only, or said to be, but not both: blocks {wrong}")
@@ -201,7 +214,8 @@ class BlockPool:
 
     def _evict(self) -> None:
         block, _ = self._unused.popitem(last=False)
-        self._references[Holder.CACHE][block] -= 1
+        self._cache[block] -= 1
+        self._total[block] -= 1
         self._num_references[Holder.CACHE] -= 1
         self._recycle(block)
         self._forget(block)
@@ -210,15 +224,7 @@ class BlockPool:
         self._generations[block] = (int(self._generations[block]) + 1) % _GENERATIONS
         self._free.append(block)
 
-    def _is_held(self, block: int) -> bool:
-        return any(references[block] for references in self._references.values())
-
-    def _is_unused(self, block: int) -> bool:
-        """Whether nobody but the cache holds it."""
-        references = self._references
-        used = references[Holder.SEQUENCE][block] or references[Holder.TRANSFER][block]
-        return bool(references[Holder.CACHE][block]) and not used
-
-    def _check_exists(self, block: int) -> None:
-        if not 0 <= block < self.num_blocks:
-            raise BlockAccountingError(f"there is no block {block}: the pool has {self.num_blocks}")
+    def _check_exist(self, blocks: Sequence[int]) -> None:
+        for block in (min(blocks), max(blocks)) if blocks else ():
+            if not 0 <= block < self.num_blocks:
+                raise BlockAccountingError(f"there is no block {block}: the pool has {self.num_blocks}")

@@ -19,7 +19,7 @@ look at the line that T lies on, and a few products.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,12 @@ class LatencyModel:
     def decode_s(self, batch: int, context: int) -> float:
         """One token for each of `batch` sequences that have `context` tokens together."""
         return self._seconds(batch, 0.0, 0, 0, batch, context)
+
+    def decode_run_s(self, batch: int, context: int, count: int) -> list[float]:
+        """So many steps one after the other: `decode_s`, each with a token more for each sequence."""
+        without = self._seconds(batch, 0.0, 0, 0, batch, 0)
+        each = self._weights[4]
+        return [without + each * (context + number * batch) for number in range(count)]
 
     def mixed_s(self, batch: int, context: int, new: int, cached: int = 0) -> float:
         """A decode step that also computes one prompt chunk."""
@@ -274,6 +280,11 @@ class OnlineLatency:
     def promise_s(self, shape: StepShape) -> float:
         """How long steps like it will take on average at most, in `quantile` of the cases."""
         return self.expect_s(shape) * self._margin
+
+    def observe_run(self, batch: int, context: int, seconds: Iterable[float]) -> None:
+        """Decode steps of the same sequences, one after the other, the first with so much context."""
+        for number, one_s in enumerate(seconds):
+            self.observe(StepShape((), batch, context + number * batch), one_s)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Take a step into account; what is not a time is ignored."""

@@ -13,7 +13,7 @@ from bench.goodput.variants import Variant
 from bench.goodput.visit import spec_of, window_s
 from bench.simulate.kv import kv_bytes
 from cluster.config import ServeConfig
-from cluster.planner.goodput import highest_rate
+from cluster.planner.goodput import Patience, highest_rate
 from cluster.sections import PrefillSection, WritingSection
 from cluster.simulator.cluster_spec import ClusterSpec, NetworkSpec, WorkerSpec
 from cluster.simulator.run import simulate
@@ -81,7 +81,9 @@ class Case:
         def trial(rate: float, seed: int) -> tuple[int, int]:
             requests = arrivals(spec, seed, rate, count=_SEARCHED)
             cluster = twin_of(self.variant.config, self.profile, correction, self._timeout_s(requests))
-            found = judge(simulate(cluster, requests, slo, seed).rows, slo, 1.0)
+            patience = Patience(slo, _TARGET, len(requests))
+            rows = simulate(cluster, requests, slo, seed, goes_on=patience.goes_on).rows
+            found = judge(rows, slo, 1.0)
             return found.good, found.requests
 
         start = 0.5 * self.variant.readers / self.limits.ttft_s

@@ -1,7 +1,8 @@
 """The cheapest plan for a rate: so many workers of each kind as it takes, and no more.
 
-The phases apart say how many there must be at least. Then the whole is simulated at that rate; if too few
-are good, the phase whose limit is missed more often gets another worker, and so on.
+The phases apart say how many there must be at least, less what workers gain by sharing a queue. Then the
+whole is simulated at that rate; if too few are good, the phase whose limit is missed more often gets another
+worker, and so on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from cluster.planner.search import Answer, Phases, Show, apart
 from cluster.workload.judge import Outcome
 
 _MOST_STEPS = 12
+_POOLED = 0.6
+"""Of the workers that would each serve its share alone, so many do at least that serve all of it together."""
 _OF_WRITING = {Outcome.TPOT_MISS}
 
 
@@ -82,7 +85,7 @@ def _enough(question: Question, phases: Sequence[Phases], rate: float, plan: Pla
 
 def _at_least(pool: Pool, phases: Sequence[Phases], rate: float) -> Pool:
     alone = apart(Plan((replace(pool, replicas=1),)), phases)
-    return replace(pool, replicas=max(1, math.ceil(rate / max(alone, 1e-9))))
+    return replace(pool, replicas=max(1, math.ceil(_POOLED * rate / max(alone, 1e-9))))
 
 
 def _one_more(plan: Plan, *, writes: bool) -> Plan:

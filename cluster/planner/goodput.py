@@ -7,10 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.workload.crossing import Crossing, crossing
+from cluster.workload.jobs import Row
+from cluster.workload.judge import Outcome, outcome_of
+from cluster.workload.slo import Slo
 
 Trial = Callable[[float, int], tuple[int, int]]
 """Rate and seed to (good, requests)."""
 
+GIVE_UP = 2.0
+"""A trial is given up at so many times the misses that it may have."""
 _STEP = 1.3
 _MOST_TRIALS = 8
 
@@ -25,6 +30,21 @@ class Goodput:
     greatest: float
     points: dict[float, tuple[int, int]]
     is_none: bool = False
+
+
+class Patience:
+    """Ends a simulation that cannot turn out well: after GIVE_UP times the misses that it may have. Those
+    that come while the cluster fills count as well, for they have it easier than the others."""
+
+    def __init__(self, slo: Slo, target: float, requests: int) -> None:
+        """requests: that are judged."""
+        self._slo = slo
+        self._left = GIVE_UP * (1 - target) * requests
+
+    def goes_on(self, number: int, row: Row) -> bool:
+        """To be told of each request that has ended."""
+        self._left -= outcome_of(row, self._slo) is not Outcome.GOOD
+        return self._left > 0
 
 
 def highest_rate(

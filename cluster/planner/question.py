@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
+from cluster.planner.goodput import Patience
 from cluster.planner.hardware import Hardware
 from cluster.planner.kinds import Kind
 from cluster.planner.plans import Objective, Plan
@@ -32,9 +33,7 @@ from router.pool_view import Role
 T = TypeVar("T")
 
 _SAMPLE = 2000
-GIVE_UP = 2.0
-"""A trial is given up at so many times the misses that it may have."""
-_MOST_COUNT = 4000
+_MOST_COUNT, _MOST_COUNT_BY_DISTSERVE = 1500, 4000
 SETTLE_S = 200.0
 """That a trial lasts at least, in virtual time."""
 _NO_TRANSFER = NetworkSpec(bytes_per_s=1e18, part_s=0.0)
@@ -105,6 +104,11 @@ class Question:
     def mean_prompt(self) -> float:
         return sum(one.shape.prompt_tokens for one in self.sample) / len(self.sample)
 
+    @property
+    def at_a_glance(self) -> Question:
+        """The same with half as much to simulate, and one seed."""
+        return replace(self, count=self.count // 2, settle_s=self.settle_s / 2, seeds=self.seeds[:1])
+
     def prefill_alone(self, kind: Kind, rate: float, seed: int) -> tuple[int, int]:
         """A trial of one worker that only reads: how many have their first token in time."""
         rows = simulate_prefill(self._arrivals(rate, seed), Pool(self._times(kind)))
@@ -136,20 +140,13 @@ class Question:
         return Counter(outcome_of(row, self.slo) for row in rows)
 
     def _simulated(self, plan: Plan, requests: Sequence[Arrival], seed: int) -> Sequence[Row]:
-        judged = _judged(range(len(requests)))
-        left = GIVE_UP * (1 - self.target) * len(judged)
-
-        def goes_on(number: int, row: Row) -> bool:
-            nonlocal left
-            left -= number in judged and outcome_of(row, self.slo) is not Outcome.GOOD
-            return left > 0
-
+        patience = Patience(self.slo, self.target, len(_judged(range(len(requests)))))
         cluster = plan.cluster(self.link_bytes_per_s(plan))
         if not self.has_transfer:
             cluster = replace(cluster, network=_NO_TRANSFER)
         if not self.has_memory:
             cluster = replace(cluster, workers=[self._endless(worker) for worker in cluster.workers])
-        return simulate(cluster, requests, self.slo, seed, goes_on=goes_on).rows
+        return simulate(cluster, requests, self.slo, seed, goes_on=patience.goes_on).rows
 
     def link_bytes_per_s(self, plan: Plan) -> float:
         """Of a device to its peers of the other phase."""
@@ -168,7 +165,8 @@ class Question:
 
     def _arrivals(self, rate: float, seed: int) -> list[Arrival]:
         """So many that queues have time to build up."""
-        count = min(_MOST_COUNT, max(self.count, round(self.settle_s * rate)))
+        most = _MOST_COUNT_BY_DISTSERVE if self.by_distserve else _MOST_COUNT
+        count = min(most, max(self.count, round(self.settle_s * rate)))
         return self._scaled(arrivals(self.workload, seed, rate, count=count))
 
     def _scaled(self, requests: list[Arrival]) -> list[Arrival]:

@@ -8,7 +8,8 @@
    phase waits for the other; the same kinds as mixed workers; and half of each. On hardware of several kinds
    each phase has its pick of them, as far as there are enough.
 3. Together: each finalist is simulated with the router, memory and transfer, and its own highest rate is
-   found. The best for what it costs is the plan; that may be one that does not disaggregate.
+   found, first at a glance, and of the best once more with all seeds. The best for what it costs is the plan;
+   that may be one that does not disaggregate.
 
 What is simulated of a finalist is its smallest part with the same proportions: a cluster of several such
 parts serves at least as many times as much.
@@ -33,6 +34,8 @@ from router.pool_view import Role
 _BEST = 3
 _BEST_PAIRS, _BEST_MIXED = 5, 2
 _COARSE = 0.1
+_AT_A_GLANCE, _THOROUGH = 0.15, 3
+"""How far apart rates may be at first, and how many plans are then looked at more closely."""
 _MOST_ALONE = 50
 """Times half of what a reader serves one by one: who serves more in a phase is never what is missing."""
 _SLOW_SHARE = 0.1
@@ -92,15 +95,42 @@ def search(
     plans = list(dict.fromkeys([*also, *finalists(question, phases, is_near=is_near)]))
     if not plans:
         raise NoPlanError(_why_none(question, phases))
-    done: list[Finalist] = []
-    guesses = [guess(plan, phases) for plan in plans]
-    for number, finalist in enumerate(executor.map(partial(measure_plan, question), plans, guesses)):
-        done.append(finalist)
-        show(0.3 + 0.7 * (number + 1) / len(plans), f"together: {finalist.plan}")
-    best = sorted(done, key=lambda one: -one.value)
+    best = _judged(question, plans, phases, also, executor, show)
     if best[0].goodput.is_none:
         raise NoPlanError(_why_none(question, phases))
     return Answer(best, phases, is_near)
+
+
+def _judged(
+    question: Question,
+    plans: Sequence[Plan],
+    phases: Sequence[Phases],
+    also: Sequence[Plan],
+    executor: Executor,
+    show: Show,
+) -> list[Finalist]:
+    """All at a glance, then the best of them thoroughly, until the best are all of these; the best first."""
+    found: dict[Plan, Finalist] = {}
+    glance = partial(measure_plan, question.at_a_glance, tolerance=_AT_A_GLANCE)
+    for finalist in executor.map(glance, plans, [guess(plan, phases) for plan in plans]):
+        found[finalist.plan] = finalist
+        show(0.3 + 0.3 * len(found) / len(plans), f"together: {finalist.plan}")
+    thorough: set[Plan] = set()
+    while todo := [plan for plan in _worth_it(list(found.values()), also) if plan not in thorough]:
+        rates = [max(found[plan].rate, 1e-3) for plan in todo]
+        for finalist in executor.map(partial(measure_plan, question), todo, rates):
+            found[finalist.plan] = finalist
+            thorough.add(finalist.plan)
+            show(0.6 + 0.4 * len(thorough) / (len(thorough) + 1), f"once more: {finalist.plan}")
+    return sorted(found.values(), key=lambda one: -one.value)
+
+
+def _worth_it(finalists: Sequence[Finalist], also: Sequence[Plan]) -> list[Plan]:
+    """The best, the best of the other way (disaggregated or not), and those that somebody has asked for."""
+    best = sorted(finalists, key=lambda one: -one.value)
+    chosen = [one.plan for one in best[:_THOROUGH]]
+    other = (one.plan for one in best if one.plan.is_disaggregated != best[0].plan.is_disaggregated)
+    return list(dict.fromkeys([*chosen, *itertools.islice(other, 1), *also]))
 
 
 def measure_phases(question: Question, kind: Kind) -> Phases:
@@ -118,12 +148,16 @@ def measure_phases(question: Question, kind: Kind) -> Phases:
     )
 
 
-def measure_plan(question: Question, plan: Plan, guess: float) -> Finalist:
+def measure_plan(question: Question, plan: Plan, guess: float, tolerance: float = 0.05) -> Finalist:
     """guess: requests/s of the whole plan, to begin with."""
     unit, times = plan.unit()
     try:
         goodput = highest_rate(
-            partial(question.joint, unit), question.target, max(guess / times, 1e-3), question.seeds
+            partial(question.joint, unit),
+            question.target,
+            max(guess / times, 1e-3),
+            question.seeds,
+            tolerance,
         )
     except SimulationError as error:
         raise NoPlanError(f"{plan}: {error}") from error

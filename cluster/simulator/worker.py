@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from cluster.simulator.clock import Clock
@@ -38,6 +38,9 @@ class KnownLatency(OnlineLatency):
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Nothing: rounding errors are no news."""
 
+    def observe_run(self, batch: int, context: int, seconds: Iterable[float]) -> None:
+        """Nothing, too."""
+
 
 class UnsharedCache(PrefixCache):
     """Of workloads in which no prompt begins like another: nothing is known, so nothing is found."""
@@ -61,8 +64,10 @@ class Machine:
     def step_s(self, shape: StepShape) -> float:
         return self._spread(self.model.step_s(shape))
 
-    def decode_s(self, batch: int, context: int) -> float:
-        return self._spread(self.model.decode_s(batch, context))
+    def decode_run_s(self, batch: int, context: int, count: int) -> list[float]:
+        """Steps one after the other, a token longer each."""
+        found = self.model.decode_run_s(batch, context, count)
+        return [self._spread(seconds) for seconds in found] if self.noise else found
 
     def _spread(self, seconds: float) -> float:
         return seconds * self._rng.lognormvariate(0.0, self.noise) if self.noise else seconds

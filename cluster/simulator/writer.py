@@ -131,8 +131,7 @@ class Writer(Worker):
             self.clock.at(now + self.machine.step_s(shape), lambda: self._end(shape, chunks))
             return True
         count = self._scheduler.num_alike(self._max_run)
-        batch, context = shape.decode_batch, shape.decode_context
-        steps_s = [self.machine.decode_s(batch, context + number * batch) for number in range(count)]
+        steps_s = self.machine.decode_run_s(shape.decode_batch, shape.decode_context, count)
         keys = self._scheduler.batch_keys
         run = self._run = Run(now, steps_s, [(self._requests[key].live, key) for key in keys])
         self.router.runs(self.worker_id, run)

@@ -118,6 +118,8 @@ class GoodputGateQueue:
             self._placed(one, oldest, in_time=self._offered[request_id])
 
     def next(self, now: float) -> Iterable[Request]:
+        if not self._waiting and not self._offered and not self._placed_since:
+            return ()  # as the last time
         # Late ones wait as they are to harm nobody, not because readers are full.
         stuck = any(self._offered.values()) and not self._placed_since
         waiting = len(self._waiting) > self.num_late
