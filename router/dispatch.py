@@ -75,6 +75,7 @@ class Dispatcher:
         self._learning = Learning(pool, prefixes, lengths, estimates, metrics)
         self._tells_urgency = policy.tells_urgency
         self._admission, self._gate, self._placement = policy.admission, policy.gate, policy.placement
+        self._retry_s = policy.retry_s
         self._recovery = recovery
         self._metrics = metrics
         self._clock = clock
@@ -195,10 +196,10 @@ class Dispatcher:
                 return True
         return False
 
-    def _placed_all(self, now: float) -> bool:
-        """Nobody else finds room now. Returns whether somebody waits."""
+    def _placed_all(self, now: float) -> float | None:
+        """Nobody else finds room now. Returns when to look again, if somebody waits."""
         self._metrics.could_have_served(self._admission.could_have_served(now))
-        return len(self._gate) > 0
+        return self._retry_s() if len(self._gate) else None
 
     def _place(self, live: LiveRequest, decision: Decision, now: float) -> None:
         request = live.request

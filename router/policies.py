@@ -43,7 +43,9 @@ def _goodput(inputs: PolicyInputs) -> Policy:
     gate = GoodputGateQueue(Readers(pool, estimates, inputs.prefixes))
     admission = GoodputAdmission(pool, gate, estimates, inputs.max_gated_requests, inputs.retry_after_s)
     placement = GoodputPlacement(pool, estimates, inputs.prefixes, inputs.rng, gate.is_its_turn)
-    return Policy("goodput", admission, gate, placement, tells_urgency=True)
+    return Policy(
+        "goodput", admission, gate, placement, tells_urgency=True, retry_s=lambda: placement.retry_s
+    )
 
 
 def _least_loaded(inputs: PolicyInputs) -> Policy:

@@ -8,7 +8,8 @@ which nobody was placed, there is a pause of PAUSE_FACTOR times what it cost, an
 ROUND_S lets the others have a turn.
 
 Room also comes by the passing of time alone, as a worker is expected to have got on with what it has; so
-while somebody waits there is a round every RETRY_S at the least.
+while somebody waits there is another round after RETRY_S, or later if the policy knows that it would be of no
+use before.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class Pump:
     def __init__(
         self,
         place_next: Callable[[float], bool],
-        on_placed_all: Callable[[float], bool],
+        on_placed_all: Callable[[float], float | None],
         clock: Callable[[], float],
     ) -> None:
         """place_next: places one request, and says whether there was one that could be placed.
-        on_placed_all: called when there is no other; says whether somebody still waits. Both are told `now`.
+        on_placed_all: called when there is no other; says in how many seconds it makes sense to look again,
+        as somebody still waits, or None. Both are told `now`.
         """
         self._place_next = place_next
         self._on_placed_all = on_placed_all
@@ -74,8 +76,8 @@ class Pump:
             if now - began > ROUND_S:
                 self.soon()
                 return
-        waits = self._on_placed_all(now)
+        retry_s = self._on_placed_all(now)
         loop_time = asyncio.get_running_loop().time()
         self._not_before = loop_time + PAUSE_FACTOR * (self._clock() - now)
-        if waits:
-            self._run_at(max(loop_time + RETRY_S, self._not_before))
+        if retry_s is not None:
+            self._run_at(max(loop_time + max(RETRY_S, retry_s), self._not_before))

@@ -71,7 +71,7 @@ class Router:
         )
         policy = POLICIES[cluster.policy](inputs)
         self._admission, self._gate, self._placement = policy.admission, policy.gate, policy.placement
-        self._tells_urgency = policy.tells_urgency
+        self._tells_urgency, self._retry_s = policy.tells_urgency, policy.retry_s
         self._recovery = Recovery(cluster.max_attempts, RetryBudget(_RETRY_SHARE, _RETRY_BURST))
         self._readers: dict[str, SimulatedReader] = {}
         self._writers: dict[str, SimulatedWriter] = {}
@@ -255,7 +255,7 @@ class Router:
             pass
         self.num_refused_in_vain += self._admission.could_have_served(now)
         if len(self._gate):
-            self._round_by(now + self._cluster.retry_s)
+            self._round_by(now + max(self._cluster.retry_s, self._retry_s()))
 
     def _pump_soon(self) -> None:
         if self._live:

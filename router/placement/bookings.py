@@ -11,13 +11,15 @@ class Bookings:
         self._requests: set[str] = set()
         self._seconds: dict[str, float] = {}
 
-    def look(self, request_id: str, now: float) -> None:
+    def look(self, request_id: str, now: float) -> bool:
         """A decision about the request begins; with another moment, or the same request again, another round
-        does."""
-        if now != self._now or request_id in self._requests:
-            self._now = now
-            self._requests.clear()
-            self._seconds.clear()
+        does. Returns whether it is another round."""
+        if now == self._now and request_id not in self._requests:
+            return False
+        self._now = now
+        self._requests.clear()
+        self._seconds.clear()
+        return True
 
     def book(self, request_id: str, worker_id: str, seconds: float) -> None:
         """The request waits for that worker, which it will keep busy for so long."""

@@ -33,6 +33,9 @@ from router.prefix_index import PrefixIndex
 from router.requests import Request
 
 STAGE_S = 0.1
+MOST_RETRY_S = 0.1
+RETRY_SHARE = 0.01
+"""Of a TTFT limit: how soon those are looked at again who would have harmed somebody."""
 EXPLORE = 0.01
 _JITTER = 0.02
 _MOST_PAIRS = 64
@@ -88,12 +91,15 @@ class GoodputPlacement:
         self._rng = rng
         self._is_its_turn = is_its_turn
         self._bookings = Bookings()
+        self.retry_s = 0.0
+        """See `Policy`; of the last round."""
         self._prefills = Candidates(pool, prefixes, rng, (Role.PREFILL,), _unread_tokens)
         self._writers = Candidates(pool, prefixes, rng, WRITERS, _batch_size)
         self._mixed = Candidates(pool, prefixes, rng, (Role.MIXED,), _unread_and_batch)
 
     def choose(self, request: Request, avoid: Collection[str], now: float) -> Decision | None:
-        self._bookings.look(request.request_id, now)
+        if self._bookings.look(request.request_id, now):
+            self.retry_s = MOST_RETRY_S
         decision, has_any = self._choose(request, avoid, now)
         if avoid and not has_any:
             decision, _ = self._choose(request, (), now)
@@ -109,12 +115,15 @@ class GoodputPlacement:
             search.heeds_harm = False
             best = self._best(search)
         if best is not None or search.is_possible:
+            if best is None:
+                self._retry_in(RETRY_SHARE * request.slo.limits.ttft_s)
             return self._place_or_book(request, best), True
         leaves_room = not self._is_its_turn(request.request_id)
         lost = Options(self._estimates, request, now, is_lost=True, leaves_room=leaves_room)
         search = _Search(request, lost, math.inf, avoid)
         best = self._best(search)
         if best is not None and not _starts_soon(best):
+            self._retry_in(best.wait_s - STAGE_S)
             best = None
         return self._place_or_book(request, best), search.has_any
 
@@ -122,11 +131,15 @@ class GoodputPlacement:
         if best is None:
             return None
         if not _starts_soon(best):
+            self._retry_in(best.wait_s - STAGE_S)
             self._bookings.book(request.request_id, best.reader.worker_id, best.ttft_s - best.wait_s)
             return None
         (self._mixed if best.prefill is None else self._prefills).remember(best.reader.worker_id)
         self._writers.remember(best.writer.worker_id)
         return best.decision()
+
+    def _retry_in(self, seconds: float) -> None:
+        self.retry_s = max(0.0, min(self.retry_s, seconds))
 
     def _best(self, search: _Search) -> Option | None:
         """The good option with the earliest first token."""

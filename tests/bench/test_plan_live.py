@@ -47,7 +47,7 @@ class Router(admin_pb2_grpc.RouterAdminServicer):
         self, request: admin_pb2.GetStatusRequest, context: grpc.ServicerContext
     ) -> admin_pb2.GetStatusResponse:
         idle = admin_pb2.ClassOutcomes(ttft_limit_s=9, tpot_limit_s=9)
-        busy = admin_pb2.ClassOutcomes(ttft_limit_s=0.5, tpot_limit_s=0.02, outcomes={"good": 100})
+        busy = admin_pb2.ClassOutcomes(ttft_limit_s=0.5, tpot_limit_s=0.0125, outcomes={"good": 100})
         return admin_pb2.GetStatusResponse(workers=self.workers, classes={"idle": idle, "busy": busy})
 
     def GetWorkload(
@@ -90,7 +90,7 @@ def test_what_runs_and_what_it_has_seen(router: tuple[Router, str]) -> None:
     now = live.plan([kind])
     assert [(pool.role, pool.replicas) for pool in now.pools] == [(Role.PREFILL, 2), (Role.DECODE, 1)]
     assert live.hardware.count == 3
-    assert live.slo.limits(50).tpot_s == 0.02
+    assert live.slo.limits(50).tpot_s == 0.0125
     assert {(one.prompt_tokens, one.output_tokens) for one in live.dataset.pool} == {(50, 200)}
     first, second = live.said()
     assert "1.5 requests/s" in first

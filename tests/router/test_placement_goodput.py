@@ -70,6 +70,23 @@ def test_a_request_waits_until_its_prompt_would_be_started_soon(make_request):
     assert choose(fixture, request, now=0.45) is not None
 
 
+def test_it_says_how_long_time_alone_changes_nothing(make_request):
+    """Until a reader is nearly done; and of a batch that is full, for a small part of a limit."""
+    fixture = Fixture("goodput", pool_of(1, 1))
+    place(fixture, make_request("a", prompt_tokens=512, limits=LOOSE), "p0", "d0")
+    waits = make_request("b", prompt_tokens=512, limits=LOOSE)
+    assert choose(fixture, waits, now=0.36) is None
+    retry_s = fixture.policy.retry_s()
+    assert retry_s == pytest.approx(READ_512_S - 0.36 - goodput.STAGE_S, abs=0.01)
+    assert choose(fixture, waits, now=0.36 + retry_s - 0.001) is None
+    assert choose(fixture, waits, now=0.36 + retry_s + 0.001) is not None
+    fixture = Fixture("goodput", pool_of(1, 1))
+    tight = SloLimits(2.0, 0.0115)
+    writing(fixture, "d0", 2, tight, make_request)
+    assert choose(fixture, make_request(limits=tight)) is None
+    assert fixture.policy.retry_s() == pytest.approx(goodput.RETRY_SHARE * 2.0)
+
+
 def test_the_first_token_decides_between_prefill_workers(make_request):
     fixture = Fixture("goodput", pool_of(2, 1))
     place(fixture, make_request("a", prompt_tokens=64, limits=LOOSE), "p0", "d0")

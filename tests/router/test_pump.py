@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from router.pump import ROUND_S, Pump
+from router.pump import RETRY_S, ROUND_S, Pump
 
 
 class Gate:
@@ -18,6 +18,7 @@ class Gate:
         self.decisions = 0
         self.rounds = 0
         self.empty = asyncio.Event()
+        self.retry_s = 0.0
         self.pump = Pump(self.place_next, self.placed_all, lambda: self.now)
 
     def place_next(self, now):
@@ -36,7 +37,7 @@ class Gate:
 
     def placed_all(self, now):
         self.rounds += 1
-        return self.waiting > 0
+        return self.retry_s if self.waiting else None
 
 
 async def turns(count):
@@ -105,3 +106,15 @@ async def test_after_close_nothing_runs():
     gate.pump.close()
     await turns(5)
     assert gate.rounds == 0
+
+
+async def test_it_is_not_looked_at_before_time_can_have_changed_anything():
+    gate = Gate(waiting=1)
+    gate.retry_s = 3600.0
+    gate.pump.now()
+    gate.room = 1
+    await asyncio.sleep(5 * RETRY_S)
+    assert (gate.waiting, gate.rounds) == (1, 1)
+    gate.pump.soon()  # but at once when something has happened
+    await gate.empty.wait()
+    gate.pump.close()
