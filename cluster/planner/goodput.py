@@ -22,7 +22,8 @@ _MOST_TRIALS = 8
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """rate: requests/s, of all seeds together; least, greatest: with those of single seeds. points: (good,
+    """rate: requests/s, of all seeds together; least, greatest: with those of single seeds (of one
+    that attains it nowhere, the lowest rate). points: (good,
     requests) of all seeds, by rate. is_none: not even the lowest rate attains it."""
 
     rate: float
@@ -91,7 +92,7 @@ def highest_rate(
         for rate in sorted(by_seed[seeds[0]])
     }
     found = crossing(pooled, target)
-    each = [_rate(crossing(points, target)) for points in by_seed.values()]
+    each = [crossing(points, target).rate for points in by_seed.values()]
     rate = _rate(found)
     return Goodput(rate, min(rate, *each), max(rate, *each), pooled, is_none=found.bound == "<")
 

@@ -33,8 +33,10 @@ from router.pool_view import Role
 T = TypeVar("T")
 
 _SAMPLE = 2000
-_MOST_COUNT, _MOST_COUNT_BY_DISTSERVE = 1500, 4000
-SETTLE_S = 200.0
+_MOST_COUNT = 4000
+_ANSWERS = 4.0
+"""A trial lasts so many times as long as an answer may take: a batch is full only after the first."""
+SETTLE_S = 60.0
 """That a trial lasts at least, in virtual time."""
 _NO_TRANSFER = NetworkSpec(bytes_per_s=1e18, part_s=0.0)
 WARM_UP, COOL_DOWN = 0.25, 0.15
@@ -104,6 +106,12 @@ class Question:
     def mean_prompt(self) -> float:
         return sum(one.shape.prompt_tokens for one in self.sample) / len(self.sample)
 
+    @cached_property
+    def _answer_s(self) -> float:
+        """That the mean answer may take."""
+        mean = sum(one.shape.output_tokens for one in self.sample) / len(self.sample)
+        return mean * self.slo.limits(round(self.mean_prompt)).tpot_s
+
     @property
     def at_a_glance(self) -> Question:
         """The same with half as much to simulate, and one seed."""
@@ -165,8 +173,8 @@ class Question:
 
     def _arrivals(self, rate: float, seed: int) -> list[Arrival]:
         """So many that queues have time to build up."""
-        most = _MOST_COUNT_BY_DISTSERVE if self.by_distserve else _MOST_COUNT
-        count = min(most, max(self.count, round(self.settle_s * rate)))
+        lasts_s = max(self.settle_s, _ANSWERS * self._answer_s)
+        count = min(_MOST_COUNT, max(self.count, round(lasts_s * rate)))
         return self._scaled(arrivals(self.workload, seed, rate, count=count))
 
     def _scaled(self, requests: list[Arrival]) -> list[Arrival]:

@@ -18,6 +18,7 @@ parts serves at least as many times as much.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -36,6 +37,14 @@ _BEST_PAIRS, _BEST_MIXED = 5, 2
 _COARSE = 0.1
 _AT_A_GLANCE, _THOROUGH = 0.15, 3
 """How far apart rates may be at first, and how many plans are then looked at more closely."""
+_MOST_UNIT = 5
+_UNITS = [
+    (readers, writers)
+    for readers in range(1, _MOST_UNIT)
+    for writers in range(1, _MOST_UNIT + 1 - readers)
+    if math.gcd(readers, writers) == 1
+]
+"""Of how many readers and writers plans are multiples: few, so that one can be simulated long enough."""
 _MOST_ALONE = 50
 """Times half of what a reader serves one by one: who serves more in a phase is never what is missing."""
 _SLOW_SHARE = 0.1
@@ -206,34 +215,36 @@ def _pairs(question: Question, phases: Sequence[Phases], *, is_near: bool) -> li
 def matched(
     question: Question, reader: Phases, writer: Phases, *, is_near: bool = False
 ) -> tuple[int, int] | None:
-    """How many of each serve most for what they cost, none waiting for the other; None if there is no room
-    for one of each. Of those that are alike, the most."""
+    """How many of each serve most for what they cost, neither waiting for the other: a small unit, as often
+    as there are devices for it; None if there is no room for one of each."""
     best: tuple[float, float, tuple[int, int]] | None = None
-    for num_readers in range(1, _available(question, reader.kind) // reader.kind.devices + 1):
-        left = _left(question, reader.kind, num_readers, writer.kind)
-        wanted = num_readers * reader.prefill.rate / max(writer.decode.rate, 1e-9)
-        for num_writers in {1, int(wanted), int(wanted) + 1, left // writer.kind.devices}:
-            if not 1 <= num_writers <= left // writer.kind.devices:
-                continue
-            if is_near and num_readers != num_writers:
-                continue  # a unit is a pair
-            rate = min(num_readers * reader.prefill.rate, num_writers * writer.decode.rate)
-            cost = num_readers * question.objective.of(reader.kind)
-            cost += num_writers * question.objective.of(writer.kind)
-            found = (round(rate / cost, 6), rate, (num_readers, num_writers))
-            if best is None or found > best:
-                best = found
+    for readers, writers in _UNITS:
+        if is_near and readers != writers:
+            continue  # a unit is a pair
+        times = _most_times(question, reader.kind, readers, writer.kind, writers)
+        if times == 0:
+            continue
+        rate = min(readers * reader.prefill.rate, writers * writer.decode.rate)
+        objective = question.objective
+        cost = readers * objective.of(reader.kind) + writers * objective.of(writer.kind)
+        found = (round(rate / cost, 6), times * rate, (times * readers, times * writers))
+        if best is None or found > best:
+            best = found
     return None if best is None or best[1] <= 0 else best[2]
+
+
+def _most_times(question: Question, reader: Kind, readers: int, writer: Kind, writers: int) -> int:
+    """How many times there are devices for so many of each."""
+    if reader.gpu == writer.gpu:
+        return _available(question, reader) // (readers * reader.devices + writers * writer.devices)
+    return min(
+        _available(question, reader) // (readers * reader.devices),
+        _available(question, writer) // (writers * writer.devices),
+    )
 
 
 def _available(question: Question, kind: Kind) -> int:
     return sum(one.count for one in question.hardware.devices if one.gpu == kind.gpu)
-
-
-def _left(question: Question, kind: Kind, replicas: int, other: Kind) -> int:
-    """Devices of the other's kind when so many workers of `kind` have theirs."""
-    taken = kind.devices * replicas if kind.gpu == other.gpu else 0
-    return _available(question, other) - taken
 
 
 def _best(phases: Sequence[Phases], value: Callable[[Phases], float]) -> list[Phases]:

@@ -86,6 +86,7 @@ def test_room_that_is_left_open_is_refused(cases: dict[str, Case]) -> None:
         twin_of(config.model_copy(update={"prefill": pool}), PROFILE, Correction(), 60.0)
 
 
+@pytest.mark.slow
 def test_saturation_lies_between_what_is_good_and_what_is_not(cases: dict[str, Case]) -> None:
     case = cases["disaggregated"]
     rate = case.saturation(Correction())

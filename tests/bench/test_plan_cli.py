@@ -57,6 +57,7 @@ def ant(profile: Path, *more: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_program_reads_and_what_serve_takes(
     run: Run, profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
