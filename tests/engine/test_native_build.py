@@ -147,6 +147,7 @@ def test_the_hook_succeeds_without_a_compiler(sources: Path, monkeypatch: pytest
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["standard", "editable"])
 def test_the_hook_puts_the_library_into_wheels_of_this_platform(
     sources: Path, monkeypatch: pytest.MonkeyPatch, version: str

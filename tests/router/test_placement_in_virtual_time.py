@@ -99,6 +99,7 @@ def test_where_the_baselines_begin_to_fail_it_still_serves(name, rate, attain):
     assert good >= attain("cache_aware", PAIR, WORKLOADS[name], rate)[0] - 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rate"), [("both limits tight", 1.0), ("room for chunks", 1.7), ("chat", 2.2), ("code", 1.4)]
 )
