@@ -206,7 +206,7 @@ async def everything_happens(client: Client, watcher: Prometheus, deployment: di
     await client.not_read(watcher)
     for worker in ("decode-0", "prefill-0", "mixed-0"):
         pid = next(each["pid"] for each in deployment["workers"] if each["worker_id"] == worker)
-        streams = asyncio.create_task(client.ask(12, "easy", tokens=200))
+        streams = asyncio.create_task(client.ask(12, "easy", tokens=600))
         await asyncio.sleep(0.5)
         os.kill(pid, signal.SIGKILL)
         await streams
