@@ -90,8 +90,6 @@ def _row_json(row: Compared) -> dict[str, Any]:
         "error_points": row.error_points,
         **times,
         **{f"{name}_error": error for name, error in _errors(row).items()},
-        "stages_real_s": dict(row.real.stages),
-        "stages_simulated_s": dict(row.simulated.stages),
     }
 
 
