@@ -125,7 +125,7 @@ async def _measure(
     record = Record.open(target, experiment, about_machine())
     teller.expect(1)
     with teller.part("profile") as tell:
-        profile = await asyncio.to_thread(profile_of, plan.references[0].config, record, tell)
+        profile = await profile_of(plan.references[0].config, record, tell)
     async with pace_of(plan, record) as pace:
         return await measure_accuracy(plan, profile, rates, record, teller, pace)
 

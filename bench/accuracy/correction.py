@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.workload.jobs import Row, Status
 from router.requests import Stage
@@ -54,9 +53,6 @@ class Spent:
         writing_s = statistics.fmean((row.last_s or 0.0) - (row.first_s or 0.0) for row in complete)
         around_s = ttft_s - sum(stages.get(name, 0.0) for name in _BEFORE_READING)
         return cls(stages[Stage.PREFILL.value], writing_s, around_s)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"reading_s": self.reading, "writing_s": self.writing, "around_s": self.around}
 
 
 def correct(

@@ -19,8 +19,8 @@ _QUANTILES = ("p50", "p90")
 def to_json(found: Sequence[Compare]) -> dict[str, Any]:
     """What --json prints. Errors of attainment are in points, those of times relative to the real ones."""
     rows = [row for one in found for row in one.rows]
-    below = [row.error_points for row in rows if row.of_saturation <= 1]
-    beyond = [row.error_points for row in rows if row.of_saturation > 1]
+    below = [row.error_points for row in rows if not row.is_beyond]
+    beyond = [row.error_points for row in rows if row.is_beyond]
     return {
         "rows": [_row_json(row) for row in rows],
         "cases": [
@@ -41,7 +41,7 @@ def to_json(found: Sequence[Compare]) -> dict[str, Any]:
                 (
                     abs(error)
                     for row in rows
-                    if row.of_saturation <= 1 and (error := _errors(row)[name]) is not None
+                    if not row.is_beyond and (error := _errors(row)[name]) is not None
                 ),
                 default=None,
             )
@@ -105,7 +105,7 @@ def table(found: Sequence[Compare]) -> Table:
             result.add_row(
                 f"{one.case.source.name}, {one.case.variant.deployment}",
                 f"{row.rate:.3g}",
-                f"{row.of_saturation:.0%}",
+                "-" if row.of_saturation is None else f"{row.of_saturation:.0%}",
                 str(row.real.requests),
                 f"{row.real.attainment:.1%}",
                 f"{row.simulated.attainment:.1%}",
@@ -158,7 +158,8 @@ def draw(found: Sequence[Compare], target: Path) -> None:
             rates, [row.by_profile.attainment for row in one.rows], color=_BY_PROFILE, linestyle=":",
             label="by the profile alone",
         )  # fmt: skip
-        line[0].axvline(one.saturation, color="#606060", linestyle="--", linewidth=1)
+        if one.saturation is not None:
+            line[0].axvline(one.saturation, color="#606060", linestyle="--", linewidth=1)
         line[0].set(xlabel="offered, requests / s", ylabel="attainment (both limits)", ylim=(0, 1.03))
         line[0].set_title(f"{one.case.source.name}, {one.case.variant.deployment}", fontsize="medium")
         for axis, time in zip(line[1:], ("ttft", "tpot"), strict=True):

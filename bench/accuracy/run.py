@@ -12,6 +12,7 @@ What is measured is kept in a record like that of `prelay bench goodput`, and 5 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from bench.goodput.visit import run_at, visiting
 from bench.processes import Remote
 from cluster.config import ServeConfig
 from cluster.latency_profile import read_profile
+from cluster.workload.errors import BadInputError
 from cluster.workload.judge import Judgement, judge
 from engine.latency import LatencyModel
 
@@ -49,14 +51,20 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One rate of one case, all rounds together. by_profile: simulated with nothing but the profile."""
+    """One rate of one case, all rounds together. of_saturation: None if the simulator knows of none.
+    by_profile: simulated with nothing but the profile."""
 
     case: Case
     rate: float
-    of_saturation: float
+    of_saturation: float | None
     real: Judgement
     simulated: Judgement
     by_profile: Judgement
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether it is more than the deployment serves at 90 %."""
+        return self.of_saturation is None or self.of_saturation > 1
 
     @property
     def error_points(self) -> float:
@@ -70,7 +78,7 @@ class Compare:
 
     case: Case
     correction: Correction
-    saturation: float
+    saturation: float | None
     rows: Sequence[Compared]
 
 
@@ -86,10 +94,11 @@ async def measure_accuracy(
         for variants in plan.variants.values()
     ]
     teller.expect(len(cases))
+    learned: list[_Learned] = []
     for case in cases:
         with teller.part(f"{case.source.name}, {case.variant.deployment}") as tell:
-            await _measure(case, rates, record, teller.line, tell, pace)
-    return [_compared(case, rates, record) for case in cases]
+            learned.append(await _measure(case, rates, record, teller.line, tell, pace))
+    return [_compared(case, one, record) for case, one in zip(cases, learned, strict=True)]
 
 
 async def _measure(
@@ -99,50 +108,85 @@ async def _measure(
     line: Callable[[str], None],
     tell: Callable[[str], None],
     pace: Pace,
-) -> None:
-    todo = _missing(case, rates, record)
-    if not todo:
-        return
-    async with visiting(case.variant.under(case.limits), tell, pace) as visit:
-        while todo:
-            (number, rate), *todo = todo
+) -> _Learned:
+    """Whatever of it is not in the record. Raises BadInputError, MeasurementError."""
+    learned = _learned(case, rates, record)
+    todo = _missing(case, rates, record, learned)
+    if todo:
+        async with visiting(case.variant.under(case.limits), tell, pace) as visit:
+            while todo:
+                (number, rate), *todo = todo
 
-            def show(said: str, rate: float = rate) -> None:
-                tell(f"{rate:.3g}/s: {said}")
+                def show(said: str, rate: float = rate) -> None:
+                    tell(f"{rate:.3g}/s: {said}")
 
-            duration_s, rows, said = await run_at(
-                visit, case.source, rate, seed_of(number), case.limits, case.measure, show
-            )
-            point = Point(case.setting, number, 0, rate, case.limits, duration_s, rows, said)
-            record.add_point(point)
-            light = " (light, not judged)" if number == LIGHT else ""
-            line(
-                f"{case.source.name}, {case.variant.name}, {rate:.3g}/s{light}: "
-                f"{point.judged(case.limits).attainment:.1%} of {len(rows)} good"
-            )
-            todo = todo or _missing(case, rates, record)
+                duration_s, rows, said = await run_at(
+                    visit, case.source, rate, seed_of(number), case.limits, case.measure, show
+                )
+                point = Point(case.setting, number, 0, rate, case.limits, duration_s, rows, said)
+                record.add_point(point)
+                light = " (light, not judged)" if number == LIGHT else ""
+                line(
+                    f"{case.source.name}, {case.variant.name}, {rate:.3g}/s{light}: "
+                    f"{point.judged(case.limits).attainment:.1%} of {len(rows)} good"
+                )
+                if learned is None:
+                    learned = _learned(case, rates, record)
+                    todo = _missing(case, rates, record, learned)
+    assert learned is not None
+    return learned
 
 
-def _missing(case: Case, rates: Rates, record: Record) -> list[tuple[int, float]]:
-    """Rounds and rates that can be measured next; all, once the light run is there."""
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """From the light run. saturation: None if the simulator attains 90 % at no rate."""
+
+    correction: Correction
+    saturation: float | None
+    rates: Sequence[float]
+
+
+def _learned(case: Case, rates: Rates, record: Record) -> _Learned | None:
+    """None before there was a light run. Raises BadInputError."""
     light = _points(case, record, LIGHT)
     if not light:
-        least = rates.given[0] if rates.given else _LIGHT_SHARE * case.saturation(Correction())
-        return [(LIGHT, _short(least))]
-    chosen = _rates(case, rates, case.corrected(light[0]))
+        return None
+    correction = case.corrected(light[0])
+    saturation = case.saturation(correction)
+    if rates.given is not None:
+        return _Learned(correction, saturation, rates.given)
+    return _Learned(
+        correction, saturation, [_short(share * _known(case, saturation)) for share in rates.shares]
+    )
+
+
+def _missing(case: Case, rates: Rates, record: Record, learned: _Learned | None) -> list[tuple[int, float]]:
+    """Rounds and rates that can be measured next; all, once the light run is there. Raises BadInputError."""
+    if learned is None:
+        if rates.given:
+            return [(LIGHT, rates.given[0])]
+        return [(LIGHT, _short(_LIGHT_SHARE * _known(case, case.saturation(Correction()))))]
     return [
         (number, rate)
         for number in range(case.measure.rounds)
-        for rate in chosen
+        for rate in learned.rates
         if not any(_same(point.rate, rate) for point in _points(case, record, number))
     ]
 
 
-def _compared(case: Case, rates: Rates, record: Record) -> Compare:
-    correction = case.corrected(_points(case, record, LIGHT)[0])
-    saturation = case.saturation(correction)
+def _known(case: Case, saturation: float | None) -> float:
+    """Raises BadInputError."""
+    if saturation is None:
+        raise BadInputError(
+            f"{case.source.name} on {case.variant.name}: in the simulator 90 % are good at no rate, so there "
+            "is nothing to take --shares of; give looser limits, or --rates"
+        )
+    return saturation
+
+
+def _compared(case: Case, learned: _Learned, record: Record) -> Compare:
     compared = []
-    for rate in _rates(case, rates, correction):
+    for rate in learned.rates:
         points = [
             point
             for number in range(case.measure.rounds)
@@ -161,17 +205,11 @@ def _compared(case: Case, rates: Rates, record: Record) -> Compare:
             return judge(rows, case.slo, duration_s)
 
         real = judge([row for point in points for row in point.rows], case.slo, duration_s)
+        of_saturation = None if learned.saturation is None else rate / learned.saturation
         compared.append(
-            Compared(case, rate, rate / saturation, real, simulated(correction), simulated(Correction()))
+            Compared(case, rate, of_saturation, real, simulated(learned.correction), simulated(Correction()))
         )
-    return Compare(case, correction, saturation, compared)
-
-
-def _rates(case: Case, rates: Rates, correction: Correction) -> list[float]:
-    if rates.given is not None:
-        return list(rates.given)
-    saturation = case.saturation(correction)
-    return [_short(share * saturation) for share in rates.shares]
+    return Compare(case, learned.correction, learned.saturation, compared)
 
 
 def _points(case: Case, record: Record, number: int) -> list[Point]:
@@ -187,7 +225,7 @@ def _same(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6)
 
 
-def profile_of(config: ServeConfig, record: Record, tell: Callable[[str], None]) -> LatencyModel:
+async def profile_of(config: ServeConfig, record: Record, tell: Callable[[str], None]) -> LatencyModel:
     """Of one worker alone on the last core; of simulated engines, what they were told. Raises
     MeasurementError."""
     if config.model.profile is not None:
@@ -198,10 +236,10 @@ def profile_of(config: ServeConfig, record: Record, tell: Callable[[str], None])
             config.model.dtype, config.model.load,
         )  # fmt: skip
         try:
-            while isinstance(said := remote.take(), str):
+            while isinstance(said := await asyncio.to_thread(remote.take), str):
                 tell(said)
         finally:
-            remote.stop()
+            remote.stop()  # whoever waits for its word in a thread then hears that it has ended
         record.add("profile", said)
     return LatencyModel.from_json(record.others("profile")[0]["latency"])
 

@@ -101,6 +101,8 @@ class Live:
             f"{_mean([one.answer_tokens for one in shapes]):.0f}; {seen.hit_share:.0%} of the prompts' "
             "tokens were in prefix caches (planned as if none were)"
         )
+        if not seen.kv_token_bytes:
+            yield "no prompt was handed over yet, so hand-offs are planned as if they took no time"
         for drift in seen.drifts:
             yield f"changed in the last minutes: {drift.trait}, from {drift.before:.3g} to {drift.now:.3g}"
 

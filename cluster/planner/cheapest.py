@@ -17,13 +17,11 @@ from functools import partial
 from cluster.planner.errors import NoPlanError
 from cluster.planner.plans import Plan, Pool
 from cluster.planner.question import Question
-from cluster.planner.search import Answer, Phases, Show, apart
+from cluster.planner.search import Answer, Finalist, Phases, Show, apart
 from cluster.workload.judge import Outcome
 
-_MOST_STEPS = 12
 _POOLED = 0.6
 """Of the workers that would each serve its share alone, so many do at least that serve all of it together."""
-_OF_WRITING = {Outcome.TPOT_MISS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,49 +36,58 @@ class Enough:
 def cheapest(question: Question, answer: Answer, rate: float, executor: Executor, show: Show) -> list[Enough]:
     """Of the finalists' kinds and roles, each with as few workers as do; the cheapest first. Raises
     NoPlanError if there are not enough devices for any."""
-    plans = list(dict.fromkeys(_as_one_each(one.plan) for one in answer.finalists))
+    able = [one for one in answer.finalists if one.goodput.rate > 0]
     found: list[Enough] = []
-    for number, enough in enumerate(executor.map(partial(_enough, question, answer.phases, rate), plans)):
-        show((number + 1) / len(plans), f"for {rate:g} requests/s: {plans[number]}")
+    for number, enough in enumerate(executor.map(partial(_enough, question, answer.phases, rate), able)):
+        show((number + 1) / len(able), f"for {rate:g} requests/s: {able[number].plan}")
         if enough is not None:
             found.append(enough)
     if not found:
-        best = answer.finalists[0]
-        needed = math.ceil(rate / best.rate * best.plan.devices)
+        most = max(one.rate for one in able)
+        needed = min(_whole_units(one, rate).devices for one in able)
         raise NoPlanError(
-            f"--for-rate {rate:g}: {question.hardware.count} devices serve {best.rate:.3g} requests/s at "
-            f"most; about {needed} are needed, or a lower rate"
+            f"--for-rate {rate:g}: of {question.hardware.count} devices the best plan serves {most:.3g} "
+            f"requests/s; give about {needed} devices, or a lower rate"
         )
-    return sorted(found, key=lambda one: (one.cost, -one.attainment))
+    best = {one.plan: one for one in found}
+    return sorted(best.values(), key=lambda one: (one.cost, -one.attainment))
 
 
-def _as_one_each(plan: Plan) -> Plan:
-    return replace(plan, pools=tuple(replace(pool, replicas=1) for pool in plan.pools))
-
-
-def _enough(question: Question, phases: Sequence[Phases], rate: float, plan: Plan) -> Enough | None:
-    """As few workers as do; None if there are not so many devices."""
+def _enough(question: Question, phases: Sequence[Phases], rate: float, finalist: Finalist) -> Enough | None:
+    """As few workers as do, but not more than as many of what was simulated as serve the rate side by side,
+    unless these are just too few; None if there are not so many devices."""
+    plan = finalist.plan
     readers = sum(pool.role.reads for pool in plan.pools)  # who share the prompts
-    plan = replace(
-        plan,
-        pools=tuple(
-            _at_least(pool, phases, rate / readers if pool.role.reads else rate) for pool in plan.pools
-        ),
-    )
-    for _ in range(_MOST_STEPS):
-        if not _fits(question, plan):
-            return None
-        unit, times = plan.unit()
-        found = Counter[Outcome]()
-        for seed in question.seeds:
-            found.update(question.outcomes(unit, rate / times, seed))
-        attainment = found[Outcome.GOOD] / found.total()
-        if attainment >= question.target:
-            return Enough(plan, attainment, plan.cost(question.objective))
-        late_tokens = sum(found[outcome] for outcome in _OF_WRITING)
+    pools = (_at_least(pool, phases, rate / readers if pool.role.reads else rate) for pool in plan.pools)
+    plan, most = replace(plan, pools=tuple(pools)), _whole_units(finalist, rate)
+    most_cost = most.cost(question.objective)
+    if plan.cost(question.objective) >= most_cost:
+        plan = most
+    while _fits(question, plan):
+        found = _outcomes(question, plan, rate)
+        cost = plan.cost(question.objective)
+        if found[Outcome.GOOD] >= question.target * found.total():
+            return Enough(plan, found[Outcome.GOOD] / found.total(), cost)
+        late_tokens = found[Outcome.TPOT_MISS]
         late_starts = found.total() - found[Outcome.GOOD] - late_tokens
-        plan = _one_more(plan, writes=late_tokens > late_starts)
+        more = _one_more(plan, writes=late_tokens > late_starts)
+        plan = most if cost < most_cost <= more.cost(question.objective) else more
     return None
+
+
+def _whole_units(finalist: Finalist, rate: float) -> Plan:
+    """So many of what was simulated that each serves its part of the rate."""
+    times = math.ceil(rate / finalist.goodput.rate)
+    pools = (replace(pool, replicas=times * pool.replicas) for pool in finalist.unit.pools)
+    return replace(finalist.plan, pools=tuple(pools))
+
+
+def _outcomes(question: Question, plan: Plan, rate: float) -> Counter[Outcome]:
+    unit, times = plan.unit()
+    found = Counter[Outcome]()
+    for seed in question.seeds:
+        found.update(question.outcomes(unit, rate / times, seed))
+    return found
 
 
 def _at_least(pool: Pool, phases: Sequence[Phases], rate: float) -> Pool:

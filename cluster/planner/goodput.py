@@ -22,9 +22,9 @@ _MOST_TRIALS = 8
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """rate: requests/s, of all seeds together; least, greatest: with those of single seeds (of one
-    that attains it nowhere, the lowest rate). points: (good,
-    requests) of all seeds, by rate. is_none: not even the lowest rate attains it."""
+    """rate: requests/s, of all seeds together; least, greatest: with those of single seeds (of one that
+    attains it nowhere, the lowest rate). points: (good, requests) of all seeds, by rate. is_none: not even
+    the lowest rate attains it."""
 
     rate: float
     least: float
