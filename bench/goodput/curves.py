@@ -54,20 +54,22 @@ class Curve:
         measure: MeasurePart,
         targets: Sequence[float],
         rival_rate: float | None = None,
+        start_rate: float | None = None,
     ) -> int | None:
         """What round `number` has to measure next; None if it has enough. rival_rate: at which another
         variant of the same deployment attains the first target; it begins there, and has enough once it does
-        less."""
+        less. start_rate: where to begin otherwise; by what a request takes alone if it is None."""
         mine = [point for point in self.of(points) if point.round <= number]
         own = {point.place for point in mine if point.round == number}
         grid = Grid(measure.step)
         counts, least = self._counts(mine), grid.place(least_rate(measure)) + 1
-        if rival_rate is None:
-            start = grid.place(_START_SHARE * self.variant.readers / self.alone.ttft_s)
-        else:
-            start = grid.place(rival_rate)
-            if any(good < targets[0] * all_ for place, (good, all_) in counts.items() if place <= start):
-                return None
+        start = grid.place(
+            rival_rate or start_rate or _START_SHARE * self.variant.readers / self.alone.ttft_s
+        )
+        if rival_rate is not None and any(
+            good < targets[0] * requests for place, (good, requests) in counts.items() if place <= start
+        ):
+            return None
         return next_place(counts, own, targets, start, least, grid.wide)
 
     def figure(self, points: Sequence[Point], target: float, rounds: Collection[int] | None = None) -> Figure:

@@ -4,8 +4,11 @@
 2. Round by round, workload by workload: every deployment is started once, in an order that changes from round
    to round, measured at one rate after the other, and stopped. So what drifts hits all alike. A round has a
    seed of its own: arrivals and lengths depend on it and the rate alone, the same for all deployments.
+   The first deployment begins at a rate that follows from what a request takes alone, the others where the best
+   so far is.
 3. Of the values that a deployment has to try, each begins in the first round at the rate that the best before
-   it serves at 90 %, and is dropped there if it does not. Those that were best for 90 % and for 99 % go on.
+   it serves at 90 %, and is dropped there if it does not; so the likeliest is best named first. Those that were
+   best for 90 % and for 99 % go on.
 
 Everything is kept as soon as it is measured, and nothing that is kept is measured again.
 """
@@ -58,9 +61,8 @@ async def measure_rounds(
                 mine = [curve for curve in curves[source.name] if curve.variant.deployment == name]
                 going_on = mine if number == 0 else best_of(mine, record.points, {0})
                 with teller.part(f"round {number + 1} of {rounds}, {source.name}, {name}") as tell:
-                    order = rng.sample(going_on, len(going_on))
-                    for index, curve in enumerate(order):
-                        rival = _best_rate(order[:index], record.points) if number == 0 else None
+                    for index, curve in enumerate(going_on):
+                        rival = _best_rate(going_on[:index], record.points) if number == 0 else None
                         await measure_visit(
                             [curve],
                             number,
@@ -70,6 +72,7 @@ async def measure_rounds(
                             tell,
                             targets,
                             rival_rate=rival,
+                            start_rate=_best_rate(curves[source.name], record.points),
                             pace=pace,
                         )
     return curves
@@ -93,7 +96,8 @@ def best_of(curves: Sequence[Curve], points: Sequence[Point], rounds: set[int] |
 
 def _best_rate(curves: Sequence[Curve], points: Sequence[Point]) -> float | None:
     """The highest rate that one of them serves at 90 % in the first round; None if there is none."""
-    values = [curve.figure(points, TARGETS[0], {0}).value * curve.variant.devices for curve in curves]
+    measured = [curve for curve in curves if curve.of(points)]
+    values = [curve.figure(points, TARGETS[0], {0}).value * curve.variant.devices for curve in measured]
     return max(values, default=0.0) or None
 
 
@@ -159,10 +163,12 @@ async def measure_visit(
     tell: Callable[[str], None],
     targets: Sequence[float] = TARGETS,
     rival_rate: float | None = None,
+    start_rate: float | None = None,
     pace: Pace = STEADY,
 ) -> None:
     """One round of one variant, for all of the curves: of one workload, and of a policy that does not look at
-    limits if they have several. rival_rate: see Curve.next_place. Does not start it if nothing is missing.
+    limits if they have several. rival_rate, start_rate: see
+    Curve.next_place. Does not start it if nothing is missing.
     Raises MeasurementError."""
     measure = experiment.measure
 
@@ -174,7 +180,7 @@ async def measure_visit(
         if len(own) >= measure.max_points * len(curves):
             return None
         for curve in curves:
-            place = curve.next_place(record.points, number, measure, targets, rival_rate)
+            place = curve.next_place(record.points, number, measure, targets, rival_rate, start_rate)
             if place is not None:
                 return curve, place
         return None
