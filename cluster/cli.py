@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import signal
 import sys
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+
+from cluster.cli_change import COMMANDS as CHANGES
+from cluster.cli_options import admin_option, not_nan
 
 if TYPE_CHECKING:
     from cluster.config import ServeConfig
@@ -84,6 +86,7 @@ def cli() -> None:
     A first look:    prelay demo
     A server:        prelay serve --model DIR --prefill 1 --decode 1
     What it does:    prelay top
+    Change it:       prelay role decode-0 mixed
     Its settings:    prelay config --show
     Its goodput:     prelay bench serve --url http://127.0.0.1:8000 --rate 1
     Other figures:   prelay bench --help
@@ -167,34 +170,8 @@ Exit codes:
 """
 
 
-def _checked_address(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    from cluster.sections import parse_host_port
-
-    try:
-        parse_host_port(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
-    return value
-
-
-def _not_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if math.isnan(value):  # which no range keeps out
-        raise click.BadParameter("nan is not a number of seconds", context, parameter)
-    return value
-
-
-_admin_option = click.option(
-    "--admin",
-    default="127.0.0.1:9091",
-    show_default=True,
-    metavar="HOST:PORT",
-    callback=_checked_address,
-    help="The router's admin port.",
-)
-
-
 @cli.command(epilog=_WATCH_EXIT_CODES)
-@_admin_option
+@admin_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def status(admin: str, as_json: bool) -> int:
     """Show once what a running server does: workers, queues, KV use, attainment by SLO class, latencies.
@@ -222,11 +199,11 @@ def status(admin: str, as_json: bool) -> int:
 
 
 @cli.command(epilog=_WATCH_EXIT_CODES)
-@_admin_option
+@admin_option
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600.0),
-    callback=_not_nan,
+    callback=not_nan,
     default=1.0,
     show_default=True,
     metavar="SECONDS",
@@ -252,6 +229,10 @@ def top(admin: str, interval: float) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         run_top(admin, interval, Console(width=None if sys.stdout.isatty() else 120))
     return 0
+
+
+for _change in CHANGES:
+    cli.add_command(_change)
 
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

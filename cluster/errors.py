@@ -7,7 +7,9 @@ ClusterError                 1  something failed while starting or running
 ├── RayError                 1  Ray cannot be started, reached, or has no room for the workers
 ├── RouterError              1  the router process did not start, or ended by itself
 ├── NoRouterError            1  nobody answers, or no router does, where one was asked for its status
-├── WorkerError              1  a worker did not start, or keeps dying
+├── WorkerError              1  a worker did not start, keeps dying, or does not do what it is told
+├── UnknownWorkerError       2  a worker is named that is not there
+├── ChangeError              1  a change of a running deployment was refused or failed
 └── DemoError                1  the demo's answers are not what they must be
 """
 
@@ -53,7 +55,18 @@ class NoRouterError(ClusterError):
 
 
 class WorkerError(ClusterError):
-    """At the first start; later a worker is started again, and this means that it does not help."""
+    """At the first start; later a worker is started again, and this means that it does not help. Or it was to
+    change, and cannot now."""
+
+
+class UnknownWorkerError(ClusterError):
+    """Names those that are there."""
+
+    exit_code = 2
+
+
+class ChangeError(ClusterError):
+    """Carries what the controller said: why, and what to do instead."""
 
 
 class DemoError(ClusterError):

@@ -4,6 +4,10 @@ The life of a worker: pin to its cores, import torch, set up KV memory, start it
 weights, measure its steps, listen; then `serving` waits until the process dies. Ray starts the process and
 sees its end; routers and peers talk to it over gRPC, never through Ray. It dies with its Ray node.
 
+A process may have several lives, one after the other: `become` ends what is served and serves another role
+on the same engine, under another epoch and at other addresses. Between the two roles that write
+`read_prompts` is enough, in the middle of a life.
+
 A worker of several ranks is this process, which leads as rank 0, and one more for each of the others. The
 leader makes the KV memory of all of them, so that transfers need nobody else. When a rank ends, the leader
 ends itself, and when the leader ends, so do the ranks.
@@ -14,19 +18,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from prelay.v1 import worker_pb2
 
 from cluster.cores import CoreShare, pin_process, share_cores
-from cluster.host_engine import HostEngine, load_engine
+from cluster.errors import WorkerError
+from cluster.host_engine import HostEngine, load_engine, measured
+from cluster.host_services import Service, service_of
 from cluster.host_spec import HostSpec
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     import grpc
-    from prometheus_client import CollectorRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -55,27 +62,15 @@ class StartReport:
     cores_shared: bool
 
 
-class Service(Protocol):
-    """What PrefillService and DecodeService have in common."""
-
-    def add_to(self, server: grpc.aio.Server) -> None: ...
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-
-class WorkerHost(ABC):
-    """The actor. Its subclasses name the role, which is what `ps` and `ray list actors` show."""
-
-    role: worker_pb2.Role
+class WorkerHost:
+    """The actor."""
 
     def __init__(self, spec: HostSpec) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._spec = spec
         self._progress = Progress("starting", 0.0)
-        self._service: Service | None = None
-        self._server: grpc.aio.Server | None = None
+        self._engine: HostEngine | None = None
+        self._serves: _Serves | None = None
         allowed = sorted(os.sched_getaffinity(0))
         if spec.is_simulated:
             # It sleeps most of the time: it gets in nobody's way wherever it runs.
@@ -93,22 +88,49 @@ class WorkerHost(ABC):
 
     async def start(self) -> StartReport:
         """Load the model and serve. Raises EngineError, TransferError or OSError."""
+        engine = self._engine = await asyncio.to_thread(
+            load_engine, self._spec, self._shares, _node_address(), self._progressed, self._give_up
+        )
+        return await self._serve(engine, engine.latency)
+
+    async def become(self, spec: HostSpec) -> StartReport:
+        """Begin another life, on what is loaded: of the same worker, with a greater epoch and perhaps another
+        role. What the earlier one still had is cancelled; routers see its streams end.
+
+        spec.latency: empty if it is to measure its steps, which takes about two seconds. Raises WorkerError
+        if somebody still works on the memory: then only a new process helps.
+        """
+        engine = self._engine
+        if engine is None:
+            raise WorkerError(f"worker {spec.worker_id} is still starting")
+        self._progressed("ending the earlier role", 0.0)
+        if not await self.stop():
+            raise WorkerError(f"worker {spec.worker_id} does not get its earlier role to an end")
+        self._spec = spec
+        engine.reopen(spec.epoch)
+        latency = spec.latency or await asyncio.to_thread(measured, spec, engine.runner, self._progressed)
+        return await self._serve(engine, latency)
+
+    async def read_prompts(self, *, reads: bool) -> None:
+        """From now on a worker that writes is a mixed one, or a decode worker again. What it has goes on."""
+        if self._serves is None or self._spec.role == worker_pb2.ROLE_PREFILL:
+            raise WorkerError(f"worker {self._spec.worker_id} does not write answers")
+        role = worker_pb2.ROLE_MIXED if reads else worker_pb2.ROLE_DECODE
+        self._spec = replace(self._spec, role=role)
+        self._serves.service.take_role(role)
+
+    async def _serve(self, engine: HostEngine, latency: Mapping[str, float]) -> StartReport:
         from grpc import aio
         from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
-        from ray.util import get_node_ip_address
 
-        spec = self._spec
-        node_address = get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
-        engine = await asyncio.to_thread(
-            load_engine, spec, self._shares, node_address, self._progressed, self._give_up
-        )
+        spec, node_address = self._spec, _node_address()
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         metrics_server, _ = start_http_server(0, addr=node_address, registry=registry)
         info = worker_pb2.WorkerInfo(
             worker_id=spec.worker_id,
             epoch=spec.epoch,
-            role=self.role,
+            role=spec.role,
             metrics_address=f"{node_address}:{metrics_server.server_port}",
             model=spec.model_name,
             model_fingerprint=engine.fingerprint,
@@ -121,15 +143,16 @@ class WorkerHost(ABC):
             protocol_minor=worker_pb2.PROTOCOL_MINOR_CURRENT,
             pid=os.getpid(),
             vocab_size=engine.vocab_size,
-            latency=engine.latency,
+            latency=latency,
             num_devices=spec.num_ranks,
         )
-        self._service = self._build(info, engine, registry)
-        self._server = aio.server(options=_SERVER_OPTIONS)
-        self._service.add_to(self._server)
-        info.address = f"{node_address}:{self._server.add_insecure_port(f'{node_address}:0')}"
-        await self._service.start()
-        await self._server.start()
+        service = service_of(info, engine, spec, registry, self._give_up)
+        server = aio.server(options=_SERVER_OPTIONS)
+        self._serves = _Serves(service, server, metrics_server)
+        service.add_to(server)
+        info.address = f"{node_address}:{server.add_insecure_port(f'{node_address}:0')}"
+        await service.start()
+        await server.start()
         self._progress = Progress("ready", 1.0)
         return StartReport(
             info.SerializeToString(),
@@ -142,12 +165,16 @@ class WorkerHost(ABC):
         """Never returns: that it fails is how Ray tells the launcher that this process has ended."""
         await asyncio.Event().wait()
 
-    async def stop(self) -> None:
-        """Stop serving, within the 2 s that the service promises."""
-        if self._service is not None:
-            await self._service.stop()
-        if self._server is not None:
-            await self._server.stop(grace=0)
+    async def stop(self) -> bool:
+        """Stop serving, within the 2 s that the service promises. Returns whether all that it did has ended:
+        no step and no copy is still running."""
+        serves, self._serves = self._serves, None
+        if serves is None:
+            return True
+        has_ended = await serves.service.stop()
+        await serves.server.stop(grace=0)
+        await asyncio.to_thread(_close_metrics, serves.metrics)
+        return has_ended
 
     def _progressed(self, stage: str, fraction: float) -> None:
         self._progress = Progress(stage, fraction)
@@ -159,54 +186,23 @@ class WorkerHost(ABC):
         )
         os._exit(1)
 
-    @abstractmethod
-    def _build(self, info: worker_pb2.WorkerInfo, engine: HostEngine, registry: CollectorRegistry) -> Service:
-        """The role's service over a loaded engine."""
+
+@dataclass(frozen=True, slots=True)
+class _Serves:
+    """What one life of a worker listens with."""
+
+    service: Service
+    server: grpc.aio.Server
+    metrics: WSGIServer
 
 
-class PrefillHost(WorkerHost):
-    """Reads prompts."""
-
-    role = worker_pb2.ROLE_PREFILL
-
-    def _build(self, info: worker_pb2.WorkerInfo, engine: HostEngine, registry: CollectorRegistry) -> Service:
-        from prefill_worker.servicer import PrefillService, PrefillSettings
-
-        spec = self._spec
-        settings = PrefillSettings(
-            max_batch_tokens=spec.max_batch_tokens,
-            heartbeat_s=spec.heartbeat_s,
-            lease_s=spec.lease_s,
-            digest_share=spec.digest_share,
-        )
-        return PrefillService(
-            info, engine.runner, engine.memory, engine.backends, registry, settings, on_fatal=self._give_up
-        )
+def _close_metrics(server: WSGIServer) -> None:
+    server.shutdown()
+    server.server_close()
 
 
-class DecodeHost(WorkerHost):
-    """Writes answers."""
+def _node_address() -> str:
+    from ray.util import get_node_ip_address
 
-    role = worker_pb2.ROLE_DECODE
-
-    def _build(self, info: worker_pb2.WorkerInfo, engine: HostEngine, registry: CollectorRegistry) -> Service:
-        from decode_worker.servicer import DecodeService, DecodeSettings
-
-        spec = self._spec
-        settings = DecodeSettings(
-            max_num_seqs=spec.max_num_seqs,
-            max_batch_tokens=spec.max_batch_tokens,
-            heartbeat_s=spec.heartbeat_s,
-            lease_s=spec.lease_s,
-            digest_share=spec.digest_share,
-        )
-        return DecodeService(
-            info, engine.runner, engine.memory, engine.backends, registry, settings, on_fatal=self._give_up
-        )
-
-
-class MixedHost(DecodeHost):
-    """Writes answers, and reads prompts beside that where the router wants it: its service looks at the role
-    in its info."""
-
-    role = worker_pb2.ROLE_MIXED
+    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    return address

@@ -1,4 +1,4 @@
-"""What a worker's process holds before it has a role: KV memory, ways to move it, and an engine over it.
+"""What a worker's process holds whatever its role is: KV memory, ways to move it, and an engine over it.
 
 Loading takes seconds and belongs into a thread. The engine is a model, whole or spread over ranks, or a
 simulation, which needs no weights and has its latency model given.
@@ -36,14 +36,21 @@ _FRACTION_LOADED = 0.8
 
 @dataclass(frozen=True, slots=True)
 class HostEngine:
-    """latency: coefficients of engine.latency.LatencyModel, as given or as measured."""
+    """segments: of `memory`, open for peers as that of one life. make_backends: over them, for a life with
+    that epoch. latency: coefficients of engine.latency.LatencyModel, as given or as measured."""
 
     runner: StepRunner
     memory: KvMemory
-    backends: Sequence[Backend]
+    segments: Sequence[SharedSegment]
+    make_backends: Callable[[int], Sequence[Backend]]
     fingerprint: str
     vocab_size: int
     latency: Mapping[str, float]
+
+    def reopen(self, epoch: int) -> None:
+        """For another life, when nobody of the earlier one works on the memory any more."""
+        for segment in self.segments:
+            segment.reopen(epoch)
 
 
 def load_engine(
@@ -70,7 +77,7 @@ def load_engine(
     config = EngineConfig(
         num_blocks=spec.num_blocks,
         block_size=spec.block_size,
-        max_batch_tokens=spec.max_batch_tokens,
+        max_batch_tokens=spec.most_batch_tokens,
         dtype=spec.dtype,
         load=spec.load,
         threads=spec.threads,
@@ -88,8 +95,9 @@ def load_engine(
     )
     segments = [SharedSegment.create(each, spec.num_blocks, spec.epoch) for each in layouts]
     memory = KvMemory(layout, tuple(each.blocks for each in segments), segments[0].generations)
-    agent = f"{spec.worker_id}-{spec.epoch}"
-    backends = make_backends(spec.backend, memory, segments, node_address, agent)
+
+    def backends_of(epoch: int) -> Sequence[Backend]:
+        return make_backends(spec.backend, memory, segments, node_address, f"{spec.worker_id}-{epoch}")
 
     def weights_read(fraction: float) -> None:
         whole_way = _FRACTION_ALLOCATED + (_FRACTION_LOADED - _FRACTION_ALLOCATED) * fraction
@@ -97,8 +105,8 @@ def load_engine(
 
     weights_read(0.0)
     runner, fingerprint = _loaded(spec, config, shares, segments, weights_read, on_fatal)
-    latency = spec.latency or _measured(spec, runner, on_progress)
-    return HostEngine(runner, memory, backends, fingerprint, model.vocab_size, latency)
+    latency = spec.latency or measured(spec, runner, on_progress)
+    return HostEngine(runner, memory, segments, backends_of, fingerprint, model.vocab_size, latency)
 
 
 def _simulated(spec: HostSpec) -> HostEngine:
@@ -124,7 +132,8 @@ def _simulated(spec: HostSpec) -> HostEngine:
     return HostEngine(
         runner,
         memory,
-        [IpcBackend(memory, [segment])],
+        [segment],
+        lambda epoch: [IpcBackend(memory, [segment])],
         simulated_fingerprint(spec.checkpoint),
         ModelConfig.from_pretrained(spec.checkpoint).vocab_size,
         spec.latency,
@@ -165,8 +174,9 @@ def _loaded(
     return engine.runner, engine.fingerprint
 
 
-def _measured(spec: HostSpec, runner: StepRunner, on_progress: OnProgress) -> Mapping[str, float]:
-    """Coefficients; nothing is served yet, so nobody minds what the steps write into the KV memory."""
+def measured(spec: HostSpec, runner: StepRunner, on_progress: OnProgress) -> Mapping[str, float]:
+    """Coefficients of steps in the role of `spec`. To be called while nothing is served, as then nobody minds
+    what the steps write into the KV memory."""
     from engine.calibration import BUDGET_S, calibrate
     from engine.profiler import Limits
 

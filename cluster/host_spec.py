@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from prelay.v1 import worker_pb2
+
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
     """Everything that one life of one worker needs to know.
 
     threads: of each rank. first_slot, slots: which of its node's cores are its own (`cores.share_cores`).
-    max_num_seqs: 0 for prefill. backend: see transfer.backends.make_backends. latency: coefficients of
+    max_batch_tokens, max_num_seqs: of a step, in this role (max_num_seqs: 0 for prefill). most_batch_tokens:
+    in any role that it may be given. backend: see transfer.backends.make_backends. latency: coefficients of
     engine.latency.LatencyModel; empty if it is to measure its steps itself.
     """
 
     worker_id: str
     epoch: int
+    role: worker_pb2.Role
     checkpoint: Path
     model_name: str
     max_model_len: int
@@ -32,6 +36,7 @@ class HostSpec:
     slots: int
     max_batch_tokens: int
     max_num_seqs: int
+    most_batch_tokens: int
     heartbeat_s: float
     lease_s: float
     digest_share: float

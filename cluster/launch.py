@@ -10,29 +10,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterable, Set
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prelay.v1 import worker_pb2
-
 from cluster.config import ServeConfig
+from cluster.control import ControlServer
 from cluster.errors import ClusterError, WorkerError
-from cluster.host import DecodeHost, MixedHost, PrefillHost, WorkerHost
 from cluster.host_spec import HostSpec
-from cluster.latency_profile import read_profile
+from cluster.pool_changes import can_serve
 from cluster.ray_cluster import RayCluster
 from cluster.reporter import Reporter
+from cluster.reshape import Reshape
 from cluster.router_process import RouterAddresses, RouterProcess
 from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
+from cluster.worker_specs import worker_specs
 from router.settings import RouterSettings
 from router.slo import SloClass
 
 T = TypeVar("T")
-
-_BEATS_PER_TIMEOUT = 6
-"""Snapshots that may be lost or late before a worker counts as dead."""
 
 _ATTACH_BEAT_S = 1.0
 """How often the router is asked whether it has lost a worker."""
@@ -69,6 +66,10 @@ class Deployment:
         self._cluster = RayCluster(config.ray.address, config.num_cpus, run_directory)
         self._router: RouterProcess | None = None
         self._lives: list[WorkerLife] = []
+        self._control: ControlServer | None = None
+        # That keep workers alive, while the deployment runs; and whether one was added.
+        self._keeping: dict[asyncio.Task[None], WorkerLife] = {}
+        self._added = asyncio.Event()
 
     async def start(self) -> Ready:
         """Start everything. Raises a ClusterError that says what could not be started; `stop` even then."""
@@ -78,18 +79,23 @@ class Deployment:
         router = self._router = await RouterProcess.start(settings.to_json(), self._on_router_log)
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
+        reshape = Reshape(self._config, self, router)
+        self._control = await ControlServer.start(reshape, router.addresses.admin)
+        await router.controlled_at(self._control.address)
         return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
 
     async def run(self) -> None:
         """Keep the workers alive. Ends by a ClusterError only: no router, or no workers left that can serve
         together."""
         assert self._router is not None
-        tasks = {asyncio.create_task(life.keep_alive()): life for life in self._lives}
+        for life in self._lives:
+            self._keep(life)
         try:
             watches = _end_of(self._router), _end_of(self._cluster), self._keep_attached(self._router)
-            await _unless_it_fails(_all(*watches), self._watch(tasks))
+            await _unless_it_fails(_all(*watches), self._watch())
         finally:
-            await _cancel(tasks)
+            await _cancel(self._keeping)
+            self._keeping.clear()
 
     async def run_while(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, with the deployment kept running until then. Raises like both."""
@@ -97,21 +103,52 @@ class Deployment:
 
     async def stop(self) -> None:
         """Stop everything that was started, however far `start` came."""
+        if self._control is not None:
+            await self._control.stop()
         if self._router is not None:
             await self._router.stop()
         await asyncio.gather(*(life.stop() for life in self._lives))
         await self._cluster.stop()
+
+    @property
+    def lives(self) -> Sequence[WorkerLife]:
+        """Of all workers that there are to be."""
+        return self._lives
+
+    async def add(self, spec: HostSpec) -> LiveWorker:
+        """One more worker, while the deployment runs. Raises ClusterError if it does not start."""
+        assert self._router is not None
+        life = self._life(spec, self._router)
+        try:
+            live = await life.start()
+        except BaseException:
+            await life.end()
+            raise
+        self._lives.append(life)
+        self._keep(life)
+        return live
+
+    async def remove(self, life: WorkerLife) -> None:
+        """A worker is no longer wanted."""
+        self._lives.remove(life)
+        task = next(task for task, kept in self._keeping.items() if kept is life)
+        del self._keeping[task]
+        await _cancel([task])
+        await life.end()
+
+    def _life(self, spec: HostSpec, router: RouterProcess) -> WorkerLife:
+        return WorkerLife(spec, self._cluster, router, self._reporter, RestartPolicy())
+
+    def _keep(self, life: WorkerLife) -> None:
+        self._keeping[asyncio.create_task(life.keep_alive())] = life
+        self._added.set()
 
     async def _start_workers(self, router: RouterProcess) -> tuple[LiveWorker, ...]:
         where = self._config.ray.address
         self._reporter.progress("ray", f"joining {where}" if where else "starting", None)
         await self._cluster.start()
         self._reporter.progress("ray", "ready", 1.0)
-        policy = RestartPolicy()
-        self._lives = [
-            WorkerLife(host_class, spec, self._cluster, router, self._reporter, policy)
-            for host_class, spec in worker_specs(self._config)
-        ]
+        self._lives = [self._life(spec, router) for spec in worker_specs(self._config)]
         workers = await _all(*(life.start() for life in self._lives))
         if any(worker.report.cores_shared for worker in workers):
             self._reporter.event(
@@ -133,18 +170,23 @@ class Deployment:
                 ]
                 await asyncio.gather(*(life.attach_again() for life in lost))
 
-    async def _watch(self, tasks: dict[asyncio.Task[None], WorkerLife]) -> None:
+    async def _watch(self) -> None:
         """Wait until so many workers are lost for good that the others cannot serve."""
-        left = dict(tasks)
         while True:
-            done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                left.pop(task)
+            self._added.clear()
+            added = asyncio.create_task(self._added.wait())
+            try:
+                await asyncio.wait([*self._keeping, added], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                added.cancel()
+            for task in [task for task in self._keeping if task.done()]:
+                life = self._keeping.pop(task)
                 error = task.exception()
                 if not isinstance(error, ClusterError):
                     task.result()
-                if not can_serve({life.role for life in left.values()}):
-                    raise WorkerError(f"{error}; {_who_is_left(left.values())}") from error
+                self._lives.remove(life)
+                if not can_serve(life.role for life in self._lives):
+                    raise WorkerError(f"{error}; {_who_is_left(self._lives)}") from error
                 self._reporter.event(f"{error}; going on without it")
 
 
@@ -180,58 +222,6 @@ def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
         request_timeout_s=router.request_timeout_s,
         log_level=log_level,
     )
-
-
-def worker_specs(config: ServeConfig) -> list[tuple[type[WorkerHost], HostSpec]]:
-    """Every worker of a checked configuration, pool by pool, with the slots of cores in that order.
-
-    Raises ConfigError if model.profile cannot be used.
-    """
-    model, block_size = config.model, config.kv.block_size
-    assert model.path is not None
-    assert model.name is not None
-    assert model.max_model_len is not None
-    specs: list[tuple[type[WorkerHost], HostSpec]] = []
-    latency = {} if model.profile is None else dict(read_profile(model.profile).coefficients)
-    slot = 0
-    for host_class, pool, role, max_num_seqs in (
-        (PrefillHost, config.prefill, "prefill", 0),
-        (DecodeHost, config.decode, "decode", config.decode.max_num_seqs),
-        (MixedHost, config.mixed, "mixed", config.mixed.max_num_seqs),
-    ):
-        for index in range(pool.replicas):
-            assert pool.kv_cache_tokens is not None
-            spec = HostSpec(
-                worker_id=f"{role}-{index}",
-                epoch=0,
-                checkpoint=model.path,
-                model_name=model.name,
-                max_model_len=model.max_model_len,
-                dtype=model.dtype,
-                load=model.load,
-                block_size=block_size,
-                num_blocks=-(-pool.kv_cache_tokens // block_size),
-                tp_size=pool.tensor_parallel,
-                pp_size=pool.pipeline_parallel,
-                threads=pool.threads,
-                first_slot=slot,
-                slots=config.num_cpus,
-                max_batch_tokens=pool.max_batch_tokens,
-                max_num_seqs=max_num_seqs,
-                heartbeat_s=config.router.liveness_timeout_s / _BEATS_PER_TIMEOUT,
-                lease_s=config.transfer.lease_s,
-                digest_share=config.transfer.digest_share,
-                backend=config.transfer.backend,
-                latency=latency,
-            )
-            specs.append((host_class, spec))
-            slot += spec.num_cpus
-    return specs
-
-
-def can_serve(roles: Set[worker_pb2.Role]) -> bool:
-    """Whether workers of these roles can read prompts and write answers together."""
-    return worker_pb2.ROLE_MIXED in roles or {worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE} <= roles
 
 
 def _who_is_left(lives: Iterable[WorkerLife]) -> str:

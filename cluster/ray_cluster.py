@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import RayError
@@ -63,8 +63,9 @@ class RayCluster:
                 "start Ray",
                 _START_TIMEOUT_S,
                 address="local",
-                # More than there are cores, if so configured: the workers then share them.
-                num_cpus=self._num_cpus,
+                # More than there are cores, if so configured: the workers then share them. And all cores that
+                # there are, as workers may be added later.
+                num_cpus=max(self._num_cpus, len(os.sched_getaffinity(0))),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 _temp_dir=str(self._directory),
@@ -84,6 +85,7 @@ class RayCluster:
         deadline = time.monotonic() + _PLACE_TIMEOUT_S
         while not await self._call(group.wait, 1):
             if time.monotonic() >= deadline:
+                await self.give_back(group)  # else it would take them later, for nobody
                 raise RayError(
                     f"no room for worker {name}: Ray found no node with {num_cpus} free CPUs "
                     f"in {_PLACE_TIMEOUT_S:.0f} s"
@@ -104,6 +106,10 @@ class RayCluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
         )
         return await self._call(options.remote, *args)
+
+    async def give_back(self, group: PlacementGroup) -> None:
+        """The CPUs of a worker that will not come back."""
+        await self._call(remove_placement_group, group)
 
     async def kill(self, actor: Any) -> None:
         """End an actor's process, if it has not ended."""

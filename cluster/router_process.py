@@ -114,9 +114,33 @@ class RouterProcess:
 
     async def lost(self, worker_id: str, epoch: int) -> None:
         """Tell the router that this life of a worker is over; one that is gone has forgotten it already."""
-        request = admin_pb2.RemoveWorkerRequest(worker_id=worker_id, epoch=epoch, comes_back=True)
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
+        await self._remove(worker_id, epoch, comes_back=True)
+
+    async def drain(self, worker_id: str, epoch: int, *, draining: bool) -> int:
+        """Whether that life of a worker gets nothing new; returns how many requests it has. Raises
+        WorkerError when the router does not have it."""
+        request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, epoch=epoch, draining=draining)
+        try:
+            answer = await self._admin.DrainWorker(request, timeout=_ADMIN_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerError(f"the router cannot drain worker {worker_id}: {error.details()}") from error
+        return int(answer.live_requests)
+
+    async def controlled_at(self, address: str) -> None:
+        """Tell the router where whoever wants to change the workers finds somebody who does. Raises
+        RouterError."""
+        try:
+            await self._admin.SetController(
+                admin_pb2.SetControllerRequest(address=address), timeout=_ADMIN_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise RouterError(
+                f"the router does not take the controller's address: {error.details()}"
+            ) from error
+
+    async def forget(self, worker_id: str, epoch: int) -> None:
+        """Tell the router that a worker is no longer part of the deployment."""
+        await self._remove(worker_id, epoch, comes_back=False)
 
     async def attached(self) -> set[tuple[str, int]]:
         """(worker id, epoch) of every worker that the router can use now. Raises WorkerError."""
@@ -125,6 +149,11 @@ class RouterProcess:
         except grpc.aio.AioRpcError as error:
             raise WorkerError(f"the router does not say which workers it has: {error.details()}") from error
         return {(worker.info.worker_id, worker.info.epoch) for worker in status.workers if worker.up}
+
+    async def _remove(self, worker_id: str, epoch: int, *, comes_back: bool) -> None:
+        request = admin_pb2.RemoveWorkerRequest(worker_id=worker_id, epoch=epoch, comes_back=comes_back)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
 
     async def stop(self) -> None:
         """End the router: it ends its clients' streams with an error, or is killed if that takes too long."""

@@ -78,9 +78,11 @@ def attainment(outcomes: Mapping[str, int]) -> float | None:
 
 
 def state_of(worker: admin_pb2.WorkerStatus) -> str:
-    """up, suspected (silent for a while: gets nothing new) or down."""
+    """up, suspected (silent for a while: gets nothing new), draining (is to be empty) or down."""
     if not worker.up:
         return "down"
+    if worker.draining:
+        return "draining"
     return "suspected" if worker.suspected else "up"
 
 

@@ -15,7 +15,7 @@ from cluster.roles import ROLE_NAMES
 from cluster.status import attainment, in_order, state_of
 from cluster.status_window import Recent
 
-_STATE_STYLES = {"up": "green", "suspected": "yellow", "down": "bold red"}
+_STATE_STYLES = {"up": "green", "suspected": "yellow", "draining": "cyan", "down": "bold red"}
 _MISSES = ("ttft_miss", "tpot_miss", "both_miss", "rejected", "error", "cancelled")
 _BAR_CELLS = 4
 

@@ -8,6 +8,10 @@
 
 A life that has served for `steady_s` clears the count of failures. Lost is a worker whose process lives but
 which the router has given up, because it was silent for a while: it is attached again as soon as it answers.
+
+A life may also end because its worker is to have another role (`become`): the next one begins in the same
+process, on the weights that it has loaded. If that fails, the process is ended, and what is started after it
+has the new role.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from engine.errors import EngineError
 
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 2.5
+_BECOME_TIMEOUT_S = 30.0
+"""Of which a few seconds are for measuring steps, and the rest for a machine that is busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,6 @@ class WorkerLife:
 
     def __init__(
         self,
-        host_class: type[WorkerHost],
         template: HostSpec,
         cluster: RayCluster,
         router: RouterProcess,
@@ -80,10 +85,11 @@ class WorkerLife:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker_id = template.worker_id
-        self.role = host_class.role
         self.live: LiveWorker | None = None
-        self._host_class = host_class
-        self._template = template
+        self.template = template
+        """Of its next life; the latency in it is what its steps were found to take."""
+        # Held by whoever ends one life and begins the next.
+        self._between_lives = asyncio.Lock()
         self._cluster = cluster
         self._router = router
         self._reporter = reporter
@@ -96,23 +102,80 @@ class WorkerLife:
         # A handle, which Ray types for actors of any class.
         self._actor: Any = None
 
+    @property
+    def role(self) -> worker_pb2.Role:
+        """That it has, or will have when it lives again."""
+        return self.template.role
+
     async def start(self) -> LiveWorker:
         """Begin a life, up to where the router uses it. Raises ModelError, WorkerError or RayError."""
-        self._epoch = next_epoch(self._epoch, self._wall_clock_ns())
-        spec = replace(self._template, epoch=self._epoch)
+        spec = self._next_spec()
         name = f"{self.worker_id}-{self._epoch}"
         if self._group is None:
             self._group = await self._cluster.place(self.worker_id, spec.num_cpus)
         self._reporter.progress(self.worker_id, "starting a process", 0.0)
-        self._actor = await self._cluster.spawn(self._host_class, self._group, name, spec.num_cpus, spec)
+        self._actor = await self._cluster.spawn(WorkerHost, self._group, name, spec.num_cpus, spec)
         report = await self._started(self._actor)
-        info = worker_pb2.WorkerInfo.FromString(report.info)
-        await self._router.register(info)
-        self._reporter.progress(self.worker_id, "ready", 1.0)
-        # Its next life need not measure its steps again, perhaps beside those that serve on while it is away.
-        self._template = replace(self._template, latency=dict(info.latency))
-        self.live = LiveWorker(info, report)
-        return self.live
+        return await self._serves(report)
+
+    async def become(self, template: HostSpec) -> LiveWorker:
+        """End this life, and begin the next one by `template` in the same process.
+
+        What its requests were doing is lost, and they go on elsewhere: drain it before. Raises WorkerError if
+        it is not up, or if the process does not manage; then it is ended, and `keep_alive` starts another one
+        by `template`.
+        """
+        async with self._between_lives:
+            live, self.live = self.live, None
+            if live is None:
+                raise WorkerError(f"worker {self.worker_id} is down: try again when it serves")
+            self.template = template
+            await self._router.lost(self.worker_id, live.info.epoch)
+            try:
+                report = await asyncio.wait_for(
+                    _result(self._actor.become.remote(self._next_spec())), _BECOME_TIMEOUT_S
+                )
+                return await self._serves(report)
+            except (TimeoutError, WorkerError, ray.exceptions.RayError) as error:
+                await self._cluster.kill(self._actor)
+                why = "it took too long" if isinstance(error, TimeoutError) else _first_line(_cause(error))
+                raise WorkerError(
+                    f"worker {self.worker_id} did not take its new role on the weights that it has loaded "
+                    f"({why}): it is started anew in that role"
+                ) from error
+
+    async def read_prompts(self, template: HostSpec) -> LiveWorker:
+        """In the middle of a life: a decode worker is mixed from now on, or a mixed one decode, as `template`
+        says. Raises WorkerError if it is not up."""
+        async with self._between_lives:
+            live = self.live
+            if live is None:
+                raise WorkerError(f"worker {self.worker_id} is down: try again when it serves")
+            try:
+                reads = template.role == worker_pb2.ROLE_MIXED
+                await _result(self._actor.read_prompts.remote(reads=reads))
+            except ray.exceptions.RayError as error:
+                raise WorkerError(
+                    f"worker {self.worker_id} did not change its role: {_first_line(_cause(error))}"
+                ) from error
+            self.template = template
+            live.info.role = template.role
+            await self._router.register(live.info)
+            return live
+
+    async def end(self) -> None:
+        """For good: the router forgets it, its process ends, and its place is free. Not beside
+        `keep_alive`."""
+        async with self._between_lives:
+            live, self.live = self.live, None
+            if live is not None:
+                await self._router.forget(self.worker_id, live.info.epoch)
+                with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+                    await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
+            if self._actor is not None:
+                await self._cluster.kill(self._actor)
+            if self._group is not None:
+                await self._cluster.give_back(self._group)
 
     async def keep_alive(self) -> None:
         """Start the worker again whenever it dies. Ends by WorkerError only, when that does not help."""
@@ -123,27 +186,33 @@ class WorkerLife:
             if self._clock() - born >= self._policy.steady_s:
                 failures = 0
             self._reporter.event(f"worker {self.worker_id} (epoch {self._epoch}) died: {reason}{self._log()}")
-            while True:
-                await self._bury()
-                failures += 1
-                if failures > self._policy.max_failures:
-                    raise WorkerError(f"worker {self.worker_id} died {failures} times in a row: {reason}")
-                await asyncio.sleep(self._policy.delay_s(failures))
-                try:
-                    live = await self.start()
-                except ClusterError as error:
-                    reason = str(error)
-                    self._reporter.event(f"worker {self.worker_id} did not start again: {reason}")
-                else:
-                    self._reporter.event(
-                        f"worker {self.worker_id} serves again (epoch {self._epoch}, pid {live.info.pid})"
-                    )
-                    break
+            async with self._between_lives:
+                failures = await self._live_again(failures, reason)
+
+    async def _live_again(self, failures: int, reason: str) -> int:
+        """Until the next life serves. failures: in a row, before; returned with those that came. reason: of
+        the death. Raises WorkerError."""
+        while True:
+            await self._bury()
+            failures += 1
+            if failures > self._policy.max_failures:
+                raise WorkerError(f"worker {self.worker_id} died {failures} times in a row: {reason}")
+            await asyncio.sleep(self._policy.delay_s(failures))
+            try:
+                live = await self.start()
+            except ClusterError as error:
+                reason = str(error)
+                self._reporter.event(f"worker {self.worker_id} did not start again: {reason}")
+            else:
+                self._reporter.event(
+                    f"worker {self.worker_id} serves again (epoch {self._epoch}, pid {live.info.pid})"
+                )
+                return failures
 
     async def attach_again(self) -> None:
         """The router does not use this life although nobody has seen it die."""
         live = self.live
-        if live is None:
+        if live is None or self._between_lives.locked():
             return
         if self._lost_since is None:
             self._lost_since = self._clock()
@@ -172,6 +241,20 @@ class WorkerLife:
             with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
                 await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
         await self._cluster.kill(self._actor)
+
+    def _next_spec(self) -> HostSpec:
+        self._epoch = next_epoch(self._epoch, self._wall_clock_ns())
+        return replace(self.template, epoch=self._epoch)
+
+    async def _serves(self, report: StartReport) -> LiveWorker:
+        """A life is ready: let the router use it."""
+        info = worker_pb2.WorkerInfo.FromString(report.info)
+        await self._router.register(info)
+        self._reporter.progress(self.worker_id, "ready", 1.0)
+        # Its next life need not measure its steps again, perhaps beside those that serve on while it is away.
+        self.template = replace(self.template, latency=dict(info.latency))
+        self.live = LiveWorker(info, report)
+        return self.live
 
     async def _started(self, actor: Any) -> StartReport:
         """Wait for the actor's start, passing on its progress."""

@@ -30,13 +30,14 @@ def task_of(
 
 class Acceptance:
     """max_model_len: most tokens of prompt and answer together. vocab_size: 0 if unknown; prompts are not
-    checked against it then. reads_prompts: whether the worker is a mixed one."""
+    checked against it then. reads_prompts: whether the worker is a mixed one, or has
+    been; that may become true at any time."""
 
     def __init__(self, pool: BlockPool, max_model_len: int, vocab_size: int, *, reads_prompts: bool) -> None:
         self._pool = pool
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
-        self._reads_prompts = reads_prompts
+        self.reads_prompts = reads_prompts
 
     @staticmethod
     def is_read_here(reserve: worker_pb2.Reserve) -> bool:
@@ -64,7 +65,7 @@ class Acceptance:
         return self._why_not_read_here(reserve) if self.is_read_here(reserve) else None
 
     def _why_not_read_here(self, reserve: worker_pb2.Reserve) -> str | None:
-        if not self._reads_prompts:
+        if not self.reads_prompts:
             return (
                 "Reserve names no prefill worker, and this is a decode worker: only a mixed one reads "
                 "prompts itself"

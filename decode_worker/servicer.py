@@ -71,13 +71,15 @@ class DecodeService:
         cache = PrefixCache(pool, info.model_fingerprint)
         latency = OnlineLatency(LatencyModel.from_coefficients(info.latency))
         is_mixed = info.role == worker_pb2.ROLE_MIXED
+        self._info = info
+        self._acceptance = Acceptance(pool, info.max_model_len, info.vocab_size, reads_prompts=is_mixed)
         role = DecodeRole(
             runner,
             pool,
             cache,
             layout.num_layers,
             DecodeScheduler(pool, cache, settings.max_num_seqs, settings.max_batch_tokens, latency),
-            Acceptance(pool, info.max_model_len, info.vocab_size, reads_prompts=is_mixed),
+            self._acceptance,
             settings.lease_s,
             clock,
             WorkerMetrics(registry, "decode"),
@@ -104,13 +106,23 @@ class DecodeService:
         """info.address is set by now."""
         self._engine.start()
 
-    async def stop(self) -> None:
-        """Ends streams, links and the engine thread, within 2 s. A copy that runs is left to itself."""
+    def take_role(self, role: worker_pb2.Role) -> None:
+        """Decode or mixed, instead of the other. A decode worker that was mixed goes on reading what routers
+        send it to read: they may have done so before they knew."""
+        self._info.role = role
+        if role == worker_pb2.ROLE_MIXED:
+            self._acceptance.reads_prompts = True
+
+    async def stop(self) -> bool:
+        """Ends streams, links and the engine thread, within 2 s. A copy that runs is left to itself. Returns
+        whether none does, and no step of ours is running any more."""
         self._routers.stop()
         await self._links.stop()
-        await self._engine.stop(STOP_TIMEOUT_S)
+        has_ended = await self._engine.stop(STOP_TIMEOUT_S)
+        has_ended = await self._links.copies_end(STOP_TIMEOUT_S) and has_ended
         for backend in self._backends:
             backend.close()
+        return has_ended
 
     def _deliver(self, outputs: Sequence[DecodeOutput]) -> None:
         for output in outputs:

@@ -103,12 +103,15 @@ class EngineLoop(Generic[Event, Output]):
         """From any thread; the engine wakes up for it."""
         self._inbox.put(event)
 
-    async def stop(self, timeout_s: float) -> None:
-        """End the thread after the turn it is in; a step that takes longer than `timeout_s` is left alone."""
+    async def stop(self, timeout_s: float) -> bool:
+        """End the thread after the turn it is in; a step that takes longer than `timeout_s` is left alone.
+        Returns whether the thread has ended."""
         self._inbox.put(_Stop())
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             _log.warning("event=engine_not_stopped timeout_s=%s: a step is still running", timeout_s)
+            return False
+        return True
 
     def _run(self) -> None:
         busy = False

@@ -106,13 +106,19 @@ class PrefillService:
         """info.address is set by now."""
         self._engine.start()
 
-    async def stop(self) -> None:
-        """Ends streams, links and the engine thread, within 2 s. No peer can open our memory after it."""
+    def take_role(self, role: worker_pb2.Role) -> None:
+        """This service has one role."""
+        raise ValueError("a prefill worker cannot take another role in the middle of a life")
+
+    async def stop(self) -> bool:
+        """Ends streams, links and the engine thread, within 2 s. No peer can open our memory after it.
+        Returns whether no step of ours is running any more."""
         self._routers.stop()
         self._links.stop()
-        await self._engine.stop(STOP_TIMEOUT_S)
+        has_ended = await self._engine.stop(STOP_TIMEOUT_S)
         for backend in self._backends:
             backend.close()
+        return has_ended
 
     def _from_router(self, event: RouterEvent) -> None:
         if isinstance(event, Command) and event.message.HasField("prefill"):

@@ -39,6 +39,7 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
         self._policy_name = policy_name
         self._clock = clock
         self._started_at = clock()
+        self._controller = ""
 
     async def RegisterWorker(
         self, request: admin_pb2.RegisterWorkerRequest, context: _Context
@@ -66,6 +67,25 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
             )
         return admin_pb2.RemoveWorkerResponse()
 
+    async def DrainWorker(
+        self, request: admin_pb2.DrainWorkerRequest, context: _Context
+    ) -> admin_pb2.DrainWorkerResponse:
+        """That life of the worker gets nothing new, or does again."""
+        live_requests = self._workers.drain(request.worker_id, request.epoch, draining=request.draining)
+        if live_requests is None:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"no worker {request.worker_id!r} with epoch {request.epoch} is attached",
+            )
+        return admin_pb2.DrainWorkerResponse(live_requests=live_requests)
+
+    async def SetController(
+        self, request: admin_pb2.SetControllerRequest, context: _Context
+    ) -> admin_pb2.SetControllerResponse:
+        """Who asks for the status is told of it."""
+        self._controller = request.address
+        return admin_pb2.SetControllerResponse()
+
     async def GetStatus(
         self, request: admin_pb2.GetStatusRequest, context: _Context
     ) -> admin_pb2.GetStatusResponse:
@@ -80,6 +100,7 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
                     load=link.last_snapshot,
                     suspected=self._workers.suspected(link),
                     live_requests=self._workers.live_requests(link),
+                    draining=self._workers.draining(link),
                 )
                 for link in self._workers.links()
             ],
@@ -97,6 +118,7 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
             tpot=_quantiles(tally.tpot.quantiles()),
             tokens=tally.tokens,
             uptime_s=self._clock() - self._started_at,
+            controller=self._controller,
         )
 
     async def GetWorkload(

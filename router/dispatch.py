@@ -117,6 +117,18 @@ class Dispatcher:
         if self._links.get(link.worker_id) is link:
             self._suspect(link, True)
 
+    def worker_draining(self, link: CommandLink, draining: bool) -> None:
+        """Somebody wants the worker empty, or no longer does."""
+        if self._links.get(link.worker_id) is link:
+            self._pool[link.worker_id].draining = draining
+            self._pool_changed()
+
+    def role_changed(self, link: CommandLink) -> None:
+        """A worker that writes reads prompts, too, from now on, or no longer does."""
+        if self._links.get(link.worker_id) is link:
+            self._pool.change_role(link.worker_id, link.role)
+            self._pool_changed()
+
     def worker_down(self, link: CommandLink, reason: str) -> None:
         """A worker is gone: what depends on it is placed again."""
         if self._links.get(link.worker_id) is link:

@@ -118,6 +118,7 @@ class WorkerView:
         self.writing = WriteLedger()
         self._up = True
         self._suspected = False
+        self._draining = False
         self._load = Load(commands_seen=0, requests=0, queue_tokens=0, free_blocks=capacity.num_blocks)
         self._ledger = Ledger()
         self._refused = False
@@ -125,7 +126,7 @@ class WorkerView:
         self._on_change: Callable[[], None] | None = None
 
     def tell(self, on_change: Callable[[], None]) -> None:
-        """on_change: called when `up` or `suspected` changes."""
+        """on_change: called when `up`, `suspected` or `draining` changes."""
         self._on_change = on_change
 
     @property
@@ -147,6 +148,21 @@ class WorkerView:
     def suspected(self, suspected: bool) -> None:
         self._suspected = suspected
         self._changed()
+
+    @property
+    def draining(self) -> bool:
+        """Somebody wants it empty: nothing new goes there, and what is there ends there."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        self._changed()
+
+    @property
+    def takes_new(self) -> bool:
+        """Whether new requests may go there."""
+        return self._up and not self._suspected and not self._draining
 
     @property
     def live_requests(self) -> int:
@@ -242,7 +258,8 @@ class PoolView:
     """All registered workers. pairs: which of them are linked.
 
     Questions that concern the pool as a whole are asked with every request, so their answers are kept until
-    a worker comes, goes or is suspected, or a link changes: they cost the same with a thousand workers.
+    a worker comes, goes, is suspected or drained, or a link changes: they cost the same with a thousand
+    workers.
     """
 
     def __init__(self) -> None:
@@ -256,7 +273,7 @@ class PoolView:
 
     @property
     def version(self) -> int:
-        """Another one after each change of who is up or suspected."""
+        """Another one after each change of who is up, suspected or drained."""
         return self._version
 
     def add(self, worker: WorkerView) -> None:
@@ -270,6 +287,11 @@ class PoolView:
         """The worker is gone, though it may come back."""
         self.pairs.forget(worker_id)
         self._workers[worker_id].up = False
+
+    def change_role(self, worker_id: str, role: Role) -> None:
+        """A decode worker is mixed from now on, or the other way round: it keeps what it has."""
+        self._workers[worker_id].role = role
+        self._changed()
 
     def remove(self, worker_id: str) -> None:
         """The worker is no longer part of the deployment."""
@@ -296,10 +318,10 @@ class PoolView:
         return known
 
     def placeable(self, *roles: Role) -> Sequence[WorkerView]:
-        """Of these, the ones that new requests go to: those that are not suspected."""
+        """Of these, the ones that new requests go to."""
         known = self._placeable.get(roles)
         if known is None:
-            known = tuple(worker for worker in self.up(*roles) if not worker.suspected)
+            known = tuple(worker for worker in self.up(*roles) if worker.takes_new)
             self._placeable[roles] = known
         return known
 

@@ -27,6 +27,8 @@ ROLE_OF_PROTO = {
     worker_pb2.ROLE_MIXED: Role.MIXED,
 }
 
+PROTO_OF_ROLE = {role: proto for proto, role in ROLE_OF_PROTO.items()}
+
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -93,6 +95,11 @@ class WorkerLink:
         if not self._down:
             self._outgoing.put_nowait(message)
         return message.seq
+
+    def take_role(self, role: Role) -> None:
+        """The worker has another role from now on, in the same life."""
+        self.role = role
+        self.info.role = PROTO_OF_ROLE[role]
 
     def silent(self, elapsed_s: float) -> float:
         """Adds time without a snapshot; returns how long there has been none, seconds."""

@@ -65,12 +65,17 @@ class Workers:
         """Whether the worker has shown no sign of life for a while."""
         return link.up and self._pool[link.worker_id].suspected
 
+    def draining(self, link: WorkerLink) -> bool:
+        """Whether the worker gets nothing new as somebody wants it empty."""
+        return link.up and self._pool[link.worker_id].draining
+
     def live_requests(self, link: WorkerLink) -> int:
         """Requests that this router has on the worker."""
         return self._pool[link.worker_id].live_requests if link.up else 0
 
     async def register(self, registration: Registration) -> None:
         """Attaches a worker; a known one that is down or has a new epoch takes the place of its earlier life.
+        In one life of a worker decode and mixed can be exchanged for each other.
 
         Raises WorkerRefusedError for an epoch older than the one known, and for a worker that cannot serve
         here; WorkerUnreachableError when it does not answer.
@@ -83,7 +88,9 @@ class Workers:
                     f"{registration.epoch} is an earlier life of it: register the one that lives now"
                 )
             if known is not None and known.epoch == registration.epoch and known.up:
-                return  # said twice
+                if known.role is not registration.role:
+                    self._change_role(known, registration.role)
+                return  # or said twice
             link = await connect(registration, self._router_id, CONNECT_TIMEOUT_S)
             try:
                 self._check(link)
@@ -104,6 +111,17 @@ class Workers:
             )  # fmt: skip
             self._report()
 
+    def drain(self, worker_id: str, epoch: int, *, draining: bool) -> int | None:
+        """Whether that life of the worker gets nothing new. Returns how many requests of this router it has;
+        None when it is not attached."""
+        link = self._links.get(worker_id)
+        if link is None or link.epoch != epoch or not link.up:
+            return None
+        if self.draining(link) is not draining:
+            _log.info("worker=%s event=%s epoch=%d", worker_id, "drain" if draining else "drain_over", epoch)
+            self._dispatcher.worker_draining(link, draining)
+        return self.live_requests(link)
+
     def remove(self, worker_id: str, epoch: int, *, comes_back: bool = False) -> bool:
         """Forgets that life of the worker; its requests are placed again. False when it is not known.
 
@@ -113,7 +131,7 @@ class Workers:
         if link is None or link.epoch != epoch:
             return False
         if comes_back:
-            link.fail("its process has ended")
+            link.fail("this life of it is over")
             self._dispatcher.life_over(link)
             return True
         _log.info("worker=%s event=removed epoch=%d", link.worker_id, link.epoch)
@@ -178,6 +196,18 @@ class Workers:
                     f"but {other.worker_id} has {other.info.model_fingerprint!r}: "
                     "all must load the same checkpoint"
                 )
+
+    def _change_role(self, link: WorkerLink, role: Role) -> None:
+        if not (link.role.writes and role.writes):
+            raise WorkerRefusedError(
+                f"worker {link.worker_id} is attached as {link.role} with epoch {link.epoch}: as {role} it "
+                "must live anew, with a greater epoch"
+            )
+        _log.info("worker=%s event=role from=%s to=%s epoch=%d", link.worker_id, link.role, role, link.epoch)
+        self._metrics.worker_removed(link.role, link.worker_id)
+        link.take_role(role)
+        self._dispatcher.role_changed(link)
+        self._report()
 
     def _on_down(self, link: WorkerLink, reason: str) -> None:
         _log.warning(

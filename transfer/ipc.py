@@ -22,6 +22,7 @@ import fcntl
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -69,6 +70,10 @@ class SharedSegment:
 
     def __init__(self, fd: int, memory: mmap.mmap, num_blocks: int, block_nbytes: int, data_at: int) -> None:
         self._fd = fd
+        # For the next life that this memory serves. Nobody is told of it.
+        self._kept_fd = os.dup(fd)
+        weakref.finalize(self, os.close, self._kept_fd)
+        self._memory = memory
         self._num_bytes = len(memory)
         self.num_blocks = num_blocks
         view = memoryview(memory)
@@ -124,6 +129,14 @@ class SharedSegment:
     def generations(self) -> Generations:
         """uint32 [num_blocks]; written by this worker's BlockPool only."""
         return self._generations
+
+    def reopen(self, epoch: int) -> None:
+        """After `close`: peers can open it again, as the memory of another life of this worker. What copies
+        they still make of the earlier one they find out to be stale."""
+        self._generations += 1  # modulo 2**32
+        struct.pack_into("<Q", self._memory, len(_MAGIC), epoch)
+        self.close()
+        self._fd = os.dup(self._kept_fd)
 
     def close(self) -> None:
         """No peer can open the segment from here on. The memory itself goes with the last view and mapping

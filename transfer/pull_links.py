@@ -139,6 +139,10 @@ class PullLinks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def copies_end(self, timeout_s: float) -> bool:
+        """After `stop`: whether all copies, which write into our memory, have ended within that time."""
+        return await asyncio.to_thread(self._copies.wait, timeout_s)
+
     async def _live(self, peer: Peer, address: str) -> None:
         """One link, from dialling to its end."""
         async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
@@ -291,7 +295,7 @@ class _Copies:
 
     def __init__(self, post: Callable[[Recalled], None]) -> None:
         self._post = post
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._running: Counter[RequestKey] = Counter()
         self._recalled: set[RequestKey] = set()
 
@@ -306,10 +310,16 @@ class _Copies:
             if self._running[key]:
                 return
             del self._running[key]
+            self._lock.notify_all()
             if key not in self._recalled:
                 return
             self._recalled.remove(key)
         self._post(Recalled(key))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until no copy runs or waits; False if that takes longer."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not any(self._running.values()), timeout_s)
 
     def recall(self, key: RequestKey) -> None:
         """Recalled follows, at once if no copy is left."""

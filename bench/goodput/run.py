@@ -4,11 +4,11 @@
 2. Round by round, workload by workload: every deployment is started once, in an order that changes from round
    to round, measured at one rate after the other, and stopped. So what drifts hits all alike. A round has a
    seed of its own: arrivals and lengths depend on it and the rate alone, the same for all deployments.
-   The first deployment begins at a rate that follows from what a request takes alone, the others where the best
-   so far is.
+   The first deployment begins at a rate that follows from what a request takes alone, the others where the
+   best so far is.
 3. Of the values that a deployment has to try, each begins in the first round at the rate that the best before
-   it serves at 90 %, and is dropped there if it does not; so the likeliest is best named first. Those that were
-   best for 90 % and for 99 % go on.
+   it serves at 90 %, and is dropped there if it does not; so the likeliest is best named first. Those that
+   were best for 90 % and for 99 % go on.
 
 Everything is kept as soon as it is measured, and nothing that is kept is measured again.
 """
@@ -72,7 +72,7 @@ async def measure_rounds(
                             tell,
                             targets,
                             rival_rate=rival,
-                            start_rate=_best_rate(curves[source.name], record.points),
+                            start_rate=_start_rate(curves[source.name], record.points),
                             pace=pace,
                         )
     return curves
@@ -99,6 +99,13 @@ def _best_rate(curves: Sequence[Curve], points: Sequence[Point]) -> float | None
     measured = [curve for curve in curves if curve.of(points)]
     values = [curve.figure(points, TARGETS[0], {0}).value * curve.variant.devices for curve in measured]
     return max(values, default=0.0) or None
+
+
+def _start_rate(curves: Sequence[Curve], points: Sequence[Point]) -> float | None:
+    """The highest rate that one of them serves at 90 %, or the lowest that was measured, if that was too much
+    for all; None if there is none."""
+    rates = [point.rate for curve in curves for point in curve.of(points)]
+    return _best_rate(curves, points) or min(rates, default=None)
 
 
 async def measure_idle_times(

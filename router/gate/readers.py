@@ -62,7 +62,7 @@ class Readers:
     def _holders(self, request: Request) -> Iterator[WorkerView]:
         for worker_id in self._prefixes.holders(request):
             worker = self._pool.get(worker_id)
-            if worker is not None and worker.up and not worker.suspected and worker.role.reads:
+            if worker is not None and worker.takes_new and worker.role.reads:
                 yield worker
 
     def _estimate(self, worker: WorkerView, request: Request, now: float) -> PrefillEstimate | LocalEstimate:

@@ -68,4 +68,4 @@ class Candidates:
     def _known(self, worker_ids: Iterable[str]) -> Sequence[WorkerView]:
         """Of these, the ones that could be drawn."""
         found = (self._pool.get(worker_id) for worker_id in worker_ids)
-        return [one for one in found if one and one.role in self._roles and one.up and not one.suspected]
+        return [one for one in found if one and one.role in self._roles and one.takes_new]

@@ -48,6 +48,6 @@ def no_pair_ever(pool: PoolView, request: Request) -> bool:
         if can_read(prefill, request):
             for decode in pool.pairs.linked_with(prefill.worker_id):
                 worker = pool.get(decode)
-                if worker is not None and worker.up and not worker.suspected and can_write(worker, request):
+                if worker is not None and worker.takes_new and can_write(worker, request):
                     return False
     return True

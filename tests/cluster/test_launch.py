@@ -7,15 +7,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from prelay.v1 import worker_pb2
 
 from cluster.config import ServeConfig
 from cluster.config_file import load_config, parse_assignment
 from cluster.errors import ConfigError
-from cluster.host import DecodeHost, MixedHost, PrefillHost
-from cluster.launch import can_serve, router_settings, worker_specs
+from cluster.launch import router_settings
 from cluster.orders import Order
+from cluster.pool_changes import can_serve
 from cluster.preflight import check_model, token_nbytes, with_kv_sizes
+from cluster.worker_specs import worker_specs
 from engine.config import ModelConfig
+
+PREFILL, DECODE, MIXED = worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE, worker_pb2.ROLE_MIXED
 
 
 def configured(*assignments: str) -> ServeConfig:
@@ -24,28 +28,28 @@ def configured(*assignments: str) -> ServeConfig:
 
 def test_every_worker_has_slots_of_its_own() -> None:
     specs = worker_specs(configured("prefill.replicas=2", "prefill.threads=2", "decode.replicas=2"))
-    assert [(spec.worker_id, spec.first_slot, spec.threads) for _, spec in specs] == [
+    assert [(spec.worker_id, spec.first_slot, spec.threads) for spec in specs] == [
         ("prefill-0", 0, 2),
         ("prefill-1", 2, 2),
         ("decode-0", 4, 1),
         ("decode-1", 5, 1),
     ]
-    assert {spec.slots for _, spec in specs} == {6}
-    assert [host_class for host_class, _ in specs] == [PrefillHost, PrefillHost, DecodeHost, DecodeHost]
+    assert {spec.slots for spec in specs} == {6}
+    assert [spec.role for spec in specs] == [PREFILL, PREFILL, DECODE, DECODE]
 
 
 def test_mixed_workers_come_last_and_pools_without_workers_take_no_memory() -> None:
-    (_, prefill), (host_class, mixed) = worker_specs(
+    prefill, mixed = worker_specs(
         configured(
             "decode.replicas=0", "mixed.replicas=1", "mixed.max_num_seqs=7", "mixed.max_batch_tokens=70"
         )
     )
-    assert (host_class, mixed.worker_id, mixed.first_slot) == (MixedHost, "mixed-0", 1)
+    assert (mixed.role, mixed.worker_id, mixed.first_slot) == (MIXED, "mixed-0", 1)
     assert (mixed.max_num_seqs, mixed.max_batch_tokens) == (7, 70)
     # Two share what is there.
     assert mixed.num_blocks == pytest.approx(prefill.num_blocks, rel=0.01)
     only = worker_specs(configured("prefill.replicas=0", "decode.replicas=0", "mixed.replicas=2"))
-    assert [(spec.worker_id, spec.slots) for _, spec in only] == [("mixed-0", 2), ("mixed-1", 2)]
+    assert [(spec.worker_id, spec.slots) for spec in only] == [("mixed-0", 2), ("mixed-1", 2)]
 
 
 @pytest.mark.parametrize(
@@ -53,18 +57,18 @@ def test_mixed_workers_come_last_and_pools_without_workers_take_no_memory() -> N
     [("PD", True), ("M", True), ("PM", True), ("DM", True), ("P", False), ("D", False), ("", False)],
 )
 def test_workers_can_serve_together_if_somebody_reads_for_somebody_who_writes(roles: str, can: bool) -> None:
-    by_letter = {"P": PrefillHost.role, "D": DecodeHost.role, "M": MixedHost.role}
+    by_letter = {"P": PREFILL, "D": DECODE, "M": MIXED}
     assert can_serve({by_letter[letter] for letter in roles}) is can
 
 
 def test_a_profile_saves_the_workers_measuring(tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps({"latency": {"version": 1, "coefficients": {"step": 0.25}}}))
-    assert [dict(spec.latency) for _, spec in worker_specs(configured())] == [{}, {}]
+    assert [dict(spec.latency) for spec in worker_specs(configured())] == [{}, {}]
     specs = worker_specs(configured(f"model.profile={profile}"))
-    assert [dict(spec.latency) for _, spec in specs] == [{"step": 0.25}] * 2
+    assert [dict(spec.latency) for spec in specs] == [{"step": 0.25}] * 2
     profile.write_text(json.dumps({"version": 1, "coefficients": {"step": 0.5}}))
-    assert worker_specs(configured(f"model.profile={profile}"))[0][1].latency == {"step": 0.5}
+    assert worker_specs(configured(f"model.profile={profile}"))[0].latency == {"step": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -104,13 +108,13 @@ def test_a_worker_of_several_ranks_has_slots_for_the_threads_of_each() -> None:
             "decode.pipeline_parallel=2",
         )
     )
-    assert [(spec.first_slot, spec.num_ranks, spec.threads, spec.num_cpus) for _, spec in specs] == [
+    assert [(spec.first_slot, spec.num_ranks, spec.threads, spec.num_cpus) for spec in specs] == [
         (0, 6, 2, 12),
         (12, 6, 2, 12),
         (24, 2, 1, 2),
     ]
     assert {spec.slots for _, spec in specs} == {26}
-    assert [(spec.tp_size, spec.pp_size) for _, spec in specs] == [(2, 3), (2, 3), (1, 2)]
+    assert [(spec.tp_size, spec.pp_size) for spec in specs] == [(2, 3), (2, 3), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_a_model_that_cannot_be_split_so_is_refused_before_anything_starts(
 
 def test_kv_blocks_cover_the_tokens_and_snapshots_beat_the_timeout() -> None:
     config = configured("decode.kv_cache_tokens=1030", "kv.block_size=100", "router.liveness_timeout_s=3.0")
-    (_, prefill), (_, decode) = worker_specs(config)
+    prefill, decode = worker_specs(config)
     assert decode.num_blocks == 11
     assert prefill.max_batch_tokens == config.prefill.max_batch_tokens
     assert decode.max_batch_tokens == config.decode.max_batch_tokens

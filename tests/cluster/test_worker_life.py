@@ -12,7 +12,7 @@ from prelay.v1 import worker_pb2
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.errors import ClusterError, ModelError, WorkerError
-from cluster.host import DecodeHost, Progress, StartReport
+from cluster.host import Progress, StartReport
 from cluster.host_spec import HostSpec
 from cluster.ray_cluster import RayCluster
 from cluster.router_process import RouterProcess
@@ -22,6 +22,7 @@ from engine.errors import CheckpointError
 TEMPLATE = HostSpec(
     worker_id="decode-0",
     epoch=0,
+    role=worker_pb2.ROLE_DECODE,
     checkpoint=Path("model"),
     model_name="model",
     max_model_len=64,
@@ -36,6 +37,7 @@ TEMPLATE = HostSpec(
     slots=1,
     max_batch_tokens=4,
     max_num_seqs=4,
+    most_batch_tokens=4,
     heartbeat_s=0.25,
     lease_s=10.0,
     digest_share=0.0,
@@ -135,7 +137,6 @@ class FakeWorld:
 
     def life(self, now_ms: int, clock: Callable[[], float] = lambda: 0.0) -> WorkerLife:
         return WorkerLife(
-            DecodeHost,
             TEMPLATE,
             cast(RayCluster, self),
             cast(RouterProcess, self),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from prelay.v1 import worker_pb2 as prelay_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15prelay/v1/admin.proto\x12\tprelay.v1\x1a\x16prelay/v1/worker.proto\"i\n\x15RegisterWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\"\x18\n\x16RegisterWorkerResponse\"K\n\x13RemoveWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncomes_back\x18\x03 \x01(\x08\"\x16\n\x14RemoveWorkerResponse\"\x12\n\x10GetStatusRequest\"\xe9\x03\n\x11GetStatusResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.prelay.v1.WorkerStatus\x12\x16\n\x0egated_requests\x18\x02 \x01(\r\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12<\n\x08outcomes\x18\x04 \x03(\x0b\x32*.prelay.v1.GetStatusResponse.OutcomesEntry\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12:\n\x07\x63lasses\x18\x06 \x03(\x0b\x32).prelay.v1.GetStatusResponse.ClassesEntry\x12)\n\x04ttft\x18\x07 \x01(\x0b\x32\x1b.prelay.v1.LatencyQuantiles\x12)\n\x04tpot\x18\x08 \x01(\x0b\x32\x1b.prelay.v1.LatencyQuantiles\x12\x0e\n\x06tokens\x18\t \x01(\x04\x12\x10\n\x08uptime_s\x18\n \x01(\x01\x1a/\n\rOutcomesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1aH\n\x0c\x43lassesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.prelay.v1.ClassOutcomes:\x02\x38\x01\"\xa6\x01\n\rClassOutcomes\x12\x38\n\x08outcomes\x18\x01 \x03(\x0b\x32&.prelay.v1.ClassOutcomes.OutcomesEntry\x12\x14\n\x0cttft_limit_s\x18\x02 \x01(\x01\x12\x14\n\x0ctpot_limit_s\x18\x03 \x01(\x01\x1a/\n\rOutcomesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"?\n\x10LatencyQuantiles\x12\r\n\x05p50_s\x18\x01 \x01(\x01\x12\r\n\x05p90_s\x18\x02 \x01(\x01\x12\r\n\x05p99_s\x18\x03 \x01(\x01\"\x8c\x01\n\x0cWorkerStatus\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.prelay.v1.WorkerInfo\x12\n\n\x02up\x18\x02 \x01(\x08\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.prelay.v1.Snapshot\x12\x11\n\tsuspected\x18\x04 \x01(\x08\x12\x15\n\rlive_requests\x18\x05 \x01(\r\"\x14\n\x12GetWorkloadRequest\"\xaa\x01\n\x13GetWorkloadResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0c\n\x04rate\x18\x02 \x01(\x01\x12\x11\n\thit_share\x18\x03 \x01(\x01\x12\x16\n\x0ekv_token_bytes\x18\x04 \x01(\x01\x12\'\n\x06shapes\x18\x05 \x03(\x0b\x32\x17.prelay.v1.RequestShape\x12 \n\x06\x64rifts\x18\x06 \x03(\x0b\x32\x10.prelay.v1.Drift\"<\n\x0cRequestShape\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\ranswer_tokens\x18\x02 \x01(\r\"3\n\x05\x44rift\x12\r\n\x05trait\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\x0b\n\x03now\x18\x03 \x01(\x01\x32\xcb\x02\n\x0bRouterAdmin\x12U\n\x0eRegisterWorker\x12 .prelay.v1.RegisterWorkerRequest\x1a!.prelay.v1.RegisterWorkerResponse\x12O\n\x0cRemoveWorker\x12\x1e.prelay.v1.RemoveWorkerRequest\x1a\x1f.prelay.v1.RemoveWorkerResponse\x12\x46\n\tGetStatus\x12\x1b.prelay.v1.GetStatusRequest\x1a\x1c.prelay.v1.GetStatusResponse\x12L\n\x0bGetWorkload\x12\x1d.prelay.v1.GetWorkloadRequest\x1a\x1e.prelay.v1.GetWorkloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15prelay/v1/admin.proto\x12\tprelay.v1\x1a\x16prelay/v1/worker.proto\"i\n\x15RegisterWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\"\x18\n\x16RegisterWorkerResponse\"K\n\x13RemoveWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncomes_back\x18\x03 \x01(\x08\"\x16\n\x14RemoveWorkerResponse\"H\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\",\n\x13\x44rainWorkerResponse\x12\x15\n\rlive_requests\x18\x01 \x01(\r\"\'\n\x14SetControllerRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x17\n\x15SetControllerResponse\"\x12\n\x10GetStatusRequest\"\xfd\x03\n\x11GetStatusResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.prelay.v1.WorkerStatus\x12\x16\n\x0egated_requests\x18\x02 \x01(\r\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12<\n\x08outcomes\x18\x04 \x03(\x0b\x32*.prelay.v1.GetStatusResponse.OutcomesEntry\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12:\n\x07\x63lasses\x18\x06 \x03(\x0b\x32).prelay.v1.GetStatusResponse.ClassesEntry\x12)\n\x04ttft\x18\x07 \x01(\x0b\x32\x1b.prelay.v1.LatencyQuantiles\x12)\n\x04tpot\x18\x08 \x01(\x0b\x32\x1b.prelay.v1.LatencyQuantiles\x12\x0e\n\x06tokens\x18\t \x01(\x04\x12\x10\n\x08uptime_s\x18\n \x01(\x01\x12\x12\n\ncontroller\x18\x0b \x01(\t\x1a/\n\rOutcomesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1aH\n\x0c\x43lassesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.prelay.v1.ClassOutcomes:\x02\x38\x01\"\xa6\x01\n\rClassOutcomes\x12\x38\n\x08outcomes\x18\x01 \x03(\x0b\x32&.prelay.v1.ClassOutcomes.OutcomesEntry\x12\x14\n\x0cttft_limit_s\x18\x02 \x01(\x01\x12\x14\n\x0ctpot_limit_s\x18\x03 \x01(\x01\x1a/\n\rOutcomesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"?\n\x10LatencyQuantiles\x12\r\n\x05p50_s\x18\x01 \x01(\x01\x12\r\n\x05p90_s\x18\x02 \x01(\x01\x12\r\n\x05p99_s\x18\x03 \x01(\x01\"\x9e\x01\n\x0cWorkerStatus\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.prelay.v1.WorkerInfo\x12\n\n\x02up\x18\x02 \x01(\x08\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.prelay.v1.Snapshot\x12\x11\n\tsuspected\x18\x04 \x01(\x08\x12\x15\n\rlive_requests\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\x14\n\x12GetWorkloadRequest\"\xaa\x01\n\x13GetWorkloadResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0c\n\x04rate\x18\x02 \x01(\x01\x12\x11\n\thit_share\x18\x03 \x01(\x01\x12\x16\n\x0ekv_token_bytes\x18\x04 \x01(\x01\x12\'\n\x06shapes\x18\x05 \x03(\x0b\x32\x17.prelay.v1.RequestShape\x12 \n\x06\x64rifts\x18\x06 \x03(\x0b\x32\x10.prelay.v1.Drift\"<\n\x0cRequestShape\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\ranswer_tokens\x18\x02 \x01(\r\"3\n\x05\x44rift\x12\r\n\x05trait\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\x0b\n\x03now\x18\x03 \x01(\x01\x32\xed\x03\n\x0bRouterAdmin\x12U\n\x0eRegisterWorker\x12 .prelay.v1.RegisterWorkerRequest\x1a!.prelay.v1.RegisterWorkerResponse\x12O\n\x0cRemoveWorker\x12\x1e.prelay.v1.RemoveWorkerRequest\x1a\x1f.prelay.v1.RemoveWorkerResponse\x12L\n\x0b\x44rainWorker\x12\x1d.prelay.v1.DrainWorkerRequest\x1a\x1e.prelay.v1.DrainWorkerResponse\x12R\n\rSetController\x12\x1f.prelay.v1.SetControllerRequest\x1a .prelay.v1.SetControllerResponse\x12\x46\n\tGetStatus\x12\x1b.prelay.v1.GetStatusRequest\x1a\x1c.prelay.v1.GetStatusResponse\x12L\n\x0bGetWorkload\x12\x1d.prelay.v1.GetWorkloadRequest\x1a\x1e.prelay.v1.GetWorkloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,30 +46,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REMOVEWORKERREQUEST']._serialized_end=268
   _globals['_REMOVEWORKERRESPONSE']._serialized_start=270
   _globals['_REMOVEWORKERRESPONSE']._serialized_end=292
-  _globals['_GETSTATUSREQUEST']._serialized_start=294
-  _globals['_GETSTATUSREQUEST']._serialized_end=312
-  _globals['_GETSTATUSRESPONSE']._serialized_start=315
-  _globals['_GETSTATUSRESPONSE']._serialized_end=804
-  _globals['_GETSTATUSRESPONSE_OUTCOMESENTRY']._serialized_start=683
-  _globals['_GETSTATUSRESPONSE_OUTCOMESENTRY']._serialized_end=730
-  _globals['_GETSTATUSRESPONSE_CLASSESENTRY']._serialized_start=732
-  _globals['_GETSTATUSRESPONSE_CLASSESENTRY']._serialized_end=804
-  _globals['_CLASSOUTCOMES']._serialized_start=807
-  _globals['_CLASSOUTCOMES']._serialized_end=973
-  _globals['_CLASSOUTCOMES_OUTCOMESENTRY']._serialized_start=683
-  _globals['_CLASSOUTCOMES_OUTCOMESENTRY']._serialized_end=730
-  _globals['_LATENCYQUANTILES']._serialized_start=975
-  _globals['_LATENCYQUANTILES']._serialized_end=1038
-  _globals['_WORKERSTATUS']._serialized_start=1041
-  _globals['_WORKERSTATUS']._serialized_end=1181
-  _globals['_GETWORKLOADREQUEST']._serialized_start=1183
-  _globals['_GETWORKLOADREQUEST']._serialized_end=1203
-  _globals['_GETWORKLOADRESPONSE']._serialized_start=1206
-  _globals['_GETWORKLOADRESPONSE']._serialized_end=1376
-  _globals['_REQUESTSHAPE']._serialized_start=1378
-  _globals['_REQUESTSHAPE']._serialized_end=1438
-  _globals['_DRIFT']._serialized_start=1440
-  _globals['_DRIFT']._serialized_end=1491
-  _globals['_ROUTERADMIN']._serialized_start=1494
-  _globals['_ROUTERADMIN']._serialized_end=1825
+  _globals['_DRAINWORKERREQUEST']._serialized_start=294
+  _globals['_DRAINWORKERREQUEST']._serialized_end=366
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=368
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=412
+  _globals['_SETCONTROLLERREQUEST']._serialized_start=414
+  _globals['_SETCONTROLLERREQUEST']._serialized_end=453
+  _globals['_SETCONTROLLERRESPONSE']._serialized_start=455
+  _globals['_SETCONTROLLERRESPONSE']._serialized_end=478
+  _globals['_GETSTATUSREQUEST']._serialized_start=480
+  _globals['_GETSTATUSREQUEST']._serialized_end=498
+  _globals['_GETSTATUSRESPONSE']._serialized_start=501
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1010
+  _globals['_GETSTATUSRESPONSE_OUTCOMESENTRY']._serialized_start=889
+  _globals['_GETSTATUSRESPONSE_OUTCOMESENTRY']._serialized_end=936
+  _globals['_GETSTATUSRESPONSE_CLASSESENTRY']._serialized_start=938
+  _globals['_GETSTATUSRESPONSE_CLASSESENTRY']._serialized_end=1010
+  _globals['_CLASSOUTCOMES']._serialized_start=1013
+  _globals['_CLASSOUTCOMES']._serialized_end=1179
+  _globals['_CLASSOUTCOMES_OUTCOMESENTRY']._serialized_start=889
+  _globals['_CLASSOUTCOMES_OUTCOMESENTRY']._serialized_end=936
+  _globals['_LATENCYQUANTILES']._serialized_start=1181
+  _globals['_LATENCYQUANTILES']._serialized_end=1244
+  _globals['_WORKERSTATUS']._serialized_start=1247
+  _globals['_WORKERSTATUS']._serialized_end=1405
+  _globals['_GETWORKLOADREQUEST']._serialized_start=1407
+  _globals['_GETWORKLOADREQUEST']._serialized_end=1427
+  _globals['_GETWORKLOADRESPONSE']._serialized_start=1430
+  _globals['_GETWORKLOADRESPONSE']._serialized_end=1600
+  _globals['_REQUESTSHAPE']._serialized_start=1602
+  _globals['_REQUESTSHAPE']._serialized_end=1662
+  _globals['_DRIFT']._serialized_start=1664
+  _globals['_DRIFT']._serialized_end=1715
+  _globals['_ROUTERADMIN']._serialized_start=1718
+  _globals['_ROUTERADMIN']._serialized_end=2211
 # @@protoc_insertion_point(module_scope)

@@ -37,12 +37,38 @@ class RemoveWorkerResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id", "epoch", "draining")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: int
+    draining: bool
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class DrainWorkerResponse(_message.Message):
+    __slots__ = ("live_requests",)
+    LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    live_requests: int
+    def __init__(self, live_requests: _Optional[int] = ...) -> None: ...
+
+class SetControllerRequest(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class SetControllerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("workers", "gated_requests", "live_requests", "outcomes", "policy", "classes", "ttft", "tpot", "tokens", "uptime_s")
+    __slots__ = ("workers", "gated_requests", "live_requests", "outcomes", "policy", "classes", "ttft", "tpot", "tokens", "uptime_s", "controller")
     class OutcomesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +93,7 @@ class GetStatusResponse(_message.Message):
     TPOT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLER_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     gated_requests: int
     live_requests: int
@@ -77,7 +104,8 @@ class GetStatusResponse(_message.Message):
     tpot: LatencyQuantiles
     tokens: int
     uptime_s: float
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gated_requests: _Optional[int] = ..., live_requests: _Optional[int] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., policy: _Optional[str] = ..., classes: _Optional[_Mapping[str, ClassOutcomes]] = ..., ttft: _Optional[_Union[LatencyQuantiles, _Mapping]] = ..., tpot: _Optional[_Union[LatencyQuantiles, _Mapping]] = ..., tokens: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    controller: str
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gated_requests: _Optional[int] = ..., live_requests: _Optional[int] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., policy: _Optional[str] = ..., classes: _Optional[_Mapping[str, ClassOutcomes]] = ..., ttft: _Optional[_Union[LatencyQuantiles, _Mapping]] = ..., tpot: _Optional[_Union[LatencyQuantiles, _Mapping]] = ..., tokens: _Optional[int] = ..., uptime_s: _Optional[float] = ..., controller: _Optional[str] = ...) -> None: ...
 
 class ClassOutcomes(_message.Message):
     __slots__ = ("outcomes", "ttft_limit_s", "tpot_limit_s")
@@ -107,18 +135,20 @@ class LatencyQuantiles(_message.Message):
     def __init__(self, p50_s: _Optional[float] = ..., p90_s: _Optional[float] = ..., p99_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("info", "up", "load", "suspected", "live_requests")
+    __slots__ = ("info", "up", "load", "suspected", "live_requests", "draining")
     INFO_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     SUSPECTED_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     info: _worker_pb2.WorkerInfo
     up: bool
     load: _worker_pb2.Snapshot
     suspected: bool
     live_requests: int
-    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ..., suspected: _Optional[bool] = ..., live_requests: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., up: _Optional[bool] = ..., load: _Optional[_Union[_worker_pb2.Snapshot, _Mapping]] = ..., suspected: _Optional[bool] = ..., live_requests: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class GetWorkloadRequest(_message.Message):
     __slots__ = ()

@@ -44,6 +44,16 @@ class RouterAdminStub:
                 request_serializer=prelay_dot_v1_dot_admin__pb2.RemoveWorkerRequest.SerializeToString,
                 response_deserializer=prelay_dot_v1_dot_admin__pb2.RemoveWorkerResponse.FromString,
                 _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/prelay.v1.RouterAdmin/DrainWorker',
+                request_serializer=prelay_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=prelay_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
+        self.SetController = channel.unary_unary(
+                '/prelay.v1.RouterAdmin/SetController',
+                request_serializer=prelay_dot_v1_dot_admin__pb2.SetControllerRequest.SerializeToString,
+                response_deserializer=prelay_dot_v1_dot_admin__pb2.SetControllerResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/prelay.v1.RouterAdmin/GetStatus',
                 request_serializer=prelay_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
@@ -60,7 +70,8 @@ class RouterAdminServicer:
     """Missing associated documentation comment in .proto file."""
 
     def RegisterWorker(self, request, context):
-        """Makes the router dial the worker. Returns when the worker is attached, or with an error that says why not.
+        """Makes the router dial the worker. Returns when the worker is attached, or with an error that says why not. Of a life
+        that is attached already, decode and mixed can be exchanged for each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,6 +80,20 @@ class RouterAdminServicer:
     def RemoveWorker(self, request, context):
         """That life of the worker is over: its live requests are placed again, and it is forgotten, or listed as down
         until its next life is registered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """That life of the worker gets nothing new, and ends what it has; or it gets new requests again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetController(self, request, context):
+        """Where the process listens (prelay.v1.Controller) that started the workers. It is told to whoever asks for the status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +124,16 @@ def add_RouterAdminServicer_to_server(servicer, server):
                     servicer.RemoveWorker,
                     request_deserializer=prelay_dot_v1_dot_admin__pb2.RemoveWorkerRequest.FromString,
                     response_serializer=prelay_dot_v1_dot_admin__pb2.RemoveWorkerResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=prelay_dot_v1_dot_admin__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=prelay_dot_v1_dot_admin__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'SetController': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetController,
+                    request_deserializer=prelay_dot_v1_dot_admin__pb2.SetControllerRequest.FromString,
+                    response_serializer=prelay_dot_v1_dot_admin__pb2.SetControllerResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -165,6 +200,60 @@ class RouterAdmin:
             '/prelay.v1.RouterAdmin/RemoveWorker',
             prelay_dot_v1_dot_admin__pb2.RemoveWorkerRequest.SerializeToString,
             prelay_dot_v1_dot_admin__pb2.RemoveWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prelay.v1.RouterAdmin/DrainWorker',
+            prelay_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
+            prelay_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetController(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prelay.v1.RouterAdmin/SetController',
+            prelay_dot_v1_dot_admin__pb2.SetControllerRequest.SerializeToString,
+            prelay_dot_v1_dot_admin__pb2.SetControllerResponse.FromString,
             options,
             channel_credentials,
             insecure,

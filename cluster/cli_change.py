@@ -1,0 +1,170 @@
+"""`prelay role`, `drain`, `scale` and `apply`: commands that change a running deployment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cluster.cli_options import admin_option, not_nan
+
+if TYPE_CHECKING:
+    from prelay.v1 import worker_pb2
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  done
+  1  no router answers, or the change failed on the way; what was done until then stays
+  2  the command line is wrong, or the change would leave requests that nobody could serve
+"""
+
+_ROLES = click.Choice(["prefill", "decode", "mixed"])
+
+
+def _change_options(command: F) -> F:
+    decorators = (
+        admin_option,
+        click.option(
+            "--drain",
+            "drain_s",
+            type=click.FloatRange(0.0, 3600.0),
+            callback=not_nan,
+            default=30.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long a worker may take to end what it has; what is left goes on at other workers.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print each line as a JSON object."),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.argument("worker")
+@click.argument("role", type=_ROLES)
+@_change_options
+def role(worker: str, role: str, admin: str, drain_s: float, as_json: bool) -> int:
+    """Give WORKER another ROLE (prefill, decode or mixed) while requests are served.
+
+    It gets nothing new, ends what it has, and serves its new role on the weights that it has loaded, some
+    seconds later and under a new epoch. Between decode and mixed it changes at once, in the middle of what it
+    does. A change after which, or during which, nobody could read prompts or write answers is refused.
+
+    \b
+    Examples:
+      prelay role decode-0 mixed
+      prelay role prefill-1 decode --drain 10
+    """
+    from cluster.control_client import ControlClient
+
+    _print(ControlClient(admin).set_role(worker, _roles()[role], drain_s), as_json)
+    return 0
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.argument("worker")
+@click.option("--undo", is_flag=True, help="Give it new requests again.")
+@_change_options
+def drain(worker: str, undo: bool, admin: str, drain_s: float, as_json: bool) -> int:
+    """Let WORKER end what it has, and give it nothing new, until that is undone.
+
+    With what it still has after --drain seconds it goes on; the command ends then.
+
+    \b
+    Examples:
+      prelay drain decode-1
+      prelay drain decode-1 --undo
+    """
+    from cluster.control_client import ControlClient
+
+    _print(ControlClient(admin).drain(worker, drain_s, undo=undo), as_json)
+    return 0
+
+
+def _pool(text: str) -> tuple[str, int]:
+    name, equals, count = text.partition("=")
+    if not equals or name not in _ROLES.choices or not (count.isascii() and count.isdigit()):
+        raise click.UsageError(f"{text!r} is not ROLE=N, as in decode=2 (roles: {', '.join(_ROLES.choices)})")
+    return name, int(count)
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.argument("pools", nargs=-1, required=True, metavar="ROLE=N...")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@_change_options
+def scale(pools: tuple[str, ...], dry_run: bool, admin: str, drain_s: float, as_json: bool) -> int:
+    """Set how many workers of a ROLE there are, while requests are served.
+
+    Workers change their role before any is started or stopped; those of roles that are not named stay. New
+    workers need free CPUs in the Ray cluster.
+
+    \b
+    Examples:
+      prelay scale decode=2
+      prelay scale prefill=1 mixed=1 decode=0
+    """
+    from cluster.control_client import ControlClient
+
+    named: dict[str, int] = {}
+    for text in pools:
+        name, count = _pool(text)
+        if name in named:
+            raise click.UsageError(f"{name} is named twice")
+        named[name] = count
+    wanted = {_roles()[name]: count for name, count in named.items()}
+    _print(ControlClient(admin).set_pools(wanted, drain_s, dry_run=dry_run), as_json)
+    return 0
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN.yaml")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_change_options
+def apply(plan: Path, yes: bool, admin: str, drain_s: float, as_json: bool) -> int:
+    """Bring a running deployment to the pools of PLAN.yaml, as `prelay plan --out` writes it.
+
+    Shows the steps first, and asks. Only how many workers there are of each role is changed: how a worker is
+    split over ranks, its limits and everything else need a restart, and are named if they differ in number of
+    ranks.
+
+    \b
+    Examples:
+      prelay apply plan.yaml
+      prelay apply plan.yaml --yes --drain 60
+    """
+    from cluster.config_file import load_config
+    from cluster.control_client import ControlClient
+
+    config = load_config(plan, [])
+    wanted = {_roles()[name]: pool.replicas for name, pool in config.pools.items()}
+    client = ControlClient(admin)
+    steps = list(client.set_pools(wanted, drain_s, dry_run=True))
+    _print(steps, as_json)
+    if steps == ["nothing to change"]:
+        return 0
+    if not yes:
+        click.confirm("Do this?", abort=True, err=True)
+    _print(client.set_pools(wanted, drain_s, dry_run=False), as_json)
+    return 0
+
+
+def _roles() -> Mapping[str, worker_pb2.Role]:
+    from cluster.roles import ROLE_NAMES
+
+    return {name: role for role, name in ROLE_NAMES.items()}
+
+
+def _print(lines: Iterable[str], as_json: bool) -> None:
+    for line in lines:
+        click.echo(json.dumps({"line": line}) if as_json else line)
+
+
+COMMANDS = (role, drain, scale, apply)

@@ -1,0 +1,34 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+
+def _checked_address(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from cluster.sections import parse_host_port
+
+    try:
+        parse_host_port(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return value
+
+
+def not_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Callback of an option that is a number of seconds."""
+    if math.isnan(value):  # which no range keeps out
+        raise click.BadParameter("nan is not a number of seconds", context, parameter)
+    return value
+
+
+admin_option = click.option(
+    "--admin",
+    default="127.0.0.1:9091",
+    show_default=True,
+    metavar="HOST:PORT",
+    callback=_checked_address,
+    help="The router's admin port.",
+)

@@ -1,0 +1,59 @@
+"""Asks the process that runs a deployment to change it: found through the router's admin port."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import grpc
+from prelay.v1 import control_pb2, control_pb2_grpc, worker_pb2
+
+from cluster.errors import ChangeError, ConfigError, UnknownWorkerError
+from cluster.status import StatusClient
+
+
+class ControlClient:
+    """For one change. Every method yields lines as things are done, and raises ChangeError (or NoRouterError,
+    UnknownWorkerError, ConfigError) where it cannot go on."""
+
+    def __init__(self, admin: str) -> None:
+        """admin: HOST:PORT of the router. Raises NoRouterError, or ChangeError if it knows no controller."""
+        with StatusClient(admin) as client:
+            self._address = client.fetch().controller
+        if not self._address:
+            raise ChangeError(
+                f"the router at {admin} knows nobody who could change its workers: they were not started by "
+                "`prelay serve`"
+            )
+
+    def set_role(self, worker_id: str, role: worker_pb2.Role, drain_s: float) -> Iterator[str]:
+        request = control_pb2.SetRoleRequest(worker_id=worker_id, role=role, drain_s=drain_s)
+        return self._lines("SetRole", request)
+
+    def drain(self, worker_id: str, drain_s: float, *, undo: bool) -> Iterator[str]:
+        request = control_pb2.DrainRequest(worker_id=worker_id, drain_s=drain_s, undo=undo)
+        return self._lines("Drain", request)
+
+    def set_pools(
+        self, wanted: Mapping[worker_pb2.Role, int], drain_s: float, *, dry_run: bool
+    ) -> Iterator[str]:
+        pools = [control_pb2.PoolSize(role=role, replicas=count) for role, count in wanted.items()]
+        request = control_pb2.SetPoolsRequest(pools=pools, drain_s=drain_s, dry_run=dry_run)
+        return self._lines("SetPools", request)
+
+    def _lines(self, method: str, request: object) -> Iterator[str]:
+        with grpc.insecure_channel(self._address) as channel:
+            call = getattr(control_pb2_grpc.ControllerStub(channel), method)(request)
+            try:
+                for progress in call:
+                    yield progress.line
+            except grpc.RpcError as error:
+                details = str(error.details())
+                match error.code():
+                    case grpc.StatusCode.NOT_FOUND:
+                        raise UnknownWorkerError(details) from error
+                    case grpc.StatusCode.FAILED_PRECONDITION | grpc.StatusCode.INVALID_ARGUMENT:
+                        raise ConfigError(details) from error
+                    case _:
+                        raise ChangeError(details) from error
+            finally:
+                call.cancel()

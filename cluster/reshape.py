@@ -1,0 +1,190 @@
+"""Changes the workers of a running deployment: their roles, and how many there are. Each change says what it
+has done, a line at a time, and leaves what it has done if it cannot go on.
+
+A worker is drained before it leaves its role: nothing new goes there, and what it has ends, or goes on at
+other workers when the time for that is over. Nothing is changed by which requests could not be served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+import pydantic
+from prelay.v1 import worker_pb2
+
+from cluster.config import ServeConfig
+from cluster.errors import ClusterError, ConfigError, UnknownWorkerError, WorkerError
+from cluster.host_spec import HostSpec
+from cluster.pool_changes import Become, Start, Step, Stop, is_live, said, serves_without, steps_to
+from cluster.roles import ROLE_NAMES
+from cluster.router_process import RouterProcess
+from cluster.worker_life import LiveWorker, WorkerLife
+from cluster.worker_specs import another_worker, in_role
+
+_LOOK_S = 0.05
+
+
+class Workers(Protocol):
+    """What of a deployment can be changed."""
+
+    @property
+    def lives(self) -> Sequence[WorkerLife]: ...
+
+    async def add(self, spec: HostSpec) -> LiveWorker: ...
+
+    async def remove(self, life: WorkerLife) -> None: ...
+
+
+class Reshape:
+    """config: resolved and checked, as the deployment was started with it."""
+
+    def __init__(self, config: ServeConfig, workers: Workers, router: RouterProcess) -> None:
+        self._config = config
+        self._workers = workers
+        self._router = router
+
+    async def set_role(self, worker_id: str, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
+        """Raises ClusterError."""
+        life, name = self._life(worker_id), ROLE_NAMES[role]
+        if life.role == role:
+            yield f"{worker_id} is a {name} worker already"
+            return
+        after = self._roles() | {worker_id: role}
+        self._check_sizes(
+            {other: sum(its == other for its in after.values()) for other in ROLE_NAMES},
+            f"{worker_id} cannot become a {name} worker",
+        )
+        async for line in self._become(life, role, drain_s):
+            yield line
+
+    async def drain(self, worker_id: str, drain_s: float, *, undo: bool = False) -> AsyncIterator[str]:
+        """The worker stays empty until that is undone, or its life ends. Raises ClusterError."""
+        life = self._life(worker_id)
+        if life.live is None:
+            raise WorkerError(f"worker {worker_id} is down: there is nothing to drain")
+        if undo:
+            await self._router.drain(worker_id, life.live.info.epoch, draining=False)
+            yield f"{worker_id} gets new requests again"
+            return
+        if not serves_without(self._roles(), worker_id):
+            raise ConfigError(
+                f"without {worker_id} nobody could {_does(life.role)}: make another worker mixed first, or "
+                "start one"
+            )
+        async for line in self._empty(life, drain_s, keeps=True):
+            yield line
+
+    async def set_pools(
+        self, wanted: Mapping[worker_pb2.Role, int], drain_s: float, *, dry_run: bool = False
+    ) -> AsyncIterator[str]:
+        """wanted: workers of each role; what is not named stays. Raises ClusterError."""
+        roles = self._roles()
+        have = {role: sum(its == role for its in roles.values()) for role in ROLE_NAMES}
+        self._check_sizes(have | dict(wanted), "these pools cannot serve")
+        steps = steps_to(roles, wanted)
+        if not steps:
+            yield "nothing to change"
+        for number, step in enumerate(steps, start=1):
+            yield f"{number} of {len(steps)}: {said(step, ROLE_NAMES)}"
+            if not dry_run:
+                async for line in self._do(step, drain_s):
+                    yield line
+
+    async def _do(self, step: Step, drain_s: float) -> AsyncIterator[str]:
+        match step:
+            case Start(role):
+                spec = another_worker(self._config, role, [life.template for life in self._workers.lives])
+                live = await self._workers.add(spec)
+                yield f"{spec.worker_id} serves (epoch {live.info.epoch}, pid {live.info.pid})"
+            case Become(worker_id, role):
+                async for line in self._become(self._life(worker_id), role, drain_s):
+                    yield line
+            case Stop(worker_id):
+                life = self._life(worker_id)
+                async for line in self._empty(life, drain_s, keeps=False):
+                    yield line
+                await asyncio.shield(self._workers.remove(life))
+                yield f"{worker_id} has ended"
+
+    async def _become(self, life: WorkerLife, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
+        began = time.monotonic()
+        template = in_role(self._config, life.template, role)
+        if is_live(life.role, role):
+            await life.read_prompts(template)
+            yield f"{life.worker_id} is a {ROLE_NAMES[role]} worker now, in the same life"
+            return
+        if not serves_without(self._roles(), life.worker_id):
+            raise ConfigError(
+                f"while {life.worker_id} changes its role nobody could {_does(life.role)}: make another "
+                "worker mixed first"
+            )
+        async for line in self._empty(life, drain_s, keeps=False):
+            yield line
+        drained = time.monotonic()
+        # Whoever asked may hang up: what has begun is brought to its end.
+        live = await asyncio.shield(asyncio.ensure_future(life.become(template)))
+        yield (
+            f"{life.worker_id} is a {ROLE_NAMES[role]} worker now (epoch {live.info.epoch}): drained for "
+            f"{drained - began:.1f} s, away for {time.monotonic() - drained:.1f} s"
+        )
+
+    async def _empty(self, life: WorkerLife, drain_s: float, *, keeps: bool) -> AsyncIterator[str]:
+        """Until it has nothing any more, or for drain_s. keeps: it is not to get anything new after that
+        either, until somebody says so."""
+        live = life.live
+        if live is None:
+            return  # it is being started again: it has nothing
+        worker_id, epoch = life.worker_id, live.info.epoch
+        deadline = time.monotonic() + drain_s
+        is_done = False
+        try:
+            left = told = await self._router.drain(worker_id, epoch, draining=True)
+            yield f"{worker_id} gets nothing new; it has {left} requests"
+            while left and time.monotonic() < deadline:
+                await asyncio.sleep(_LOOK_S)
+                left = await self._router.drain(worker_id, epoch, draining=True)
+                if left < told // 2:
+                    told = left
+                    yield f"{worker_id} has {left} requests"
+            if left:
+                yield f"{worker_id} still has {left} requests after {drain_s:g} s" + (
+                    "" if keeps else ", which go on at other workers"
+                )
+            else:
+                yield f"{worker_id} is empty"
+            is_done = True
+        finally:
+            if not is_done:
+                with contextlib.suppress(ClusterError):
+                    await self._router.drain(worker_id, epoch, draining=False)
+
+    def _roles(self) -> dict[str, worker_pb2.Role]:
+        return {life.worker_id: life.role for life in self._workers.lives}
+
+    def _life(self, worker_id: str) -> WorkerLife:
+        for life in self._workers.lives:
+            if life.worker_id == worker_id:
+                return life
+        there = ", ".join(life.worker_id for life in self._workers.lives)
+        raise UnknownWorkerError(f"there is no worker {worker_id!r}: there are {there}")
+
+    def _check_sizes(self, counts: Mapping[worker_pb2.Role, int], what: str) -> None:
+        """By the rules of the configuration. Raises ConfigError."""
+        raw = self._config.model_dump()
+        for role, count in counts.items():
+            raw[ROLE_NAMES[role]]["replicas"] = count
+        try:
+            ServeConfig.model_validate(raw)
+        except pydantic.ValidationError as error:
+            why = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+            raise ConfigError(f"{what}: {why}") from error
+
+
+def _does(role: worker_pb2.Role) -> str:
+    if role == worker_pb2.ROLE_MIXED:
+        return "serve"
+    return "read prompts" if role == worker_pb2.ROLE_PREFILL else "write answers"
