@@ -14,9 +14,11 @@ import click
 from rich.console import Console
 
 from bench.cli_parts import need_directory, need_matplotlib, progress
+from cluster.cli_options import not_nan
 from cluster.planner.errors import PlanError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
+from engine.latency import ProfileError
 
 if TYPE_CHECKING:
     from bench.plan.options import Asked
@@ -103,7 +105,8 @@ Exit codes:
 )
 @click.option(
     "--for-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, 1e6, min_open=True),
+    callback=not_nan,
     metavar="R",
     help="Requests/s: the cheapest plan that serves them, by --objective.",
 )
@@ -138,9 +141,8 @@ def plan(as_json: bool, plot: Path | None, out: Path | None, explain: bool, **ch
     """
     need_matplotlib(plot)
     need_directory("--out", out)
-    from bench.plan.options import asked_of
+    from bench.plan.options import asked_of, model_section
     from bench.plan.report import draw, explanation, lines, table, to_json, write_plan
-    from bench.simulate.kv import checkpoint_of
     from cluster.errors import NoRouterError
     from cluster.planner.errors import NoPlanError
 
@@ -150,12 +152,11 @@ def plan(as_json: bool, plot: Path | None, out: Path | None, explain: bool, **ch
         found = _found(asked, for_rate=chosen["for_rate"], what_if=chosen["what_if"])
     except (NoPlanError, NoRouterError) as error:
         raise click.ClickException(str(error)) from error
-    except (BadInputError, SimulationError, PlanError) as error:
+    except (BadInputError, SimulationError, PlanError, ProfileError) as error:
         raise click.UsageError(str(error)) from error
     question, answer = asked.question, found.answer
     if out is not None:
-        checkpoint = None if chosen["model"] is None else checkpoint_of(chosen["model"])
-        write_plan(question, found.chosen, checkpoint, out)
+        write_plan(question, found.chosen, model_section(chosen["model"], question, found.chosen), out)
     if plot is not None:
         draw(question, answer, plot)
     if as_json:

@@ -17,10 +17,10 @@ def _checked_address(context: click.Context, parameter: click.Parameter, value: 
     return value
 
 
-def not_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Callback of an option that is a number of seconds."""
-    if math.isnan(value):  # which no range keeps out
-        raise click.BadParameter("nan is not a number of seconds", context, parameter)
+def not_nan(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Callback of an option that is a number."""
+    if value is not None and math.isnan(value):  # which no range keeps out
+        raise click.BadParameter("nan is not a number", context, parameter)
     return value
 
 

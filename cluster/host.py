@@ -145,6 +145,10 @@ class WorkerHost:
             vocab_size=engine.vocab_size,
             latency=latency,
             num_devices=spec.num_ranks,
+            tensor_parallel=spec.tp_size,
+            pipeline_parallel=spec.pp_size,
+            kv_token_bytes=sum(blocks.nbytes for blocks in engine.memory.ranks)
+            // (spec.num_blocks * spec.block_size),
         )
         service = service_of(info, engine, spec, registry, self._give_up)
         server = aio.server(options=_SERVER_OPTIONS)

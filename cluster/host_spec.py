@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prelay.v1 import worker_pb2
@@ -16,7 +16,8 @@ class HostSpec:
     threads: of each rank. first_slot, slots: which of its node's cores are its own (`cores.share_cores`).
     max_batch_tokens, max_num_seqs: of a step, in this role (max_num_seqs: 0 for prefill). most_batch_tokens:
     in any role that it may be given. backend: see transfer.backends.make_backends. latency: coefficients of
-    engine.latency.LatencyModel; empty if it is to measure its steps itself.
+    engine.latency.LatencyModel; empty if it is to measure its steps itself. resources, labels: of the nodes
+    that it may be on.
     """
 
     worker_id: str
@@ -42,6 +43,8 @@ class HostSpec:
     digest_share: float
     backend: str
     latency: Mapping[str, float]
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:

@@ -1,5 +1,8 @@
 """Ray, as far as prelay uses it: a place and a process for each worker. Requests never pass through it.
 
+A private Ray is this machine. The nodes of one that is joined may be on many hosts: each worker is placed on
+one of them as a whole, wherever there is room among those with the resources and labels that it asks for.
+
 Ray's calls block, so they run in one thread of their own. That thread must live as long as this process:
 Ray asks the kernel to kill its processes when the thread that started them ends.
 """
@@ -10,20 +13,29 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import RayError
+from cluster.host_spec import HostSpec
 from cluster.process_tree import descendants
 from cluster.sections import parse_host_port
 
@@ -35,6 +47,16 @@ _CONNECT_TIMEOUT_S = 5.0
 _JOIN_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 60.0
 _PLACE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Of a worker. node_id: of the node that its group is on. first_slot: of that node's cores; None where
+    the workers' own numbering holds, which is on a private Ray."""
+
+    group: PlacementGroup
+    node_id: str
+    first_slot: int | None
 
 
 class RayCluster:
@@ -52,7 +74,8 @@ class RayCluster:
         self._namespace = f"prelay-{directory.name.removeprefix('prelay-')}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._started = False
-        self._node_constraint: dict[str, float] = {}
+        # Of a joined cluster: whose the slots of each node's cores are.
+        self._slots: defaultdict[str, dict[int, str]] = defaultdict(dict)
 
     async def start(self) -> None:
         """Raises RayError if Ray does not start, cannot be reached, or has too few CPUs."""
@@ -74,23 +97,48 @@ class RayCluster:
             await self._check_address(self._address)
             what = f"join the Ray cluster at {self._address}"
             await self._init(what, _JOIN_TIMEOUT_S, address=self._address)
-            self._node_constraint = await self._call(self._one_node_for_all)
+            await self._call(self._check_room)
 
-    async def place(self, name: str, num_cpus: int) -> PlacementGroup:
+    async def place(self, spec: HostSpec) -> Place:
         """Reserve CPUs for one worker. Raises RayError if they do not become free in time."""
-        bundle = {"CPU": float(num_cpus), **self._node_constraint}
+        bundle = {"CPU": float(spec.num_cpus), **spec.resources}
         group: PlacementGroup = await self._call(
-            placement_group, [bundle], strategy="STRICT_PACK", name=f"prelay {name}"
+            placement_group,
+            [bundle],
+            strategy="STRICT_PACK",
+            name=f"prelay {spec.worker_id}",
+            bundle_label_selector=[dict(spec.labels)] if spec.labels else None,
         )
         deadline = time.monotonic() + _PLACE_TIMEOUT_S
         while not await self._call(group.wait, 1):
             if time.monotonic() >= deadline:
                 await self.give_back(group)  # else it would take them later, for nobody
+                wanted = ", ".join(f"{name} {value:g}" for name, value in bundle.items())
+                wanted += "".join(f", {name}={value}" for name, value in spec.labels.items())
                 raise RayError(
-                    f"no room for worker {name}: Ray found no node with {num_cpus} free CPUs "
+                    f"no room for worker {spec.worker_id}: Ray found no node with free {wanted} "
                     f"in {_PLACE_TIMEOUT_S:.0f} s"
                 )
-        return group
+        return await self.where(group, spec)
+
+    async def where(self, group: PlacementGroup, spec: HostSpec) -> Place:
+        """Where a worker's group is now: Ray moves it when its node dies."""
+        if self.is_local:
+            return Place(group, "", None)
+        while not await self._call(group.wait, 1):
+            pass  # its node has died, and there is no other yet
+        table = await self._call(placement_group_table, group)
+        node_id = str(table["bundles_to_node_id"].get(0, ""))
+        for slots in self._slots.values():
+            for slot in [slot for slot, owner in slots.items() if owner == spec.worker_id]:
+                del slots[slot]
+        taken = self._slots[node_id]
+        wanted = range(spec.num_cpus)
+        first = next(
+            i for i in range(len(taken) * spec.num_cpus + 1) if not any(i + n in taken for n in wanted)
+        )
+        taken.update({first + n: spec.worker_id for n in wanted})
+        return Place(group, node_id, first)
 
     async def spawn(
         self, actor_class: type, group: PlacementGroup, name: str, num_cpus: int, *args: object
@@ -189,21 +237,18 @@ class RayCluster:
             ) from error
         writer.close()
 
-    def _one_node_for_all(self) -> dict[str, float]:
-        """The resource that ties all workers to one node: so far a deployment is on one host."""
-        sizes = {
-            node["NodeManagerAddress"]: float(node["Resources"].get("CPU", 0.0))
+    def _check_room(self) -> None:
+        there = math.fsum(
+            float(node["Resources"].get("CPU", 0.0))
             for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
             if node["Alive"]
-        }
-        address = max(sizes, key=lambda node: sizes[node], default="")
-        if sizes.get(address, 0.0) < self._num_cpus:
+        )
+        if there < self._num_cpus:
             raise RayError(
-                f"the workers need {self._num_cpus} CPUs on one node (a deployment is on one host), but the "
-                f"largest node of the Ray cluster at {self._address} has {sizes.get(address, 0.0):g}: lower "
-                "replicas or threads of the pools, or add a node"
+                f"the workers need {self._num_cpus} CPUs, but the nodes of the Ray cluster at "
+                f"{self._address} have {there:g} together: lower replicas or threads of "
+                "the pools, or add a node"
             )
-        return {f"node:{address}": 0.001}
 
 
 async def _process_end(name: str) -> str:

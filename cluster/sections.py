@@ -90,13 +90,15 @@ class PoolSection(Section):
     """What all pools have. replicas: workers of the pool. tensor_parallel, pipeline_parallel: into how many
     parts each splits every layer's heads, and the layers; it has a rank, which is a process, for each part.
     threads: CPU threads (and cores) of each rank. kv_cache_tokens: room of each worker, None is its part of
-    kv.memory_share."""
+    kv.memory_share. resources, labels: of the nodes of a Ray cluster that a worker may be on."""
 
     replicas: Replicas = 1
     tensor_parallel: Ranks = 1
     pipeline_parallel: Ranks = 1
     threads: Threads = 1
     kv_cache_tokens: Count | None = None
+    resources: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    labels: dict[Name, str] = Field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:

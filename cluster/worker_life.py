@@ -26,12 +26,11 @@ from typing import Any
 import ray.exceptions
 from prelay.v1 import worker_pb2
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
 
 from cluster.errors import ClusterError, ModelError, WorkerError
 from cluster.host import Progress, StartReport, WorkerHost
 from cluster.host_spec import HostSpec
-from cluster.ray_cluster import RayCluster
+from cluster.ray_cluster import Place, RayCluster
 from cluster.reporter import Reporter
 from cluster.router_process import RouterProcess
 from engine.errors import EngineError
@@ -98,7 +97,7 @@ class WorkerLife:
         self._clock = clock
         self._epoch = 0
         self._lost_since: float | None = None
-        self._group: PlacementGroup | None = None
+        self._place: Place | None = None
         # A handle, which Ray types for actors of any class.
         self._actor: Any = None
 
@@ -109,12 +108,17 @@ class WorkerLife:
 
     async def start(self) -> LiveWorker:
         """Begin a life, up to where the router uses it. Raises ModelError, WorkerError or RayError."""
+        if self._place is None:
+            self._place = await self._cluster.place(self.template)
+        else:
+            self._place = await self._cluster.where(self._place.group, self.template)
+        if (first := self._place.first_slot) is not None:
+            slots = first + self.template.num_cpus
+            self.template = replace(self.template, first_slot=first, slots=slots)
         spec = self._next_spec()
         name = f"{self.worker_id}-{self._epoch}"
-        if self._group is None:
-            self._group = await self._cluster.place(self.worker_id, spec.num_cpus)
         self._reporter.progress(self.worker_id, "starting a process", 0.0)
-        self._actor = await self._cluster.spawn(WorkerHost, self._group, name, spec.num_cpus, spec)
+        self._actor = await self._cluster.spawn(WorkerHost, self._place.group, name, spec.num_cpus, spec)
         report = await self._started(self._actor)
         return await self._serves(report)
 
@@ -174,8 +178,8 @@ class WorkerLife:
                     await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
             if self._actor is not None:
                 await self._cluster.kill(self._actor)
-            if self._group is not None:
-                await self._cluster.give_back(self._group)
+            if self._place is not None:
+                await self._cluster.give_back(self._place.group)
 
     async def keep_alive(self) -> None:
         """Start the worker again whenever it dies. Ends by WorkerError only, when that does not help."""

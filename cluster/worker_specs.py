@@ -38,7 +38,7 @@ def another_worker(config: ServeConfig, role: worker_pb2.Role, others: Collectio
     taken = {slot for spec in others for slot in range(spec.first_slot, spec.first_slot + spec.num_cpus)}
     index = next(i for i in range(len(others) + 1) if f"{ROLE_NAMES[role]}-{i}" not in names)
     spec = worker_spec(config, role, f"{ROLE_NAMES[role]}-{index}", 0)
-    slot = next(i for i in range(len(taken) + 1) if not taken & set(range(i, i + spec.num_cpus)))
+    slot = next(i for i in range(max(taken, default=-1) + 2) if not taken & set(range(i, i + spec.num_cpus)))
     return replace(spec, first_slot=slot, slots=max([slot + spec.num_cpus, *(one.slots for one in others)]))
 
 
@@ -74,6 +74,8 @@ def worker_spec(config: ServeConfig, role: worker_pb2.Role, worker_id: str, slot
         digest_share=config.transfer.digest_share,
         backend=config.transfer.backend,
         latency={} if model.profile is None else dict(read_profile(model.profile).coefficients),
+        resources=pool.resources,
+        labels=pool.labels,
     )
 
 

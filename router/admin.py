@@ -131,7 +131,6 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
             seconds=seen.seconds,
             rate=seen.rate,
             hit_share=seen.hit_share,
-            kv_token_bytes=seen.kv_token_bytes or 0.0,
             shapes=[
                 admin_pb2.RequestShape(prompt_tokens=prompt, answer_tokens=answer)
                 for prompt, answer in seen.shapes

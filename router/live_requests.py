@@ -126,7 +126,6 @@ class LiveRequests:
             finish.prompt_tokens,
             finish.completion_tokens,
             finish.cached_tokens,
-            finish.details.kv_bytes,
         )
         self._close(live, finish.details)
 

@@ -52,13 +52,12 @@ class Drift:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """Of the last windows, or of all if there are fewer. seconds: how long that is. rate: requests/s, refused
-    ones too. hit_share: of prompt tokens, those that were in a prefix cache. kv_token_bytes: of a token that
-    was handed over; None if none was. shapes: prompt and answer in tokens, of the latest answers."""
+    ones too. hit_share: of prompt tokens, those that were in a prefix cache. shapes: prompt and answer in
+    tokens, of the latest answers."""
 
     seconds: float
     rate: float
     hit_share: float
-    kv_token_bytes: float | None
     shapes: Sequence[tuple[int, int]]
 
 
@@ -92,7 +91,6 @@ class WorkloadProfile:
         self._current = _Window()
         self._windows: deque[_Window] = deque(maxlen=_MOST_WINDOWS)
         self._shapes: deque[tuple[int, int]] = deque(maxlen=_SAMPLE)
-        self._kv_token_bytes: float | None = None
         # Of the windows that are over; None if that has to be reckoned again.
         self._drifts: list[Drift] | None = []
 
@@ -101,10 +99,8 @@ class WorkloadProfile:
         self._advance(now)
         self._current.arrivals += 1
 
-    def ended(
-        self, now: float, prompt_tokens: int, answer_tokens: int, cached_tokens: int, kv_bytes: int
-    ) -> None:
-        """An answer is complete. cached_tokens: of the prompt. kv_bytes: that were handed over for it."""
+    def ended(self, now: float, prompt_tokens: int, answer_tokens: int, cached_tokens: int) -> None:
+        """An answer is complete. cached_tokens: of the prompt."""
         self._advance(now)
         window = self._current
         window.prompts[_bin(prompt_tokens)] += 1
@@ -113,8 +109,6 @@ class WorkloadProfile:
         window.answer_tokens += answer_tokens
         window.cached_tokens += min(cached_tokens, prompt_tokens)
         self._shapes.append((prompt_tokens, answer_tokens))
-        if kv_bytes and cached_tokens == 0:
-            self._kv_token_bytes = kv_bytes / prompt_tokens
 
     def seen(self, now: float) -> Seen:
         """What a plan is made for."""
@@ -128,7 +122,6 @@ class WorkloadProfile:
             seconds,
             arrivals / seconds if seconds > 0 else 0.0,
             cached / prompts if prompts else 0.0,
-            self._kv_token_bytes,
             tuple(self._shapes),
         )
 

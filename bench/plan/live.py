@@ -27,10 +27,12 @@ _TYPICAL_PROMPT = 512
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """address: that was asked. workers: those that are up."""
+    """address: that was asked. workers: those that are up. num_devices: of these and of those that are
+    down."""
 
     address: str
     workers: Sequence[worker_pb2.WorkerInfo]
+    num_devices: int
     classes: Mapping[str, admin_pb2.ClassOutcomes]
     workload: admin_pb2.GetWorkloadResponse
 
@@ -46,7 +48,8 @@ class Live:
         workers = [worker.info for worker in status.workers if worker.up]
         if not workers:
             raise PlanError(f"--live {url}: no worker is up there, so there is nothing to plan with")
-        return cls(address, workers, dict(status.classes), workload)
+        num_devices = sum(_devices(worker.info) for worker in status.workers)
+        return cls(address, workers, num_devices, dict(status.classes), workload)
 
     @property
     def dataset(self) -> Lengths:
@@ -68,29 +71,31 @@ class Live:
     @property
     def hardware(self) -> Hardware:
         """As many devices as its workers hold. All that is known of them is how long steps take."""
-        return Hardware([Devices(_DEVICE, sum(map(_devices, self.workers)))])
+        return Hardware([Devices(_DEVICE, self.num_devices)])
 
     def kinds(self) -> list[Kind]:
-        """A kind for each number of devices that a worker has: with the step times that the worker in the
-        middle has measured of itself. Raises PlanError."""
-        alike: defaultdict[int, list[worker_pb2.WorkerInfo]] = defaultdict(list)
-        for info in self.workers:
-            if info.latency:
-                alike[_devices(info)].append(info)
-        if not alike:
+        """A kind for each way that workers are split, in any role: with the step times that the worker in the
+        middle has measured of itself, and the least room. Raises PlanError."""
+        measured = [info for info in self.workers if info.latency]
+        if not measured:
             raise PlanError(f"--live {self.address}: its workers do not say how long their steps take")
-        return [self._kind(devices, infos) for devices, infos in sorted(alike.items())]
+        return [_kind(alike) for _, alike in sorted(_by_split(measured).items())]
 
-    def plan(self, kinds: Sequence[Kind]) -> Plan:
-        """What runs now. Workers of a role that differ count as the kind that most of them are of."""
-        of = {kind.devices: kind for kind in kinds}
+    def plan(self) -> Plan | None:
+        """What runs now, with the limits and the room that each role has. Workers of a role that differ count
+        as the kind that most of them are of. None if a role without which nothing is served has no worker
+        that is up and says how long its steps take."""
         pools = []
         for role in Role:
-            sizes = [_devices(info) for info in self.workers if ROLE_NAMES.get(info.role) == role.value]
-            if sizes:
-                usual = max(set(sizes), key=sizes.count)
-                pools.append(Pool(role, of.get(usual, kinds[0]), len(sizes)))
-        return Plan(tuple(pools))
+            infos = [
+                info for info in self.workers if info.latency and ROLE_NAMES.get(info.role) == role.value
+            ]
+            if infos:
+                usual = max(_by_split(infos).values(), key=len)
+                pools.append(Pool(role, _kind(usual), len(infos)))
+        roles = {pool.role for pool in pools}
+        can_serve = Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
+        return Plan(tuple(pools)) if can_serve else None
 
     def said(self) -> Iterator[str]:
         """What was seen, in words."""
@@ -101,27 +106,10 @@ class Live:
             f"{_mean([one.answer_tokens for one in shapes]):.0f}; {seen.hit_share:.0%} of the prompts' "
             "tokens were in prefix caches (planned as if none were)"
         )
-        if not seen.kv_token_bytes:
-            yield "no prompt was handed over yet, so hand-offs are planned as if they took no time"
+        link = f"{_LINK_BYTES_PER_S / 1e9:g} GB/s"
+        yield f"links between workers are not known: hand-offs are planned at {link}"
         for drift in seen.drifts:
             yield f"changed in the last minutes: {drift.trait}, from {drift.before:.3g} to {drift.now:.3g}"
-
-    def _kind(self, devices: int, infos: Sequence[worker_pb2.WorkerInfo]) -> Kind:
-        models = sorted(
-            (LatencyModel.from_coefficients(info.latency) for info in infos),
-            key=lambda model: model.prefill_s(_TYPICAL_PROMPT),
-        )
-        return Kind(
-            _DEVICE,
-            devices,
-            1,
-            models[len(models) // 2],
-            max(info.num_blocks * info.block_size for info in infos),
-            round(self.workload.kv_token_bytes),
-            is_measured=True,
-            batch_tokens=max(info.max_batch_tokens for info in infos),
-            num_seqs=max(1, *(info.max_num_seqs for info in infos), 1),
-        )
 
 
 _DEVICE = Gpu("device", 0.0, 0.0, 0.0, _LINK_BYTES_PER_S)
@@ -141,6 +129,36 @@ def difference(now: Plan, planned: Plan) -> list[str]:
 
 def _devices(info: worker_pb2.WorkerInfo) -> int:
     return max(1, info.num_devices)
+
+
+def _by_split(
+    infos: Sequence[worker_pb2.WorkerInfo],
+) -> dict[tuple[int, int], list[worker_pb2.WorkerInfo]]:
+    """By (TP, PP); of one that does not say, all its devices are TP."""
+    alike: defaultdict[tuple[int, int], list[worker_pb2.WorkerInfo]] = defaultdict(list)
+    for info in infos:
+        alike[info.tensor_parallel or _devices(info), info.pipeline_parallel or 1].append(info)
+    return alike
+
+
+def _kind(infos: Sequence[worker_pb2.WorkerInfo]) -> Kind:
+    """Of workers that are split alike, and of whom all have said how long their steps take."""
+    [(tp, pp)] = _by_split(infos)
+    models = sorted(
+        (LatencyModel.from_coefficients(info.latency) for info in infos),
+        key=lambda model: model.prefill_s(_TYPICAL_PROMPT),
+    )
+    return Kind(
+        _DEVICE,
+        tp,
+        pp,
+        models[len(models) // 2],
+        min(info.num_blocks * info.block_size for info in infos),
+        max(info.kv_token_bytes for info in infos),
+        is_measured=True,
+        batch_tokens=max(info.max_batch_tokens for info in infos),
+        num_seqs=max(info.max_num_seqs for info in infos) or None,
+    )
 
 
 def _mean(values: Sequence[int]) -> float:

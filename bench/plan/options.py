@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.load.options import arrivals_of, source_of
 from bench.plan.live import Live
-from bench.simulate.kv import model_of
+from bench.simulate.kv import checkpoint_of, known_model, model_of
+from bench.simulate.profiles import is_distserve
 from cluster.planner.errors import PlanError
 from cluster.planner.hardware import Hardware, parse_devices
 from cluster.planner.kinds import Kind, Kinds, ReckonedKinds
@@ -50,6 +51,11 @@ def asked_of(chosen: dict[str, Any]) -> Asked:
         for flag in ("profile", "model"):
             if chosen[flag] is not None:
                 raise PlanError(f"--{flag} is for --gpus; without, --live plans with the workers that run")
+        if chosen["objective"] != Objective.DEVICE.value:
+            raise PlanError(
+                f"--objective {chosen['objective']} is for --gpus; the workers that run cost the same "
+                "whatever they do"
+            )
         if chosen["mode"] == "distserve":
             raise PlanError("--mode distserve needs a --profile of DistServe's, and --gpus")
     elif chosen["gpus"] is None:
@@ -59,14 +65,16 @@ def asked_of(chosen: dict[str, Any]) -> Asked:
         if live is not None and on_its_own
         else Hardware(parse_devices(chosen["gpus"]), chosen["per_node"], chosen["inter"] * 1e9)
     )
-    question = _question(chosen, hardware, live)
+    question = replace(_question(chosen, hardware, live), is_owned=on_its_own)
+    for devices in hardware.devices:
+        question.objective.of_gpu(devices.gpu)  # known before anything is measured
     if live is not None and on_its_own:
         kinds: Sequence[Kind] = live.kinds()
     else:
         kinds = _kinds(chosen, hardware).kinds(question.longest)
     if question.slo.is_relative:
         question = replace(question, slo=question.slo.with_idle(_idle(question, kinds)))
-    now = live.plan(kinds) if live is not None and on_its_own else None
+    now = live.plan() if live is not None and on_its_own else None
     return Asked(question, kinds, live, now)
 
 
@@ -75,6 +83,12 @@ def _question(chosen: dict[str, Any], hardware: Hardware, live: Live | None) -> 
         raise PlanError(f"--length-scale {chosen['length_scale']:g}: a number greater than 0 is needed")
     dataset: Dataset
     if live is not None and chosen["trace"] is None and chosen["dataset"] is None:
+        for flag, default in (("length_scale", 1.0), ("max_tokens", None)):
+            if chosen[flag] != default:
+                raise PlanError(
+                    f"--{flag.replace('_', '-')} is for --trace and --dataset; --live plans for the lengths "
+                    "that came"
+                )
         dataset = live.dataset
     else:
         dataset = load_dataset(source_of(chosen), chosen["length_scale"], chosen["max_tokens"])
@@ -105,10 +119,18 @@ def _kinds(chosen: dict[str, Any], hardware: Hardware) -> Kinds:
             raise PlanError("--model NAME is missing: a checkpoint, or a shape that comes with prelay")
         return ReckonedKinds(model_of(chosen["model"]), hardware)
     if path.suffix == ".csv":
+        if chosen["mode"] == "distserve":
+            raise PlanError(f"--mode distserve needs a --profile of DistServe's, which {path} is not")
         measured = SplitwiseProfile.read(path)
         if chosen["model"] is None:
             raise PlanError(f"--model NAME is missing: {path} has {', '.join(measured.models)}")
         return SplitwiseKinds(measured, chosen["model"], model_of(chosen["model"]), hardware)
+    if not is_distserve(path):
+        raise PlanError(
+            f"--profile {path} says how long the steps of one worker take, where it was measured: `prelay "
+            "simulate` takes it, and a running cluster of such workers is planned with --live; here one "
+            "of DistServe's (JSON, by model and split) or Splitwise's (CSV) is needed"
+        )
     profile = DistServeProfile.read(path)
     if chosen["model"] is None:
         raise PlanError(f"--model NAME is missing: {path} has {', '.join(profile.models)}")
@@ -127,3 +149,16 @@ def _idle(question: Question, kinds: Sequence[Kind]) -> IdleTimes:
     times = [question.idle(kind) for kind in kinds]
     prompt = round(question.mean_prompt)
     return IdleTimes([IdlePoint(prompt, min(one for one, _ in times), min(one for _, one in times))])
+
+
+def model_section(name: str | None, question: Question, plan: Plan) -> dict[str, Any]:
+    """The model's section of the configuration that the plan is, as far as it is known. name: --model."""
+    longest = [pool.kind.kv_tokens for pool in plan.pools]
+    section: dict[str, Any] = {}
+    if name is not None:
+        section["dtype"] = "bfloat16"
+        if (path := checkpoint_of(name)) is not None:
+            section["path"] = path
+        if (model := known_model(name)) is not None:
+            longest.append(model.max_position_embeddings)
+    return {**section, "max_model_len": max(question.longest, min(longest))}

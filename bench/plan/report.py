@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cluster.planner.cheapest import Enough
 from cluster.planner.goodput import Goodput
 from cluster.planner.plans import Plan, serve_config
 from cluster.planner.question import Question
-from cluster.planner.search import Answer, Finalist, apart
+from cluster.planner.search import Answer, Finalist, apart, phases_of
 from cluster.planner.sensitivity import Sensitivity
 from router.pool_view import Role
 
@@ -61,7 +62,7 @@ def to_json(asked: Asked, found: Found, wall_s: float) -> dict[str, Any]:
         "verdict": verdict(question, answer),
         **({} if found.for_rate is None else {"for_rate": _enough_json(found)}),
         **({} if found.changes is None else {"what_if": _changes_json(found.changes)}),
-        **({} if asked.live is None else {"live": _live_json(asked, answer)}),
+        **({} if asked.live is None else {"live": _live_json(asked, found)}),
         "wall_s": wall_s,
     }
 
@@ -97,7 +98,7 @@ def _changes_json(changes: Sensitivity) -> dict[str, Any]:
     }
 
 
-def _live_json(asked: Asked, answer: Answer) -> dict[str, Any]:
+def _live_json(asked: Asked, found: Found) -> dict[str, Any]:
     assert asked.live is not None
     seen = asked.live.workload
     return {
@@ -105,7 +106,7 @@ def _live_json(asked: Asked, answer: Answer) -> dict[str, Any]:
         "hit_share": seen.hit_share,
         "drifts": [{"trait": one.trait, "before": one.before, "now": one.now} for one in seen.drifts],
         "now": None if asked.now is None else asked.now.to_json(),
-        "changes": [] if asked.now is None else difference(asked.now, answer.finalists[0].plan),
+        "changes": [] if asked.now is None else difference(asked.now, found.chosen),
     }
 
 
@@ -135,15 +136,21 @@ def lines(asked: Asked, found: Found) -> Iterator[str]:
 
 def _of_now(asked: Asked, found: Found) -> Iterator[str]:
     assert asked.now is not None
+    assert asked.live is not None
     now = next(one for one in found.answer.finalists if one.plan == asked.now)
-    best = found.answer.finalists[0]
+    best, seen = found.answer.finalists[0], asked.live.workload.rate
     yield f"now: {now.plan}, good for {now.rate:.3g} requests/s"
-    if best.plan == now.plan:
+    if max(now.rate, best.rate) < seen:
+        yield f"no plan for these devices serves the {seen:.3g} requests/s that came lately: add devices"
+    if found.chosen == now.plan:
         yield "it is the best of these plans: change nothing"
         return
-    gain = f"{best.rate / now.rate - 1:+.0%}" if now.rate > 0 else "up from none"
-    yield f"planned: {best.plan}, good for {best.rate:.3g} ({gain})"
-    for line in difference(asked.now, best.plan):
+    if found.enough:
+        yield f"planned for {found.for_rate:g} requests/s: {found.chosen}"
+    else:
+        gain = f"{best.rate / now.rate - 1:+.0%}" if now.rate > 0 else "up from none"
+        yield f"planned: {best.plan}, good for {best.rate:.3g} ({gain})"
+    for line in difference(asked.now, found.chosen):
         yield f"  {line}"
 
 
@@ -179,10 +186,9 @@ def verdict(question: Question, answer: Answer) -> str:
 def explanation(question: Question, answer: Answer) -> Iterator[str]:
     """Why the winner won: which phase binds, and where it is close."""
     best = answer.finalists[0]
-    of = {one.kind: one for one in answer.phases}
     rates: dict[str, float] = {}
     for pool in best.plan.pools:
-        found = of[pool.kind]
+        found = phases_of(pool.kind, answer.phases)
         if pool.role is not Role.DECODE:
             rates["reading"] = rates.get("reading", 0.0) + pool.replicas * found.prefill.rate
         if pool.role is not Role.PREFILL:
@@ -196,8 +202,9 @@ def explanation(question: Question, answer: Answer) -> Iterator[str]:
     if answer.is_near:
         yield (
             "links between nodes are slow for this model's KV: only workers that share nodes were paired "
-            "(DistServe, Algorithm 2)"
+            "(DistServe, Algorithm 2); `prelay serve` does not see to that yet, so place them so yourself"
         )
+    yield from _where_time_goes(question, best)
     if len(answer.finalists) > 1:
         second = answer.finalists[1]
         least = best.value * best.goodput.least / best.goodput.rate
@@ -205,6 +212,24 @@ def explanation(question: Question, answer: Answer) -> Iterator[str]:
         yield f"the next best, {second.plan}, gives {1 - second.value / best.value:.0%} less{close}"
     if not best.plan.pools[0].kind.is_measured:
         yield "step times were reckoned from data sheets, not measured: measure before you buy"
+
+
+def _where_time_goes(question: Question, best: Finalist) -> Iterator[str]:
+    """Of a request on the average, at the rate that the plan serves."""
+    if question.by_distserve:
+        return
+    rows = question.rows(best.unit, best.goodput.rate, question.seeds[0])
+    stages = Counter[str]()
+    for row in rows:
+        stages.update(row.stages)
+    total = sum(stages.values())
+    if total > 0:
+        parts = (
+            f"{name.replace('_', ' ')} {seconds / len(rows):.3g} s ({seconds / total:.0%})"
+            for name, seconds in stages.most_common()
+            if seconds >= 0.005 * total
+        )
+        yield f"where the time of a request goes at that rate: {', '.join(parts)}"
 
 
 def table(question: Question, answer: Answer) -> Table:
@@ -224,11 +249,12 @@ def table(question: Question, answer: Answer) -> Table:
     return found
 
 
-def write_plan(question: Question, plan: Plan, model: str | None, target: Path) -> None:
-    """What `prelay serve` takes. model: a checkpoint's directory; None leaves it to be filled in."""
+def write_plan(question: Question, plan: Plan, model: Mapping[str, Any], target: Path) -> None:
+    """What `prelay serve` takes. model: what is known of that section; without a path it is left to be filled
+    in."""
     limits = question.slo.limits(round(question.mean_prompt))
     config = serve_config(plan, model, {"ttft_s": limits.ttft_s, "tpot_s": limits.tpot_s})
-    hint = "" if model else "# Give the checkpoint: prelay serve plan.yaml --model DIR\n"
+    hint = "" if "path" in model else "# Give the checkpoint: prelay serve plan.yaml --model DIR\n"
     target.write_text(f"# {plan}\n{hint}{yaml.safe_dump(config, sort_keys=False)}")
 
 

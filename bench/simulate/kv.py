@@ -17,7 +17,7 @@ def kv_bytes_of(chosen: dict[str, Any]) -> int:
     SimulationError."""
     if chosen["kv_bytes"] is not None:
         return int(chosen["kv_bytes"])
-    if chosen["model"] is not None and (found := _read(chosen["model"])) is not None:
+    if chosen["model"] is not None and (found := known_model(chosen["model"])) is not None:
         return kv_bytes(found)
     shapes = ", ".join(sorted(one.parent.name for one in SHAPES.glob("*/config.json")))
     raise SimulationError(
@@ -28,7 +28,7 @@ def kv_bytes_of(chosen: dict[str, Any]) -> int:
 
 def model_of(name: str) -> ModelConfig:
     """A shape that comes with prelay, or a checkpoint's directory. Raises SimulationError."""
-    model = _read(name)
+    model = known_model(name)
     if model is None:
         shapes = ", ".join(sorted(one.parent.name for one in SHAPES.glob("*/config.json")))
         raise SimulationError(f"--model {name}: no checkpoint lies there, and shapes are {shapes}")
@@ -41,7 +41,8 @@ def checkpoint_of(name: str) -> str | None:
     return str(path.absolute()) if any(path.glob("*.safetensors")) else None
 
 
-def _read(name: str) -> ModelConfig | None:
+def known_model(name: str) -> ModelConfig | None:
+    """The same, or None if nothing lies there. Raises SimulationError."""
     found = (path for path in (SHAPES / name, Path(name)) if (path / "config.json").exists())
     path = next(found, None)
     try:

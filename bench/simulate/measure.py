@@ -123,7 +123,7 @@ def _with_idle(plan: SimulatePlan, requests: Sequence[Arrival]) -> Slo:
     answer = max(2, min(_MAX_ANSWER, round(statistics.median(one.shape.output_tokens for one in requests))))
     points = []
     for length in probes:
-        [row] = plan.simulate([Arrival(0.0, Shape(length, answer))], _NO_LIMITS, 0).rows
+        [row] = plan.undisturbed([Arrival(0.0, Shape(length, answer))], _NO_LIMITS, 0).rows
         points.append(_point(row))
     idle = IdleTimes(points)
     for name, limit, alone_s in (

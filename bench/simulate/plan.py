@@ -32,7 +32,7 @@ Simulate: TypeAlias = Callable[[Sequence[Arrival], Slo, int], Outcome]
 @dataclass(frozen=True, slots=True)
 class SimulatePlan:
     """rates: None is a trace's own pace. draw: arrivals for a seed and a rate. simulate: what becomes of
-    them. devices: that the cluster holds."""
+    them; undisturbed: without faults and noise. devices: that the cluster holds."""
 
     title: str
     rates: Sequence[float | None]
@@ -40,6 +40,7 @@ class SimulatePlan:
     slo: Slo
     draw: Callable[[int, float | None], list[Arrival]]
     simulate: Simulate
+    undisturbed: Simulate
     devices: int
     left_out: int
 
@@ -48,9 +49,9 @@ def plan_of(chosen: dict[str, Any]) -> SimulatePlan:
     """chosen: the options by name. Raises BadInputError, SimulationError."""
     draw, rates, left_out = _workload(chosen)
     run, devices, title = _cluster(chosen)
-    return SimulatePlan(
-        title, rates, chosen["seeds"], Slo.parse(chosen["slo_text"]), draw, run, devices, left_out
-    )
+    undisturbed, _, _ = _cluster({**chosen, "faults": (), "noise": 0.0})
+    slo = Slo.parse(chosen["slo_text"])
+    return SimulatePlan(title, rates, chosen["seeds"], slo, draw, run, undisturbed, devices, left_out)
 
 
 def _workload(

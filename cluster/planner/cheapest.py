@@ -17,7 +17,7 @@ from functools import partial
 from cluster.planner.errors import NoPlanError
 from cluster.planner.plans import Plan, Pool
 from cluster.planner.question import Question
-from cluster.planner.search import Answer, Finalist, Phases, Show, apart
+from cluster.planner.search import Answer, Finalist, Phases, Show, apart, most_near
 from cluster.workload.judge import Outcome
 
 _POOLED = 0.6
@@ -104,6 +104,9 @@ def _one_more(plan: Plan, *, writes: bool) -> Plan:
 
 
 def _fits(question: Question, plan: Plan) -> bool:
+    if plan.is_near:
+        reader, writer = plan.pools
+        return max(reader.replicas, writer.replicas) <= most_near(question, reader.kind, writer.kind)
     for devices in question.hardware.devices:
         held = sum(pool.devices for pool in plan.pools if pool.kind.gpu == devices.gpu)
         if held > devices.count:

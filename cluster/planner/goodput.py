@@ -18,6 +18,8 @@ GIVE_UP = 2.0
 """A trial is given up at so many times the misses that it may have."""
 _STEP = 1.3
 _MOST_TRIALS = 8
+_LEAST = 1 / 256
+"""Of the rate that a search begins at: there requests no longer meet each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def highest_rate(
     most: beyond which nobody wants to know.
 
     Goes up or down, in steps that grow, until attainment lies on both sides of the target, then halves the
-    distance.
+    distance. Does not go down further than to where fewer requests would make no difference.
     """
     by_seed: dict[int, dict[float, tuple[int, int]]] = {seed: {} for seed in seeds}
 
@@ -72,11 +74,12 @@ def highest_rate(
         return sum(good for good, _ in counts) >= target * sum(total for _, total in counts)
 
     low = high = start = min(start, most)
+    least = _LEAST * start
     is_enough, step = attains(start), _STEP
     while len(by_seed[seeds[0]]) < _MOST_TRIALS:
-        if is_enough and high >= most:
+        if (is_enough and high >= most) or (not is_enough and low <= least):
             break
-        low, high = (high, min(most, high * step)) if is_enough else (low / step, low)
+        low, high = (high, min(most, high * step)) if is_enough else (max(least, low / step), low)
         step *= step
         if attains(high if is_enough else low) != is_enough:
             break

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.planner.errors import PlanError
+from cluster.planner.hardware import Gpu
 from cluster.planner.kinds import Kind
 from cluster.simulator.cluster_spec import ClusterSpec, NetworkSpec, WorkerSpec
 from router.pool_view import Role
@@ -31,13 +32,15 @@ class Objective(StrEnum):
 
     def of(self, kind: Kind) -> float:
         """Of one worker. Raises PlanError if it is not known."""
-        value = {Objective.DEVICE: 1.0, Objective.COST: kind.gpu.price, Objective.WATT: kind.gpu.watts}[self]
+        return self.of_gpu(kind.gpu) * kind.devices
+
+    def of_gpu(self, gpu: Gpu) -> float:
+        """Of one device. Raises PlanError if it is not known."""
+        value = {Objective.DEVICE: 1.0, Objective.COST: gpu.price, Objective.WATT: gpu.watts}[self]
         if value is None:
-            remedy = f"give it as {kind.gpu.name}:COUNT:PRICE" if self is Objective.COST else "choose another"
-            raise PlanError(
-                f"--objective {self}: nothing is known of the {self} of {kind.gpu.name}; {remedy}"
-            )
-        return value * kind.devices
+            remedy = f"give it as {gpu.name}:COUNT:PRICE" if self is Objective.COST else "choose another"
+            raise PlanError(f"--objective {self}: nothing is known of the {self} of {gpu.name}; {remedy}")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,10 @@ class Plan:
         return " + ".join(map(str, self.pools))
 
 
-def serve_config(plan: Plan, model: str | None, slo: Mapping[str, float]) -> dict[str, Any]:
-    """The configuration of `prelay serve` that the plan is. model: its checkpoint, if that is known. slo:
-    ttft_s and tpot_s."""
-    config: dict[str, Any] = {} if model is None else {"model": {"path": model, "dtype": "bfloat16"}}
+def serve_config(plan: Plan, model: Mapping[str, Any], slo: Mapping[str, float]) -> dict[str, Any]:
+    """The configuration of `prelay serve` that the plan is. model: what is known of its section. slo: ttft_s
+    and tpot_s."""
+    config: dict[str, Any] = {"model": dict(model)} if model else {}
     for role in Role:
         pool = plan.pool(role)
         config[role.value] = {"replicas": 0}

@@ -36,6 +36,8 @@ _SAMPLE = 2000
 _MOST_COUNT = 4000
 _ANSWERS = 4.0
 """A trial lasts so many times as long as an answer may take: a batch is full only after the first."""
+_WAITS = 10.0
+"""And so many times as long as a first token may take: queues that grow slowly are late only then."""
 SETTLE_S = 60.0
 """That a trial lasts at least, in virtual time."""
 _NO_TRANSFER = NetworkSpec(bytes_per_s=1e18, part_s=0.0)
@@ -66,7 +68,8 @@ class Question:
     arrivals. by_distserve: the rules of DistServe's simulator decide, not the joint simulation. settle_s:
     that a trial lasts at least, in virtual time. has_transfer, has_memory: False leaves out, in the joint
     simulation, that hand-offs take time and that workers hold only so much. prompt_scale: of the workload's
-    prompts, for what-if questions; link_scale: of the bandwidth of hand-offs."""
+    prompts, for what-if questions; link_scale: of the bandwidth of hand-offs. is_owned: the devices are there
+    anyway, so what a plan serves is held against all of them."""
 
     workload: WorkloadSpec
     slo: Slo
@@ -81,6 +84,11 @@ class Question:
     has_memory: bool = True
     prompt_scale: float = 1.0
     link_scale: float = 1.0
+    is_owned: bool = False
+
+    def cost(self, plan: Plan) -> float:
+        """What goodput is divided by. Raises PlanError if it is not known."""
+        return float(self.hardware.count) if self.is_owned else plan.cost(self.objective)
 
     @cached_property
     def sample(self) -> Sequence[Arrival]:
@@ -113,6 +121,11 @@ class Question:
         return mean * self.slo.limits(round(self.mean_prompt)).tpot_s
 
     @property
+    def _period_s(self) -> float:
+        dataset = self.workload.dataset
+        return dataset.period_s if isinstance(dataset, Mix) else 0.0
+
+    @property
     def at_a_glance(self) -> Question:
         """The same with half as much to simulate, and one seed."""
         return replace(self, count=self.count // 2, settle_s=self.settle_s / 2, seeds=self.seeds[:1])
@@ -140,12 +153,14 @@ class Question:
 
     def outcomes(self, plan: Plan, rate: float, seed: int) -> Counter[Outcome]:
         """The same trial: what became of how many."""
+        return Counter(outcome_of(row, self.slo) for row in self.rows(plan, rate, seed))
+
+    def rows(self, plan: Plan, rate: float, seed: int) -> Sequence[Row]:
+        """The same trial: the requests that are judged."""
         requests = self._arrivals(rate, seed)
         if self.by_distserve:
-            rows = _judged(self._by_distserve(plan, requests))
-        else:
-            rows = _judged(self._simulated(plan, requests, seed))
-        return Counter(outcome_of(row, self.slo) for row in rows)
+            return _judged(self._by_distserve(plan, requests))
+        return _judged(self._simulated(plan, requests, seed))
 
     def _simulated(self, plan: Plan, requests: Sequence[Arrival], seed: int) -> Sequence[Row]:
         patience = Patience(self.slo, self.target, len(_judged(range(len(requests)))))
@@ -159,22 +174,30 @@ class Question:
     def link_bytes_per_s(self, plan: Plan) -> float:
         """Of a device to its peers of the other phase."""
         within = min(pool.kind.gpu.link_bytes_per_s for pool in plan.pools)
-        if not plan.is_near and self.hardware.count > self.hardware.per_node:
+        one_gpu = len({pool.kind.gpu for pool in plan.pools}) == 1  # of two kinds none shares a node
+        if not one_gpu or (not plan.is_near and self.hardware.count > self.hardware.per_node):
             within = min(within, self.hardware.inter_bytes_per_s)
         return within * self.link_scale
 
-    def idle(self, kind: Kind) -> tuple[float, float]:
-        """TTFT and TPOT of the workload's usual request alone on such workers."""
-        prompt = max(1, round(self.mean_prompt))
+    def prompt_at(self, share: float) -> int:
+        """Tokens of the prompt that is longer than such a share of all."""
+        prompts = sorted(one.shape.prompt_tokens for one in self.sample)
+        return prompts[min(len(prompts) - 1, int(share * len(prompts)))]
+
+    def idle(self, kind: Kind, prompt: int | None = None) -> tuple[float, float]:
+        """TTFT and TPOT of a request alone on such workers. prompt: its tokens; of the workload's usual
+        request if None."""
+        prompt = max(1, round(self.mean_prompt)) if prompt is None else prompt
         return (
             self._times(kind).prefill_s([prompt], is_first=True),
             self._times(kind).decode_s(1, prompt, is_first=True),
         )
 
     def _arrivals(self, rate: float, seed: int) -> list[Arrival]:
-        """So many that queues have time to build up."""
-        lasts_s = max(self.settle_s, _ANSWERS * self._answer_s)
-        count = min(_MOST_COUNT, max(self.count, round(lasts_s * rate)))
+        """So many that queues have time to build up, batches to fill, and a mix to come round."""
+        lasts_s = max(self.settle_s, _WAITS * self.slo.limits(round(self.mean_prompt)).ttft_s)
+        least_s = max(_ANSWERS * self._answer_s, self._period_s)
+        count = max(self.count, min(_MOST_COUNT, round(lasts_s * rate)), round(least_s * rate))
         return self._scaled(arrivals(self.workload, seed, rate, count=count))
 
     def _scaled(self, requests: list[Arrival]) -> list[Arrival]:

@@ -170,7 +170,7 @@ def measure_plan(question: Question, plan: Plan, guess: float, tolerance: float 
         )
     except SimulationError as error:
         raise NoPlanError(f"{plan}: {error}") from error
-    value = goodput.rate * times / plan.cost(question.objective)
+    value = goodput.rate * times / question.cost(plan)
     return Finalist(plan, unit, times, goodput, value)
 
 
@@ -208,7 +208,7 @@ def _pairs(question: Question, phases: Sequence[Phases], *, is_near: bool) -> li
             )
             plan = Plan(pools, is_near)
             rate = min(replicas[0] * reader.prefill.rate, replicas[1] * writer.decode.rate)
-            found.append((rate / plan.cost(objective), plan))
+            found.append((rate / question.cost(plan), plan))
     return [plan for _, plan in sorted(found, key=lambda one: -one[0])[:_BEST_PAIRS]]
 
 
@@ -221,13 +221,18 @@ def matched(
     for readers, writers in _UNITS:
         if is_near and readers != writers:
             continue  # a unit is a pair
-        times = _most_times(question, reader.kind, readers, writer.kind, writers)
+        times = (
+            most_near(question, reader.kind, writer.kind)
+            if is_near
+            else _most_times(question, reader.kind, readers, writer.kind, writers)
+        )
         if times == 0:
             continue
         rate = min(readers * reader.prefill.rate, writers * writer.decode.rate)
         objective = question.objective
         cost = readers * objective.of(reader.kind) + writers * objective.of(writer.kind)
-        found = (round(rate / cost, 6), times * rate, (times * readers, times * writers))
+        value = times * rate if question.is_owned else rate / cost
+        found = (round(value, 6), times * rate, (times * readers, times * writers))
         if best is None or found > best:
             best = found
     return None if best is None or best[1] <= 0 else best[2]
@@ -241,6 +246,14 @@ def _most_times(question: Question, reader: Kind, readers: int, writer: Kind, wr
         _available(question, reader) // (readers * reader.devices),
         _available(question, writer) // (writers * writer.devices),
     )
+
+
+def most_near(question: Question, reader: Kind, writer: Kind) -> int:
+    """How many pairs there is room for, whose stages share a node each."""
+    per_node, count = question.hardware.per_node, _available(question, reader)
+    stage = reader.tp + writer.tp
+    stages = count // per_node * (per_node // stage) + count % per_node // stage
+    return stages // reader.pp
 
 
 def _available(question: Question, kind: Kind) -> int:
@@ -266,13 +279,20 @@ def guess(plan: Plan, phases: Sequence[Phases]) -> float:
 
 def apart(plan: Plan, phases: Sequence[Phases]) -> float:
     """Requests/s, if each phase did what it does alone (what Algorithms 1 and 2 maximise)."""
-    of = {one.kind: one for one in phases}
     rates = []
     for pool in plan.pools:
-        one = of[pool.kind]
+        one = phases_of(pool.kind, phases)
         rate = {Role.PREFILL: one.prefill.rate, Role.DECODE: one.decode.rate, Role.MIXED: _both(one)}
         rates.append(rate[pool.role] * pool.replicas)
     return min(rates)
+
+
+def phases_of(kind: Kind, phases: Sequence[Phases]) -> Phases:
+    """Of that kind, or of one that is split alike: what runs may have its room and limits of its own."""
+    alike = [
+        one for one in phases if (one.kind.gpu, one.kind.tp, one.kind.pp) == (kind.gpu, kind.tp, kind.pp)
+    ]
+    return next((one for one in alike if one.kind == kind), (alike or list(phases))[0])
 
 
 def _share_nodes(question: Question, reader: Phases, writer: Phases) -> bool:
@@ -292,14 +312,16 @@ def _links_are_slow(question: Question, kinds: Sequence[Kind]) -> bool:
 
 def _check_limits(question: Question, kinds: Sequence[Kind]) -> None:
     """Raises NoPlanError for limits below what an empty machine does."""
-    limits = question.slo.limits(round(question.mean_prompt))
+    prompt = question.prompt_at(question.target)
+    limits = question.slo.limits(prompt)
     for place, (name, limit_s) in enumerate((("ttft", limits.ttft_s), ("tpot", limits.tpot_s))):
-        least_s, number = min((question.idle(kind)[place], index) for index, kind in enumerate(kinds))
+        least_s, number = min((question.idle(kind, prompt)[place], index) for index, kind in enumerate(kinds))
         if least_s > limit_s:
             raise NoPlanError(
-                f"--slo: {name} is {limit_s:g} s, but a request of {question.mean_prompt:.0f} tokens alone "
-                f"takes {least_s:.3g} s on the fastest worker that fits here ({kinds[number]}); give at "
-                "least that, or faster devices"
+                f"--slo: {name} is {limit_s:g} s, but a request of {prompt} tokens alone takes "
+                f"{least_s:.3g} s on the fastest worker that fits here ({kinds[number]}), and "
+                f"{1 - question.target:.0%} of the prompts are no shorter; give at least that, a lower "
+                "--target, or faster devices"
             )
 
 

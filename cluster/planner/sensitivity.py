@@ -11,6 +11,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 
+from cluster.planner.errors import NoPlanError
+from cluster.planner.goodput import Goodput
 from cluster.planner.question import Question
 from cluster.planner.search import Answer, Finalist, Show, measure_plan
 from cluster.workload.judge import Outcome
@@ -66,4 +68,8 @@ def sensitivity(question: Question, answer: Answer, executor: Executor, show: Sh
 
 
 def _judged(question: Question, finalist: Finalist) -> Finalist:
-    return measure_plan(question, finalist.plan, max(finalist.rate, 1e-3))
+    try:
+        return measure_plan(question, finalist.plan, max(finalist.rate, 1e-3))
+    except NoPlanError:  # some of the prompts fit nowhere any more
+        none = Goodput(0.0, 0.0, 0.0, {}, is_none=True)
+        return replace(finalist, goodput=none, value=0.0)

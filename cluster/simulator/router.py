@@ -78,6 +78,8 @@ class Router:
         self._commands: Counter[str] = Counter()
         self._runs: dict[str, deque[Run]] = {}
         self._live: dict[str, Live] = {}
+        # When those that have come are given up, the next first; some have ended.
+        self._deadlines: deque[tuple[float, str]] = deque()
         self._round_at: float | None = None
         self.placements: Counter[str] = Counter()
         self.num_refused_in_vain = 0
@@ -119,10 +121,13 @@ class Router:
     def _up(self, view: WorkerView) -> None:
         self.pool.add(view)
         self._commands[view.worker_id] = 0
-        for reader in self.pool.up(Role.PREFILL):
-            for writer in self.pool.up(*WRITERS):
-                if view in (reader, writer):
-                    self.pool.pairs.put(Pair(reader.worker_id, writer.worker_id), _LINKED)
+        worker_id = view.worker_id
+        if view.role is Role.PREFILL:
+            pairs = [Pair(worker_id, writer.worker_id) for writer in self.pool.up(*WRITERS)]
+        else:
+            pairs = [Pair(reader.worker_id, worker_id) for reader in self.pool.up(Role.PREFILL)]
+        for pair in pairs:
+            self.pool.pairs.put(pair, _LINKED)
         self._pump_soon()
 
     # What clients do.
@@ -137,13 +142,22 @@ class Router:
         live.request = verdict
         self._live[request.request_id] = live
         self._recovery.budget.admitted()
-        self._clock.at(now + self._cluster.timeout_s, lambda: self._give_up(live))
+        self._deadlines.append((now + self._cluster.timeout_s, request.request_id))
+        if len(self._deadlines) == 1:
+            self._clock.at(self._deadlines[0][0], self._give_up)
         self._gate.add(verdict)
         self._round()
 
-    def _give_up(self, live: Live) -> None:
-        if live.request.request_id in self._live:
-            self._close(live, Status.TIMED_OUT, None, f"given up after {self._cluster.timeout_s:g} s")
+    def _give_up(self) -> None:
+        """Those whose time is over. What has ended is forgotten as soon as it comes to the front."""
+        deadlines, now = self._deadlines, self._clock.now
+        while deadlines and (deadlines[0][0] <= now or deadlines[0][1] not in self._live):
+            _, request_id = deadlines.popleft()
+            live = self._live.get(request_id)
+            if live is not None:
+                self._close(live, Status.TIMED_OUT, None, f"given up after {self._cluster.timeout_s:g} s")
+        if deadlines:
+            self._clock.at(deadlines[0][0], self._give_up)
 
     # What workers say.
 

@@ -13,10 +13,11 @@ from cluster.simulator.errors import SimulationError
 from cluster.simulator.network import Network
 from cluster.simulator.reader import Reader
 from cluster.simulator.router import Router
+from cluster.simulator.row_table import RowTable
 from cluster.simulator.worker import KnownLatency, Worker
 from cluster.simulator.writer import Writer
 from cluster.workload.drawing import Arrival
-from cluster.workload.jobs import Row, Status
+from cluster.workload.jobs import Row
 from cluster.workload.prompts import PromptWriter
 from cluster.workload.slo import Slo
 from engine.sequence import TokenSampling
@@ -87,10 +88,11 @@ class _Simulation:
         self._shares = any(one.shape.hash_ids for one in arrivals)
         self._prompts = PromptWriter((seed,), _VOCABULARY)
         self._tokens = (0,) * max((one.shape.prompt_tokens for one in arrivals), default=0)
-        self._rows: dict[int, Row] = {}
+        self._rows = RowTable(arrivals)
         self._goes_on = goes_on
         self._router = Router(cluster, self._clock, seed, self._ended)
         self._workers: dict[str, Worker] = {}
+        self._ended_s = 0.0
         self._num_lives = 0
         self._num_preemptions = 0
 
@@ -104,15 +106,18 @@ class _Simulation:
         clock.run()
         for worker in self._workers.values():
             self._retire(worker)
-        rows = [self._rows.get(number) or _unended(one) for number, one in enumerate(self._arrivals)]
-        ended_s = max((row.arrival_s + (row.last_s or 0.0) for row in rows), default=0.0)
         router = self._router
         return Outcome(
-            rows, dict(router.placements), router.num_refused_in_vain, self._num_preemptions, ended_s
+            self._rows,
+            dict(router.placements),
+            router.num_refused_in_vain,
+            self._num_preemptions,
+            self._ended_s,
         )
 
     def _ended(self, number: int, row: Row) -> None:
-        self._rows[number] = row
+        self._rows.put(number, row)
+        self._ended_s = max(self._ended_s, row.arrival_s + (row.last_s or 0.0))
         if self._goes_on is not None and not self._goes_on(number, row):
             self._clock.stop()
 
@@ -181,11 +186,6 @@ class _Simulation:
             worker.num_preemptions = 0
 
 
-def _unended(arrival: Arrival) -> Row:
-    at, shape = arrival.arrival_s, arrival.shape
-    return Row(at, at, shape.prompt_tokens, 0, Status.TIMED_OUT, error="the simulation was ended before it")
-
-
 def _sampling(output_tokens: int) -> TokenSampling:
     """As a load generator asks for an answer of exactly that length."""
     return TokenSampling(
@@ -230,7 +230,7 @@ def _check(cluster: ClusterSpec) -> None:
     if unknown := sorted({fault.worker_id for fault in cluster.faults} - set(ids)):
         raise SimulationError(f"a fault of {unknown[0]}, which is no worker; there are {', '.join(ids)}")
     for one, after in pairwise(sorted(cluster.faults, key=lambda fault: (fault.worker_id, fault.at_s))):
-        if one.worker_id == after.worker_id and after.at_s < one.at_s + one.down_s:
+        if one.worker_id == after.worker_id and after.at_s <= one.at_s + one.down_s:
             raise SimulationError(
                 f"{one.worker_id} dies at {after.at_s:g} s while it is down from {one.at_s:g} s on for "
                 f"{one.down_s:g} s; let it come back first"

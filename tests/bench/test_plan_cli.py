@@ -100,6 +100,7 @@ def test_why_is_explained(run: Run, profile: Path, capsys: pytest.CaptureFixture
             1,
             "no measured split (TP1 PP1, TP1 PP2,",
         ),
+        (("--for-rate", "nan"), 2, "nan is not a number"),
         (
             ("--objective", "cost"),
             2,

@@ -22,7 +22,10 @@ LATENCY = {"step": 0.01, "rows": 4e-4, "decode_context": 1e-6}
 
 
 def worker(worker_id: str, role: worker_pb2.Role, *, up: bool = True, **info: Any) -> admin_pb2.WorkerStatus:
-    said = {"latency": LATENCY, "num_devices": 1, "num_blocks": 2000, "block_size": 16, **info}
+    said = {
+        "latency": LATENCY, "num_devices": 1, "num_blocks": 2000, "block_size": 16, "kv_token_bytes": 40_000,
+        **info,
+    }  # fmt: skip
     return admin_pb2.WorkerStatus(
         info=worker_pb2.WorkerInfo(
             worker_id=worker_id, role=role, max_batch_tokens=512, max_num_seqs=64, **said
@@ -56,7 +59,7 @@ class Router(admin_pb2_grpc.RouterAdminServicer):
         shapes = [admin_pb2.RequestShape(prompt_tokens=50, answer_tokens=200)] * self.num_answers
         drift = admin_pb2.Drift(trait="answer", before=100.0, now=200.0)
         return admin_pb2.GetWorkloadResponse(
-            seconds=300, rate=1.5, hit_share=0.2, kv_token_bytes=40_000, shapes=shapes, drifts=[drift]
+            seconds=300, rate=1.5, hit_share=0.2, shapes=shapes, drifts=[drift]
         )
 
 
@@ -87,22 +90,36 @@ def test_what_runs_and_what_it_has_seen(router: tuple[Router, str]) -> None:
     assert (kind.devices, kind.kv_tokens, kind.kv_bytes) == (1, 32_000, 40_000)
     assert (kind.batch_tokens, kind.num_seqs) == (512, 64)
     assert kind.latency.prefill_s(500) == pytest.approx(0.21)
-    now = live.plan([kind])
+    now = live.plan()
+    assert now is not None
     assert [(pool.role, pool.replicas) for pool in now.pools] == [(Role.PREFILL, 2), (Role.DECODE, 1)]
-    assert live.hardware.count == 3
+    assert live.hardware.count == 4, "of the one that is down, too"
     assert live.slo.limits(50).tpot_s == 0.0125
     assert {(one.prompt_tokens, one.output_tokens) for one in live.dataset.pool} == {(50, 200)}
-    first, second = live.said()
+    first, second, third = live.said()
     assert "1.5 requests/s" in first
     assert "20% of the prompts' tokens" in first
-    assert second == "changed in the last minutes: answer, from 100 to 200"
+    assert "hand-offs are planned at 10 GB/s" in second
+    assert third == "changed in the last minutes: answer, from 100 to 200"
 
 
 def test_workers_of_other_sizes_are_other_kinds(router: tuple[Router, str]) -> None:
-    router[0].workers.append(worker("decode-2", worker_pb2.ROLE_DECODE, num_devices=2))
+    staged = {"num_devices": 2, "tensor_parallel": 1, "pipeline_parallel": 2, "num_blocks": 900}
+    router[0].workers += [
+        worker("decode-2", worker_pb2.ROLE_DECODE, **staged),
+        worker("decode-3", worker_pb2.ROLE_DECODE, **staged),
+    ]
     live = Live.ask(router[1])
-    assert [kind.devices for kind in live.kinds()] == [1, 2]
-    assert live.hardware.count == 5
+    assert [(kind.tp, kind.pp, kind.kv_tokens) for kind in live.kinds()] == [(1, 1, 32_000), (1, 2, 14_400)]
+    assert live.hardware.count == 8
+    now = live.plan()
+    assert now is not None
+    assert [str(pool) for pool in now.pools] == ["2 x prefill (device TP1)", "3 x decode (device TP1 PP2)"]
+
+
+def test_what_cannot_serve_is_no_plan(router: tuple[Router, str]) -> None:
+    router[0].workers = [worker("prefill-0", worker_pb2.ROLE_PREFILL)]
+    assert Live.ask(router[1]).plan() is None
 
 
 @pytest.mark.slow
@@ -131,6 +148,8 @@ def test_the_plan_is_held_against_what_runs(
     [
         (("--model", "llama-3.1-8b"), 2, "--model is for --gpus"),
         (("--mode", "distserve"), 2, "--mode distserve needs a --profile"),
+        (("--objective", "cost"), 2, "--objective cost is for --gpus"),
+        (("--max-tokens", "100"), 2, "--max-tokens is for --trace and --dataset"),
         (("--context-parallel", "2"), 2, "cannot split a prompt over devices by its context yet"),
     ],
 )
@@ -167,5 +186,6 @@ def test_no_router_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_only_what_changes_is_a_difference(router: tuple[Router, str]) -> None:
     live = Live.ask(router[1])
-    now = live.plan(live.kinds())
+    now = live.plan()
+    assert now is not None
     assert difference(now, now) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.errors import ClusterError, ModelError, WorkerError
 from cluster.host import Progress, StartReport
 from cluster.host_spec import HostSpec
-from cluster.ray_cluster import RayCluster
+from cluster.ray_cluster import Place, RayCluster
 from cluster.router_process import RouterProcess
 from cluster.worker_life import RestartPolicy, WorkerLife, next_epoch
 from engine.errors import CheckpointError
@@ -51,11 +52,11 @@ POLICY = RestartPolicy(backoff_s=0.0, max_backoff_s=0.0, max_failures=2, steady_
 class FakeMethod:
     """Like the method of an actor's handle."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def remote(self) -> Any:
-        return self._function()
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
 
 
 class FakeActor:
@@ -68,12 +69,33 @@ class FakeActor:
         self.start = FakeMethod(self._start)
         self.progress = FakeMethod(self._progress)
         self.serving = FakeMethod(self._serving)
+        self.become = FakeMethod(self._become)
+        self.read_prompts = FakeMethod(self._read_prompts)
+        self.become_error: Exception | None = None
+        self.reads: list[bool] = []
+        self.stop: FakeMethod
+
+    async def _become(self, spec: HostSpec) -> StartReport:
+        self.spec = spec
+        if self.become_error is not None:
+            raise self.become_error
+        return self._report()
+
+    async def _read_prompts(self, *, reads: bool) -> None:
+        self.reads.append(reads)
 
     async def _start(self) -> StartReport:
         if self._start_error is not None:
             raise self._start_error
+        return self._report()
+
+    def _report(self) -> StartReport:
         info = worker_pb2.WorkerInfo(
-            worker_id=self.spec.worker_id, epoch=self.spec.epoch, pid=1, latency=MEASURED
+            worker_id=self.spec.worker_id,
+            epoch=self.spec.epoch,
+            pid=1,
+            latency=MEASURED,
+            role=self.spec.role,
         )
         return StartReport(info.SerializeToString(), kv_bytes=0, cores=(0,), cores_shared=False)
 
@@ -95,17 +117,25 @@ class FakeWorld:
         self.start_errors: list[Exception] = []
         self.unreachable = False
 
-    async def place(self, name: str, threads: int) -> str:
-        assert threads == 2 * 3 * 4, "each of a worker's ranks needs CPUs for its threads"
-        return "group"
+    async def place(self, spec: HostSpec) -> Place:
+        assert spec.num_cpus == 2 * 3 * 4, "each of a worker's ranks needs CPUs for its threads"
+        return Place(cast(Any, "group"), "node", None)
+
+    async def where(self, group: object, spec: HostSpec) -> Place:
+        return Place(cast(Any, group), "node", None)
 
     async def spawn(
         self, actor_class: type, group: object, name: str, threads: int, spec: HostSpec
     ) -> FakeActor:
         assert threads == 2 * 3 * 4
         actor = FakeActor(spec, self.start_errors.pop(0) if self.start_errors else None)
+        actor.stop = FakeMethod(self._stop)
         self.lives.put_nowait(actor)
         return actor
+
+    async def _stop(self) -> bool:
+        self.log.append("stop")
+        return True
 
     async def kill(self, actor: FakeActor) -> None:
         self.log.append(f"kill {actor.spec.epoch}")
@@ -125,6 +155,12 @@ class FakeWorld:
 
     async def lost(self, worker_id: str, epoch: int) -> None:
         self.log.append(f"lost {epoch}")
+
+    async def forget(self, worker_id: str, epoch: int) -> None:
+        self.log.append(f"forget {epoch}")
+
+    async def give_back(self, group: object) -> None:
+        self.log.append("give back")
 
     def progress(self, what: str, stage: str, fraction: float | None) -> None:
         pass
@@ -248,6 +284,66 @@ async def test_a_lost_worker_that_dies_while_it_is_attached_again_is_left_to_its
     assert not [line for line in world.log if line.startswith("end")]
     assert life.live is not None
     assert life.live.info.epoch == 8
+
+
+async def test_a_life_of_another_role_follows_in_the_same_process() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    actor = await world.lives.get()
+    live = await life.become(replace(life.template, role=worker_pb2.ROLE_PREFILL, latency={}))
+    assert (live.info.epoch, live.info.role) == (8, worker_pb2.ROLE_PREFILL)
+    assert world.log == ["register 7", "lost 7", "register 8"]
+    assert actor.spec.latency == {}, "it is to measure its steps"
+    assert life.live is live
+    actor.died.set()
+    second = await world.lives.get()
+    assert (second.spec.role, second.spec.latency) == (worker_pb2.ROLE_PREFILL, MEASURED)
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+@pytest.mark.parametrize("error", [WorkerError("a step is still running"), RayActorError()])
+async def test_a_process_that_cannot_change_is_replaced_by_one_of_the_new_role(error: Exception) -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    actor = await world.lives.get()
+    actor.become_error = raised_in_actor(error) if isinstance(error, WorkerError) else error
+    with pytest.raises(WorkerError, match="it is started anew in that role"):
+        await life.become(replace(life.template, role=worker_pb2.ROLE_PREFILL))
+    assert world.log[-1] == "kill 8", "the actor has had its new epoch"
+    assert life.live is None
+    with pytest.raises(WorkerError, match="is down"):
+        await life.become(life.template)
+    actor.died.set()
+    second = await world.lives.get()
+    assert (second.spec.role, second.spec.epoch) == (worker_pb2.ROLE_PREFILL, 9)
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+async def test_between_writers_a_life_goes_on() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    actor = await world.lives.get()
+    live = await life.read_prompts(replace(life.template, role=worker_pb2.ROLE_MIXED))
+    assert actor.reads == [True]
+    assert (live.info.epoch, live.info.role, life.role) == (7, worker_pb2.ROLE_MIXED, worker_pb2.ROLE_MIXED)
+    await life.read_prompts(replace(life.template, role=worker_pb2.ROLE_DECODE))
+    assert actor.reads == [True, False]
+    assert world.log == ["register 7"] * 3
+
+
+async def test_what_is_no_longer_wanted_leaves_nothing() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    await life.end()
+    assert world.log == ["register 7", "forget 7", "stop", "kill 7", "give back"]
 
 
 async def test_a_worker_that_keeps_dying_is_given_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -28,7 +29,7 @@ class Traffic:
             tokens = max(1, round(prompt * self._dice.uniform(0.5, 1.5)))
             answered = max(1, round(answer * self._dice.uniform(0.5, 1.5)))
             self.profile.arrived(self.now)
-            self.profile.ended(self.now, tokens, answered, round(hits * tokens), 0)
+            self.profile.ended(self.now, tokens, answered, round(hits * tokens))
         self.now = end
 
     def drifts(self) -> set[Trait]:
@@ -91,25 +92,33 @@ def test_what_a_plan_needs_is_of_the_last_minutes() -> None:
     assert sum(prompt for prompt, _ in seen.shapes[-300:]) / 300 == pytest.approx(800, rel=0.1)
 
 
-def test_refused_requests_are_load_too_and_kv_is_that_of_whole_prompts() -> None:
+def test_refused_requests_are_load_too() -> None:
     profile = WorkloadProfile(0.0)
     for second in range(60):
         profile.arrived(float(second))
-    profile.ended(59.0, 100, 5, 0, 4_000)
-    profile.ended(59.0, 100, 5, 50, 2_000)  # the half that was cached did not travel
+    profile.ended(59.0, 100, 5, 0)
+    profile.ended(59.0, 100, 5, 50)
     seen = profile.seen(60.0)
     assert seen.rate == pytest.approx(1.0)
-    assert seen.kv_token_bytes == 40
+    assert seen.hit_share == 0.25
     assert seen.shapes == ((100, 5), (100, 5))
 
 
 @given(st.lists(st.floats(0, 4000), max_size=60))
-def test_it_is_bounded_and_never_fails(gaps: list[float]) -> None:
+def test_it_never_fails_whatever_the_gaps(gaps: list[float]) -> None:
     profile, now = WorkloadProfile(0.0), 0.0
     for gap in gaps:
         now += gap
         profile.arrived(now)
-        profile.ended(now, 1 + int(gap), 1, 0, 0)
+        profile.ended(now, 1 + int(gap), 1, 0)
         assert profile.seen(now).rate >= 0
-        assert profile.drifts(now) == profile.drifts(now)
+        assert all(math.isfinite(drift.now) for drift in profile.drifts(now))
     assert len(profile.seen(now).shapes) == len(gaps)
+
+
+def test_only_so_many_answers_are_kept() -> None:
+    profile = WorkloadProfile(0.0)
+    for number in range(3000):
+        profile.ended(float(number), number, 1, 0)
+    shapes = profile.seen(3000.0).shapes
+    assert [prompt for prompt, _ in shapes] == list(range(2000, 3000))

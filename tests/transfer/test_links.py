@@ -262,6 +262,18 @@ async def test_recalled_follows_the_last_copy_and_none_begins_after_it(ends: End
     assert await next_of(ends.puller_heard, Recalled) == Recalled(OTHER)
 
 
+async def test_after_a_stop_copies_are_waited_for(ends: Ends) -> None:
+    puller, gate = ends.puller(), Gate(ends)
+    here, there = await ends.up(puller)
+    puller.lend(Lend(there, KEY, (2, 3), 0))
+    ends.offers.send_offer(here, KEY, PART)
+    await gate.until_reached()
+    await puller.stop()
+    assert not await puller.copies_end(0.01)
+    gate.open.set()
+    assert await puller.copies_end(10.0)
+
+
 async def test_lending_ends_with_complete(ends: Ends) -> None:
     puller = ends.puller()
     here, there = await ends.up(puller)

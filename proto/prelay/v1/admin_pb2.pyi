@@ -155,20 +155,18 @@ class GetWorkloadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkloadResponse(_message.Message):
-    __slots__ = ("seconds", "rate", "hit_share", "kv_token_bytes", "shapes", "drifts")
+    __slots__ = ("seconds", "rate", "hit_share", "shapes", "drifts")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
     HIT_SHARE_FIELD_NUMBER: _ClassVar[int]
-    KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHAPES_FIELD_NUMBER: _ClassVar[int]
     DRIFTS_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     rate: float
     hit_share: float
-    kv_token_bytes: float
     shapes: _containers.RepeatedCompositeFieldContainer[RequestShape]
     drifts: _containers.RepeatedCompositeFieldContainer[Drift]
-    def __init__(self, seconds: _Optional[float] = ..., rate: _Optional[float] = ..., hit_share: _Optional[float] = ..., kv_token_bytes: _Optional[float] = ..., shapes: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., drifts: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
+    def __init__(self, seconds: _Optional[float] = ..., rate: _Optional[float] = ..., hit_share: _Optional[float] = ..., shapes: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., drifts: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
 
 class RequestShape(_message.Message):
     __slots__ = ("prompt_tokens", "answer_tokens")

@@ -13,7 +13,7 @@ from cluster.planner.hardware import GPUS, Devices, Hardware
 from cluster.planner.kinds import Kind
 from cluster.planner.plans import Plan, Pool
 from cluster.planner.question import Question
-from cluster.planner.search import Answer, finalists, measure_phases, search
+from cluster.planner.search import Answer, finalists, measure_phases, most_near, search
 from cluster.simulator.distserve_profile import StepTimes
 from cluster.workload.arrivals import Arrivals
 from cluster.workload.datasets import load_dataset
@@ -103,6 +103,49 @@ def test_slow_links_pair_what_shares_a_node() -> None:
     assert one.link_bytes_per_s(replace(pairs[0], is_near=False)) == 1e8
 
 
+@pytest.mark.parametrize(
+    ("count", "per_node", "tp", "most"),
+    [(16, 8, (4, 1), 2), (16, 8, (1, 1), 8), (12, 8, (3, 1), 3), (4, 8, (4, 4), 0), (16, 8, (4, 4), 2)],
+)
+def test_pairs_that_share_nodes_are_packed_node_by_node(
+    count: int, per_node: int, tp: tuple[int, int], most: int
+) -> None:
+    hardware = Hardware([Devices(GPU, count)], per_node, 1e8)
+    one = replace(question(Slo.fixed(0.4, 0.05)), hardware=hardware)
+    reader, writer = (kind(each, 1.0) for each in tp)
+    assert most_near(one, reader, writer) == most
+    staged = (replace(each, pp=2) for each in (reader, writer))
+    assert most_near(one, *staged) == most // 2
+
+
+def test_devices_of_two_kinds_share_no_node() -> None:
+    hardware = Hardware([Devices(GPU, 4), Devices(GPUS["h100-80g"], 4)], 8, 1e9)
+    one = replace(question(Slo.fixed(0.4, 0.05)), hardware=hardware)
+    reader, writer = kind(1, 2.5, gpu="h100-80g"), kind(1, 1.0)
+    apart = Plan((Pool(Role.PREFILL, reader, 1), Pool(Role.DECODE, writer, 1)))
+    assert one.link_bytes_per_s(apart) == 1e9
+    alike = Plan((Pool(Role.PREFILL, writer, 1), Pool(Role.DECODE, writer, 1)))
+    assert one.link_bytes_per_s(alike) == GPU.link_bytes_per_s
+
+
+def test_trials_last_as_long_as_queues_take_to_show() -> None:
+    def lasts_s(one: Question, rate: float) -> float:
+        return max(arrival.arrival_s for arrival in one._arrivals(rate, 0))
+
+    assert lasts_s(question(Slo.fixed(0.4, 0.05)), 20.0) < 12
+    assert lasts_s(question(Slo.fixed(30.0, 0.05)), 10.0) > 250, "ten times the TTFT limit"
+    answers = WorkloadSpec(load_dataset("synthetic:prompt=9,answer=400"), Arrivals.parse("poisson"), range(0))
+    long = question(Slo.fixed(0.4, 0.05), workload=answers)
+    assert lasts_s(long, 200.0) > 60, "four answers, however many requests these are"
+
+
+def test_owned_devices_count_whether_they_are_used_or_not() -> None:
+    one = question(Slo.fixed(0.4, 0.05), 3)
+    pair = Plan((Pool(Role.PREFILL, kind(1, 1.0), 1), Pool(Role.DECODE, kind(1, 1.0), 1)))
+    assert one.cost(pair) == 2
+    assert replace(one, is_owned=True).cost(pair) == 3
+
+
 def test_memory_and_transfer_count() -> None:
     """The same workers with little memory, and with slow links, serve less."""
     one = question(Slo.fixed(0.4, 0.05))
@@ -116,7 +159,10 @@ def test_memory_and_transfer_count() -> None:
 
 
 def test_what_cannot_be_planned_is_said_with_what_would_do() -> None:
-    with pytest.raises(NoPlanError, match=r"ttft is 0\.01 s, but a request of 500 tokens alone takes"):
+    with pytest.raises(
+        NoPlanError,
+        match=r"ttft is 0\.01 s, but a request of 500 tokens alone takes .* 10% of the prompts",
+    ):
         asked(question(Slo.fixed(0.01, 0.05)), [kind(1, 1.0)])
     with pytest.raises(NoPlanError, match=r"tpot is 0\.001 s, but a request of 500 tokens alone takes 0\.02"):
         asked(question(Slo.fixed(1.0, 0.001)), [kind(1, 1.0)])

@@ -1,0 +1,242 @@
+"""Three hosts with a network between them, which are network namespaces of this one: router and Ray's head on
+the first, prefill on the second, decode on the third."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import pytest
+
+from cluster.demo.prompts import demo_prompts
+from tests.cluster.asking import status_of, wrong_answers
+
+_BRIDGE = "prelaybr0"
+_OURS = "10.77.0.254"
+_PORT = 6399
+_NAMES = ("front", "prefill", "decode")
+
+
+def _why_no_hosts() -> str | None:
+    """Why none can be made here, if so."""
+    if os.geteuid() != 0:
+        return "network namespaces are made by root"
+    if shutil.which("ip") is None or shutil.which("tc") is None:
+        return "ip and tc (iproute2) are not installed"
+    made = subprocess.run(["ip", "netns", "add", "prelay-probe"], capture_output=True, text=True)
+    if made.returncode:
+        return f"no network namespace can be made: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", "prelay-probe"], check=True)
+    return None
+
+
+pytestmark = [pytest.mark.netns, pytest.mark.ray, pytest.mark.slow]
+
+
+def _ip(*arguments: str, check: bool = True) -> None:
+    subprocess.run(["ip", *arguments], check=check, capture_output=True)
+
+
+@dataclass
+class Host:
+    """name: of its namespace and its Ray resource. address: in the network between them."""
+
+    name: str
+    address: str
+    folder: Path
+    processes: list[subprocess.Popen[Any]] = field(default_factory=list)
+
+    @property
+    def namespace(self) -> str:
+        return f"prelay-{self.name}"
+
+    @property
+    def wire(self) -> str:
+        """Our end of its cable."""
+        return f"pw-{self.name}"
+
+    def connect(self) -> None:
+        inside = f"pi-{self.name}"
+        _ip("netns", "add", self.namespace)
+        _ip("link", "add", self.wire, "type", "veth", "peer", "name", inside, "netns", self.namespace)
+        _ip("link", "set", self.wire, "master", _BRIDGE, "up")
+        for command in (
+            ("link", "set", "lo", "up"),
+            ("addr", "add", f"{self.address}/24", "dev", inside),
+            ("link", "set", inside, "up"),
+        ):
+            _ip("-n", self.namespace, *command)
+
+    def cut(self, *, is_cut: bool) -> None:
+        _ip("link", "set", self.wire, "down" if is_cut else "up")
+
+    def slow_down(self) -> None:
+        """What comes to it."""
+        subprocess.run(
+            ["tc", "qdisc", "add", "dev", self.wire, "root", "tbf", "rate", "100mbit", "burst", "256kb",
+             "latency", "50ms"],
+            check=True,
+        )  # fmt: skip
+
+    def run(self, *command: str, stdout: int | IO[Any] | None = None) -> subprocess.Popen[Any]:
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "GRPC_VERBOSITY": "ERROR",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+        }
+        log = (self.folder / f"{self.name}-{len(self.processes)}.log").open("w")
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self.namespace, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log if stdout is None else stdout,
+            stderr=log,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def start_ray(self, head: Host, temp: Path) -> None:
+        where = (
+            ("--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={temp}")
+            if head is self
+            else (f"--address={head.address}:{_PORT}",)
+        )
+        ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+        self.run(
+            ray, "start", *where, f"--node-ip-address={self.address}", "--num-cpus=1", "--block",
+            f"--resources={json.dumps({self.name: 1.0})}", "--object-store-memory=100000000",
+            "--disable-usage-stats",
+        )  # fmt: skip
+
+    def kill(self) -> None:
+        """Everything that runs on it, at once."""
+        found = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
+        for pid in found.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Sequence[Host]]:
+    if (reason := _why_no_hosts()) is not None:
+        pytest.skip(reason)
+    made = [Host(name, f"10.77.0.{number}", tmp_path) for number, name in enumerate(_NAMES, start=1)]
+    _remove(made)
+    _ip("link", "add", _BRIDGE, "type", "bridge")
+    _ip("addr", "add", f"{_OURS}/24", "dev", _BRIDGE)
+    _ip("link", "set", _BRIDGE, "up")
+    for host in made:
+        host.connect()
+    yield made
+    for host in reversed(made):
+        host.kill()
+    for host in made:
+        for process in host.processes:
+            process.wait(10)
+    _remove(made)
+
+
+def _remove(made: Sequence[Host]) -> None:
+    for host in made:
+        host.kill()
+        _ip("netns", "del", host.namespace, check=False)
+        _ip("link", "del", host.wire, check=False)
+    _ip("link", "del", _BRIDGE, check=False)
+
+
+def _wait_for_nodes(head: Host, count: int) -> None:
+    """Until so many nodes of the Ray cluster are alive."""
+    script = (
+        "import ray, sys, time\n"
+        f"ray.init('{head.address}:{_PORT}', log_to_driver=False, configure_logging=False)\n"
+        f"while sum(n['Alive'] for n in ray.nodes()) < {count}: time.sleep(0.2)\n"
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if head.run(sys.executable, "-c", script).wait(60) == 0:
+            return
+        time.sleep(0.5)
+    raise AssertionError("the Ray cluster does not come up")
+
+
+def _serve(front: Host, backend: str) -> tuple[subprocess.Popen[Any], dict[str, Any]]:
+    listeners = [
+        f for name in ("http", "grpc", "metrics", "admin") for f in (f"--{name}", f"{front.address}:0")
+    ]
+    resources = [
+        part
+        for role in ("prefill", "decode")
+        for part in ("--set", f"{role}.resources={{{role}: 0.1}}")
+    ]  # fmt: skip
+    process = front.run(
+        sys.executable, "-m", "cluster.cli", "serve", "--json", *listeners, *resources,
+        "--ray-address", f"{front.address}:{_PORT}", "--slo-class", "batch",
+        "--set", f"transfer.backend={backend}", stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, [log.read_text()[-2000:] for log in front.folder.glob("front-*.log")]
+    return process, json.loads(line)
+
+
+@pytest.mark.parametrize("backend", ["torchdist", "nixl"])
+async def test_prefill_and_decode_on_hosts_of_their_own(
+    hosts: Sequence[Host], backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if backend == "nixl":
+        pytest.importorskip("nixl")
+    front, prefill, decode = hosts
+    temp = Path("/tmp") / f"prelay-hosts-{os.getpid()}"
+    try:
+        for host in hosts:
+            host.start_ray(front, temp)
+            if host is front:
+                _wait_for_nodes(front, 1)
+        _wait_for_nodes(front, 3)
+        serving, ready = _serve(front, backend)
+        where = {worker["role"]: worker["address"].rpartition(":")[0] for worker in ready["workers"]}
+        assert where == {"prefill": prefill.address, "decode": decode.address}
+        prompts = demo_prompts()[:8]
+        assert await wrong_answers(ready, prompts) == []
+        # A hundred megabits are slower, and as right.
+        for host in (prefill, decode):
+            host.slow_down()
+        assert await wrong_answers(ready, prompts) == []
+        # The decode host's cable is cut for a while, in the middle of answers.
+        asking = asyncio.create_task(wrong_answers(ready, prompts))
+        while not (await status_of(ready)).live_requests:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        decode.cut(is_cut=True)
+        await asyncio.sleep(4)
+        decode.cut(is_cut=False)
+        assert await asking == []
+        # The prefill host dies, and comes back.
+        prefill.kill()
+        asking = asyncio.create_task(wrong_answers(ready, prompts))
+        await asyncio.sleep(2)
+        prefill.start_ray(front, temp)
+        assert await asking == []
+        serving.terminate()
+        for pid in [p.pid for p in psutil.Process(serving.pid).children(recursive=True)]:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGTERM)
+        serving.wait(20)
+    finally:
+        for host in hosts:
+            host.kill()
+        shutil.rmtree(temp, ignore_errors=True)
