@@ -5,7 +5,6 @@ Where it listens is free; whoever asks the router for its status is told.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator
 from typing import Any, Self
@@ -32,7 +31,6 @@ class ControlApi(control_pb2_grpc.ControllerServicer):
 
     def __init__(self, reshape: Reshape) -> None:
         self._reshape = reshape
-        self._changing = asyncio.Lock()
 
     async def SetRole(
         self, request: control_pb2.SetRoleRequest, context: _Context
@@ -68,11 +66,11 @@ class ControlApi(control_pb2_grpc.ControllerServicer):
     async def _change(
         self, lines: AsyncIterator[str], context: _Context
     ) -> AsyncIterator[control_pb2.ChangeProgress]:
-        if self._changing.locked():
+        if self._reshape.changing.locked():
             await context.abort(
                 grpc.StatusCode.ABORTED, "another change is being made: try again when it is done"
             )
-        async with self._changing:
+        async with self._reshape.changing:
             try:
                 async for line in lines:
                     yield control_pb2.ChangeProgress(line=line)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from cluster.config import ServeConfig
 from cluster.control import ControlServer
+from cluster.cover import Cover
 from cluster.errors import ClusterError, WorkerError
 from cluster.host_spec import HostSpec
 from cluster.pool_changes import can_serve
@@ -67,6 +68,7 @@ class Deployment:
         self._router: RouterProcess | None = None
         self._lives: list[WorkerLife] = []
         self._control: ControlServer | None = None
+        self._cover: Cover | None = None
         # That keep workers alive, while the deployment runs; and whether one was added.
         self._keeping: dict[asyncio.Task[None], WorkerLife] = {}
         self._added = asyncio.Event()
@@ -80,6 +82,7 @@ class Deployment:
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
         reshape = Reshape(self._config, self, router)
+        self._cover = Cover(self, reshape, self._reporter)
         self._control = await ControlServer.start(reshape, router.addresses.admin)
         await router.controlled_at(self._control.address)
         return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
@@ -88,10 +91,16 @@ class Deployment:
         """Keep the workers alive. Ends by a ClusterError only: no router, or no workers left that can serve
         together."""
         assert self._router is not None
+        assert self._cover is not None
         for life in self._lives:
             self._keep(life)
         try:
-            watches = _end_of(self._router), _end_of(self._cluster), self._keep_attached(self._router)
+            watches = (
+                _end_of(self._router),
+                _end_of(self._cluster),
+                self._keep_attached(self._router),
+                self._cover.keep(),
+            )
             await _unless_it_fails(_all(*watches), self._watch())
         finally:
             await _cancel(self._keeping)

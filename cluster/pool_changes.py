@@ -11,7 +11,7 @@ costs nothing; that is done when it lets others be drained.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -89,16 +89,23 @@ def steps_to(workers: Mapping[str, worker_pb2.Role], wanted: Mapping[worker_pb2.
     now = dict(workers) | {f"another {index}": role for index, role in enumerate(missing)}
     return [
         *(Start(role) for role in missing),
-        *_in_order(now, changes),
+        *in_order(now, changes),
         *(Stop(worker_id) for worker_id in spare),
     ]
 
 
-def _in_order(
+def in_order(
     workers: Mapping[str, worker_pb2.Role], changes: Mapping[str, worker_pb2.Role]
-) -> Sequence[Step]:
+) -> list[Become]:
+    """The changes in an order in which requests are served all along. If there is none, a decode worker is
+    mixed for the time being. Raises ConfigError if not even that helps."""
     now, left = dict(workers), dict(changes)
-    steps: list[Step] = []
+    steps: list[Become] = []
+
+    def make(worker_id: str, role: worker_pb2.Role) -> None:
+        steps.append(Become(worker_id, role))
+        now[worker_id] = role
+
     while left:
         drained = (one for one in left if not is_live(now[one], left[one]) and serves_without(now, one))
         live = (
@@ -106,14 +113,17 @@ def _in_order(
             for one in left
             if is_live(now[one], left[one]) and can_serve((now | {one: left[one]}).values())
         )
-        chosen = next(drained, None) or next(live, None)
-        if chosen is None:
+        helpers = (one for one, role in now.items() if role == _DECODE and one not in left)
+        if (chosen := next(drained, None) or next(live, None)) is not None:
+            make(chosen, left.pop(chosen))
+        elif (helper := next(helpers, None)) is not None:
+            make(helper, _MIXED)
+            left[helper] = _DECODE
+        else:
             raise ConfigError(
                 "no order of changes keeps requests served: go by way of more mixed workers, which both read "
                 "and write"
             )
-        now[chosen] = left.pop(chosen)
-        steps.append(Become(chosen, now[chosen]))
     return steps
 
 

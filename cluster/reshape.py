@@ -46,6 +46,8 @@ class Reshape:
         self._config = config
         self._workers = workers
         self._router = router
+        self.changing = asyncio.Lock()
+        """Held by whoever changes something."""
 
     async def set_role(self, worker_id: str, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
         """Raises ClusterError."""
@@ -58,7 +60,12 @@ class Reshape:
             {other: sum(its == other for its in after.values()) for other in ROLE_NAMES},
             f"{worker_id} cannot become a {name} worker",
         )
-        async for line in self._become(life, role, drain_s):
+        if not is_live(life.role, role) and not serves_without(self._roles(), worker_id):
+            raise ConfigError(
+                f"while {worker_id} changes its role nobody could {_does(life.role)}: make another worker "
+                "mixed first"
+            )
+        async for line in self.become(life, role, drain_s):
             yield line
 
     async def drain(self, worker_id: str, drain_s: float, *, undo: bool = False) -> AsyncIterator[str]:
@@ -101,7 +108,7 @@ class Reshape:
                 live = await self._workers.add(spec)
                 yield f"{spec.worker_id} serves (epoch {live.info.epoch}, pid {live.info.pid})"
             case Become(worker_id, role):
-                async for line in self._become(self._life(worker_id), role, drain_s):
+                async for line in self.become(self._life(worker_id), role, drain_s):
                     yield line
             case Stop(worker_id):
                 life = self._life(worker_id)
@@ -110,18 +117,14 @@ class Reshape:
                 await asyncio.shield(self._workers.remove(life))
                 yield f"{worker_id} has ended"
 
-    async def _become(self, life: WorkerLife, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
+    async def become(self, life: WorkerLife, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
+        """Whatever becomes of those that it serves. Raises ClusterError."""
         began = time.monotonic()
         template = in_role(self._config, life.template, role)
         if is_live(life.role, role):
             await life.read_prompts(template)
             yield f"{life.worker_id} is a {ROLE_NAMES[role]} worker now, in the same life"
             return
-        if not serves_without(self._roles(), life.worker_id):
-            raise ConfigError(
-                f"while {life.worker_id} changes its role nobody could {_does(life.role)}: make another "
-                "worker mixed first"
-            )
         async for line in self._empty(life, drain_s, keeps=False):
             yield line
         drained = time.monotonic()

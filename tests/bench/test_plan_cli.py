@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench import cli
-from cluster.config_file import load_config
+from cluster.config import demo_model_path
+from cluster.config_file import Override, load_config
+from cluster.preflight import check_model
 
 Run = Callable[..., int]
 LINES = {
@@ -77,6 +79,21 @@ def test_what_a_program_reads_and_what_serve_takes(
         assert getattr(config, role).replicas == best[role]["replicas"]
         assert getattr(config, role).tensor_parallel == best[role]["tp"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_serve_takes_the_plan_of_a_checkpoint_as_it_is(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "plan.yaml"
+    asked = (
+        "--model", str(demo_model_path()), "--gpus", "a10g-24g:2", "--dataset", "synthetic:prompt=100,answer=20",
+        "--slo", "ttft=0.1,tpot=0.02", "--count", "40", "--seeds", "1",
+    )  # fmt: skip
+    assert run(*asked, "--out", str(out)) == 0
+    ray = Override(("ray", "address"), "10.0.0.1:6379", "the test")  # where memory is not this machine's
+    config = check_model(load_config(out, [ray]).resolved())
+    assert config.model.dtype == "bfloat16"
+    assert config.model.path == demo_model_path()
+    assert config.model.max_model_len == 1024
 
 
 @pytest.mark.slow

@@ -37,6 +37,26 @@ async def roles(ready: Ready) -> dict[str, str]:
     return {worker.info.worker_id: names[worker.info.role] for worker in (await status_of(ready)).workers}
 
 
+@pytest.mark.parametrize(("gone", "left"), [("prefill-0", "decode-0"), ("decode-0", "prefill-0")])
+async def test_the_rest_stands_in_for_a_role_that_is_gone(
+    start_server: Callable[..., Server], gone: str, left: str
+) -> None:
+    server = start_server("--prefill", "1", "--decode", "1", *LENIENT)
+    ready = server.ready()
+    prompts = [replace(prompt, max_tokens=60) for prompt in demo_prompts()[:6]]
+    (pid,) = [worker["pid"] for worker in ready["workers"] if worker["worker_id"] == gone]
+    asking = asyncio.create_task(wrong_answers(ready, prompts))
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.to_thread(server.wait_for_log, f"worker {left} stands in: it is mixed from now on")
+    assert await asking == []
+    await asyncio.to_thread(server.wait_for_log, f"worker {left} goes back to its own role")
+    while await roles(ready) != {"prefill-0": "prefill", "decode-0": "decode"}:
+        await asyncio.sleep(0.05)
+    assert await wrong_answers(ready, prompts) == []
+    assert set((await status_of(ready)).outcomes) == {"good"}
+    await stopped(server, ready)
+
+
 async def test_answers_are_right_while_roles_change(start_server: Callable[..., Server]) -> None:
     server = start_server("--prefill", "1", "--decode", "1", *LENIENT)
     ready = server.ready()

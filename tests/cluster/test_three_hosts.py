@@ -25,7 +25,8 @@ from tests.cluster.asking import status_of, wrong_answers
 
 _BRIDGE = "prelaybr0"
 _OURS = "10.77.0.254"
-_PORT = 6399
+_PORT = 6379
+DEPLOY = Path(__file__).parent.parent.parent / "deploy" / "ray"
 _NAMES = ("front", "prefill", "decode")
 
 
@@ -51,7 +52,7 @@ def _ip(*arguments: str, check: bool = True) -> None:
 
 @dataclass
 class Host:
-    """name: of its namespace and its Ray resource. address: in the network between them."""
+    """name: of its namespace, and the role of its workers. address: in the network between them."""
 
     name: str
     address: str
@@ -93,34 +94,31 @@ class Host:
     def run(self, *command: str, stdout: int | IO[Any] | None = None) -> subprocess.Popen[Any]:
         environment = {
             **os.environ,
-            "RAY_AUTH_MODE": "disabled",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "of-three-hosts-under-test-and-long-enough",
             "GRPC_VERBOSITY": "ERROR",
-            "RAY_DISABLE_IMPORT_WARNING": "1",
         }
-        log = (self.folder / f"{self.name}-{len(self.processes)}.log").open("w")
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log if stdout is None else stdout,
-            stderr=log,
-            env=environment,
-            text=True,
-            start_new_session=True,
-        )
+        with (self.folder / f"{self.name}-{len(self.processes)}.log").open("w") as log:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log if stdout is None else stdout,
+                stderr=log,
+                env=environment,
+                text=True,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
     def start_ray(self, head: Host, temp: Path) -> None:
-        where = (
-            ("--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={temp}")
-            if head is self
-            else (f"--address={head.address}:{_PORT}",)
-        )
-        ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+        """By the script that operators use."""
+        role = ("head",) if head is self else (self.name, f"{head.address}:{_PORT}")
+        options = ("--num-cpus=0", f"--temp-dir={temp}") if head is self else ("--num-cpus=1",)
         self.run(
-            ray, "start", *where, f"--node-ip-address={self.address}", "--num-cpus=1", "--block",
-            f"--resources={json.dumps({self.name: 1.0})}", "--object-store-memory=100000000",
-            "--disable-usage-stats",
+            str(DEPLOY / "launch.sh"), *role, "--", *options, f"--node-ip-address={self.address}",
+            "--object-store-memory=100000000", "--block",
         )  # fmt: skip
 
     def kill(self) -> None:
@@ -148,6 +146,8 @@ def hosts(tmp_path: Path) -> Iterator[Sequence[Host]]:
     for host in made:
         for process in host.processes:
             process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
     _remove(made)
 
 
@@ -178,13 +178,8 @@ def _serve(front: Host, backend: str) -> tuple[subprocess.Popen[Any], dict[str, 
     listeners = [
         f for name in ("http", "grpc", "metrics", "admin") for f in (f"--{name}", f"{front.address}:0")
     ]
-    resources = [
-        part
-        for role in ("prefill", "decode")
-        for part in ("--set", f"{role}.resources={{{role}: 0.1}}")
-    ]  # fmt: skip
     process = front.run(
-        sys.executable, "-m", "cluster.cli", "serve", "--json", *listeners, *resources,
+        sys.executable, "-m", "cluster.cli", "serve", str(DEPLOY / "serve.yaml"), "--json", *listeners,
         "--ray-address", f"{front.address}:{_PORT}", "--slo-class", "batch",
         "--set", f"transfer.backend={backend}", stdout=subprocess.PIPE,
     )  # fmt: skip
