@@ -40,6 +40,7 @@ from router.prefix_index import PrefixIndex
 from router.recovery import Recovery, RetryBudget
 from router.requests import Request
 from router.slo import Slo, SloClass, SloLimits
+from router.tenants import Tenants
 from router.worker_link import ROLE_OF_PROTO
 
 _LATENCY = {"step": 0.01, "rows": 5e-5, "decode_sequences": 1e-5, "decode_context": 1e-8}
@@ -277,6 +278,7 @@ class BusyCluster:
             new_detokenizer=_NoText,
             clock=lambda: self._now,
             on_change=lambda: None,
+            tenants=Tenants(),
         )
 
     def _link(self, role: worker_pb2.Role, index: int) -> _Link:

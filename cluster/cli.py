@@ -231,6 +231,31 @@ def top(admin: str, interval: float) -> int:
     return 0
 
 
+@cli.command()
+@click.argument("tenant")
+def key(tenant: str) -> int:
+    """Make an API key for TENANT: the key for its clients, and the entry for the file of tenants.
+
+    The file (router.tenants) has the key's SHA-256 only, so keep the key. Whoever is named in it may ask;
+    while `prelay serve` runs, the file is read again whenever it changes.
+
+    \b
+    Examples:
+      prelay key search
+      prelay serve --set router.tenants=tenants.yaml
+    """
+    import hashlib
+    import secrets
+
+    import yaml
+
+    made = f"sk-prelay-{secrets.token_urlsafe(32)}"
+    entry = {"tenants": {tenant: {"keys": [hashlib.sha256(made.encode()).hexdigest()]}}}
+    click.echo(f"# The key, for authorization: Bearer KEY. It is not kept anywhere:\n# {made}")
+    click.echo(yaml.safe_dump(entry, sort_keys=False), nl=False)
+    return 0
+
+
 for _change in CHANGES:
     cli.add_command(_change)
 

@@ -47,7 +47,13 @@ class ServeConfig(BaseModel):
         path = (self.model.path or demo_model_path()).absolute()
         profile = None if self.model.profile is None else self.model.profile.absolute()
         filled = {"path": path, "name": self.model.name or path.name, "profile": profile}
-        return self.model_copy(update={"model": self.model.model_copy(update=filled)})
+        tenants = None if self.router.tenants is None else self.router.tenants.absolute()
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update=filled),
+                "router": self.router.model_copy(update={"tenants": tenants}),
+            }
+        )
 
     def check_kv_room(self, max_model_len: int) -> None:
         """Raises ValueError if a KV cache whose size is given cannot hold one sequence of `max_model_len`

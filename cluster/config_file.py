@@ -27,11 +27,15 @@ class Override:
     flag: str
 
 
+_PATHS = (("model", "path"), ("model", "profile"), ("router", "tenants"))
+"""Keys that are files."""
+
+
 def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> ServeConfig:
     """The configuration of a file (None: the defaults) with the overrides applied. Raises ConfigError.
 
-    A relative `model.path` or `model.profile` in a file counts from the file's directory, on the command line
-    from the current one.
+    A relative path in a file (those of _PATHS) counts from the file's directory, on the command line from the
+    current one.
     """
     raw = {} if path is None else _read_mapping(path)
     if path is not None:
@@ -109,12 +113,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _anchor_paths(raw: dict[str, Any], directory: Path) -> None:
-    model = raw.get("model")
-    if not isinstance(model, dict):
-        return
-    for key in ("path", "profile"):
-        if isinstance(model.get(key), str):
-            model[key] = str(directory / Path(model[key]).expanduser())
+    for section, key in _PATHS:
+        found = raw.get(section)
+        if isinstance(found, dict) and isinstance(found.get(key), str):
+            found[key] = str(directory / Path(found[key]).expanduser())
 
 
 def _apply(raw: dict[str, Any], defaults: Any, override: Override) -> None:

@@ -87,10 +87,14 @@ class Cover:
         self._own = {
             worker_id: own
             for worker_id, own in self._own.items()
-            if any(one.worker_id == worker_id and one.role == worker_pb2.ROLE_MIXED for one in self._workers.lives)
+            if any(
+                one.worker_id == worker_id and one.role == worker_pb2.ROLE_MIXED
+                for one in self._workers.lives
+            )
         }
         members = {
-            worker_id: Member(life.role, self._own.get(worker_id, life.role)) for worker_id, life in up.items()
+            worker_id: Member(life.role, self._own.get(worker_id, life.role))
+            for worker_id, life in up.items()
         }
         if not members or can_serve(member.own for member in members.values()):
             self._gone_since = None
@@ -109,6 +113,8 @@ class Cover:
         else:
             self._own[life.worker_id] = own
         drain_s = _DRAIN_S if role == own else 0.0
-        with contextlib.suppress(ClusterError):  # it died, or is started anew in that role: the next look sees
+        with contextlib.suppress(
+            ClusterError
+        ):  # it died, or is started anew in that role: the next look sees
             async for _ in self._reshape.become(life, role, drain_s):
                 pass

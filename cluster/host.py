@@ -123,6 +123,8 @@ class WorkerHost:
         from grpc import aio
         from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
+        from engine.link_secret import SecretInterceptor
+
         spec, node_address = self._spec, _node_address()
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -151,7 +153,8 @@ class WorkerHost:
             // (spec.num_blocks * spec.block_size),
         )
         service = service_of(info, engine, spec, registry, self._give_up)
-        server = aio.server(options=_SERVER_OPTIONS)
+        interceptors = [SecretInterceptor(spec.secret)] if spec.secret else []
+        server = aio.server(options=_SERVER_OPTIONS, interceptors=interceptors)
         self._serves = _Serves(service, server, metrics_server)
         service.add_to(server)
         info.address = f"{node_address}:{server.add_insecure_port(f'{node_address}:0')}"

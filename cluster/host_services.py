@@ -53,6 +53,7 @@ def service_of(
     from decode_worker.servicer import DecodeService, DecodeSettings
 
     writes = DecodeSettings(
+        secret=spec.secret,
         max_num_seqs=spec.max_num_seqs,
         max_batch_tokens=spec.max_batch_tokens,
         heartbeat_s=spec.heartbeat_s,

@@ -17,7 +17,8 @@ class HostSpec:
     max_batch_tokens, max_num_seqs: of a step, in this role (max_num_seqs: 0 for prefill). most_batch_tokens:
     in any role that it may be given. backend: see transfer.backends.make_backends. latency: coefficients of
     engine.latency.LatencyModel; empty if it is to measure its steps itself. resources, labels: of the nodes
-    that it may be on.
+    that it may be on. secret: without which nobody may dial it, and with which it dials others; none if it is
+    empty.
     """
 
     worker_id: str
@@ -45,6 +46,7 @@ class HostSpec:
     latency: Mapping[str, float]
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    secret: str = field(default="", repr=False)
 
     @property
     def num_ranks(self) -> int:

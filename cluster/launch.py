@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +62,7 @@ class Deployment:
         router_log_level: str = "WARNING",
     ) -> None:
         self._router_log_level = router_log_level
+        self._secret = secrets.token_hex(32)
         self._config = config
         self._reporter = reporter
         self._on_router_log = on_router_log
@@ -146,7 +148,9 @@ class Deployment:
         await life.end()
 
     def _life(self, spec: HostSpec, router: RouterProcess) -> WorkerLife:
-        return WorkerLife(spec, self._cluster, router, self._reporter, RestartPolicy())
+        return WorkerLife(
+            replace(spec, secret=self._secret), self._cluster, router, self._reporter, RestartPolicy()
+        )
 
     def _keep(self, life: WorkerLife) -> None:
         self._keeping[asyncio.create_task(life.keep_alive())] = life
@@ -230,6 +234,7 @@ def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
         retry_after_s=router.retry_after_s,
         request_timeout_s=router.request_timeout_s,
         log_level=log_level,
+        tenants=None if router.tenants is None else str(router.tenants),
     )
 
 

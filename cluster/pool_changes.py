@@ -94,13 +94,14 @@ def steps_to(workers: Mapping[str, worker_pb2.Role], wanted: Mapping[worker_pb2.
     ]
 
 
-def in_order(
-    workers: Mapping[str, worker_pb2.Role], changes: Mapping[str, worker_pb2.Role]
-) -> list[Become]:
+def in_order(workers: Mapping[str, worker_pb2.Role], changes: Mapping[str, worker_pb2.Role]) -> list[Become]:
     """The changes in an order in which requests are served all along. If there is none, a decode worker is
-    mixed for the time being. Raises ConfigError if not even that helps."""
+    mixed for the time being. Raises ConfigError if not even that helps, as when nobody could serve in the
+    end."""
     now, left = dict(workers), dict(changes)
     steps: list[Become] = []
+    # One who helps is enough: while he is mixed, everybody else can be drained.
+    can_help = can_serve((now | left).values())
 
     def make(worker_id: str, role: worker_pb2.Role) -> None:
         steps.append(Become(worker_id, role))
@@ -116,7 +117,8 @@ def in_order(
         helpers = (one for one, role in now.items() if role == _DECODE and one not in left)
         if (chosen := next(drained, None) or next(live, None)) is not None:
             make(chosen, left.pop(chosen))
-        elif (helper := next(helpers, None)) is not None:
+        elif can_help and (helper := next(helpers, None)) is not None:
+            can_help = False
             make(helper, _MIXED)
             left[helper] = _DECODE
         else:

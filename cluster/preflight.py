@@ -13,6 +13,8 @@ from engine.kv_sizing import blocks_of_share
 from engine.layout import KvLayout
 from engine.shard import Shard
 from engine.tokenizer import Tokenizer
+from router.errors import SettingsError
+from router.tenants import read_accounts
 from transfer.layout import WorkerLayout
 
 
@@ -49,6 +51,11 @@ def check_model(config: ServeConfig) -> ServeConfig:
         )
     if config.model.profile is not None:
         read_profile(config.model.profile)
+    if config.router.tenants is not None:
+        try:
+            read_accounts(config.router.tenants)
+        except SettingsError as error:
+            raise ConfigError(f"router.{error}") from error
     for name, pool in config.pools.items():
         if config.model.load == "simulated" and pool.num_ranks > 1:
             raise ConfigError(

@@ -99,10 +99,15 @@ class RouterProcess:
         words = f": {self._relay.last_lines[-1]}" if self._relay.last_lines else ""
         return RouterError(f"the router ended with exit code {code}{words}")
 
-    async def register(self, info: worker_pb2.WorkerInfo) -> None:
-        """Make the router dial a worker. Raises WorkerError with the router's reason if it cannot attach."""
+    async def register(self, info: worker_pb2.WorkerInfo, secret: str) -> None:
+        """Make the router dial a worker, with its secret. Raises WorkerError with the router's reason if it
+        cannot attach."""
         request = admin_pb2.RegisterWorkerRequest(
-            worker_id=info.worker_id, epoch=info.epoch, role=info.role, address=info.address
+            worker_id=info.worker_id,
+            epoch=info.epoch,
+            role=info.role,
+            address=info.address,
+            secret=secret,
         )
         try:
             await self._admin.RegisterWorker(request, timeout=_ADMIN_TIMEOUT_S)

@@ -175,7 +175,8 @@ class RouterSection(Section):
     before it is paused; slow_reader_timeout_s: how long they may be before it is ended. request_timeout_s:
     longest life of a request. max_gated_requests: most requests that wait; more are told to come again after
     retry_after_s. max_choices: most answers that one HTTP call may ask for. max_body_bytes: of an HTTP body
-    or gRPC message.
+    or gRPC message. tenants: file of who may ask, with keys and limits (router/tenants.py); None lets
+    everybody.
     """
 
     http: HostPort = "127.0.0.1:8000"
@@ -196,6 +197,7 @@ class RouterSection(Section):
     max_gated_requests: Count = 1024
     max_choices: Count = 64
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**20
+    tenants: Annotated[Path | None, Field(strict=False)] = None
 
     @model_validator(mode="after")
     def _suspicion_comes_before_death(self) -> Self:

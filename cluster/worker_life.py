@@ -164,7 +164,7 @@ class WorkerLife:
                 ) from error
             self.template = template
             live.info.role = template.role
-            await self._router.register(live.info)
+            await self._router.register(live.info, self.template.secret)
             return live
 
     async def end(self) -> None:
@@ -224,7 +224,7 @@ class WorkerLife:
         lost_since = self._lost_since
         error: WorkerError | None = None
         try:
-            await self._router.register(live.info)
+            await self._router.register(live.info, self.template.secret)
         except WorkerError as refused:
             error = refused
         if self.live is not live:
@@ -253,7 +253,7 @@ class WorkerLife:
     async def _serves(self, report: StartReport) -> LiveWorker:
         """A life is ready: let the router use it."""
         info = worker_pb2.WorkerInfo.FromString(report.info)
-        await self._router.register(info)
+        await self._router.register(info, self.template.secret)
         self._reporter.progress(self.worker_id, "ready", 1.0)
         # Its next life need not measure its steps again, perhaps beside those that serve on while it is away.
         self.template = replace(self.template, latency=dict(info.latency))

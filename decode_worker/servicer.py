@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from prelay.v1 import worker_pb2, worker_pb2_grpc
@@ -35,13 +35,15 @@ class DecodeSettings:
     """max_num_seqs: most sequences in one step. max_batch_tokens: most tokens in one step, those of prompts
     and those that are computed again after a preemption included. heartbeat_s: between snapshots. lease_s:
     how long blocks stay set aside for a hand-off without news, and how long a link may be silent.
-    digest_share: of the requests, 0 to 1, whose KV is checked by digests."""
+    digest_share: of the requests, 0 to 1, whose KV is checked by digests. secret: with which prefill workers
+    are dialled."""
 
     max_num_seqs: int
     max_batch_tokens: int
     heartbeat_s: float
     lease_s: float
     digest_share: float
+    secret: str = field(default="", repr=False)
 
 
 class DecodeService:
@@ -96,6 +98,7 @@ class DecodeService:
             settings.lease_s,
             self._engine.post,
             clock,
+            settings.secret,
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:

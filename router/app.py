@@ -42,6 +42,7 @@ from router.prefix_index import PrefixIndex
 from router.recovery import Recovery, RetryBudget
 from router.settings import RouterSettings, split_address
 from router.slo import SloLimits, SloPolicy, impossible_limits
+from router.tenant_file import TenantFile
 from router.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Router:
             drifting=lambda: {one.trait for one in self.dispatcher.live.workload.drifts(clock())},
         )
         self._workers_changed = asyncio.Event()
+        self._tenants = TenantFile(None if settings.tenants is None else Path(settings.tenants))
         self._estimates = estimates = Estimates(self.pool, prefixes, self.lengths)
         self._warned_of: set[str] = set()  # limits of classes
         inputs = PolicyInputs(
@@ -111,6 +113,7 @@ class Router:
             new_detokenizer=model.tokenizer.detokenizer,
             clock=clock,
             on_change=self._workers_changed.set,
+            tenants=self._tenants.tenants,
         )
         self.workers = Workers(
             router_id=uuid.uuid4().hex,
@@ -134,11 +137,12 @@ class Router:
             request_timeout_s=settings.request_timeout_s,
             largest_pool_tokens=self.pool.largest_decode_tokens,
         )
-        generate = GenerateApi(intake, slo, self.dispatcher.live, settings.max_choices)
+        tenants = self._tenants.tenants
+        generate = GenerateApi(intake, slo, self.dispatcher.live, settings.max_choices, tenants)
         self._http = HttpApi(
-            intake, generate, self.dispatcher, self.pool, int(time.time()), settings.max_body_bytes
+            intake, generate, self.dispatcher, self.pool, int(time.time()), settings.max_body_bytes, tenants
         )
-        self._inference = InferenceApi(intake, slo, self.dispatcher.live)
+        self._inference = InferenceApi(intake, slo, self.dispatcher.live, tenants)
         self._health = health.aio.HealthServicer()
         self._running = AsyncExitStack()
 
@@ -163,7 +167,7 @@ class Router:
             await self._report_health()
             public = await _serve_grpc(stack, "grpc", settings.grpc, public_server)
             http = await _serve_http(stack, "http", settings.http, self._http.application())
-            for background in (self.workers.keep_watch(), self._keep_health()):
+            for background in (self.workers.keep_watch(), self._keep_health(), self._tenants.follow()):
                 task = asyncio.create_task(background)
                 task.add_done_callback(_report_defect)
                 stack.callback(task.cancel)

@@ -46,6 +46,7 @@ from router.prefix_index import PrefixIndex
 from router.pump import Pump
 from router.record import Detokenizes
 from router.recovery import Cause, Loss, Recovery, Verdict, judge_failed, pause_s, reason_name, worker_lost
+from router.tenants import Tenants
 from router.urgency import Urgency, urgency
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Dispatcher:
         new_detokenizer: Callable[[], Detokenizes],
         clock: Callable[[], float],
         on_change: Callable[[], None],
+        tenants: Tenants,
     ) -> None:
         """on_change: called when `serving` may have changed."""
         self._pool = pool
@@ -85,7 +87,7 @@ class Dispatcher:
         self._links: dict[str, CommandLink] = {}
         self._pump = Pump(self._place_next, self._placed_all, clock)
         self.live = LiveRequests(
-            policy, recovery.budget, self._outage, limits, metrics, new_detokenizer, clock,
+            policy, recovery.budget, self._outage, limits, metrics, new_detokenizer, clock, tenants,
             leave_workers=self._leave_workers, pump_now=self._pump.now, pump_soon=self._pump.soon,
         )  # fmt: skip
 

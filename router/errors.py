@@ -5,8 +5,10 @@ RouterError
 │   ├── PromptTooLongError       prompt (plus answer) does not fit the model, or any worker
 │   └── SloImpossibleError       the client's own limits, which an idle cluster could not keep
 ├── ModelNotFoundError           another model than the one served
+├── UnauthenticatedError         no API key, or one that nobody knows
 ├── OverloadedError              gate full; `retry_after_s` says when to come again
-│   └── LateError                the request would be late; `ttft_s` says by what prediction
+│   ├── LateError                the request would be late; `ttft_s` says by what prediction
+│   └── RateLimitedError         its tenant has used what it may use in a minute
 ├── NoWorkersError               a role has no worker that is up
 ├── NoPairError                  there are workers, but none that are linked to each other
 ├── WorkerLostError              a worker that the request was on went down, and it is not placed again
@@ -55,6 +57,10 @@ class ModelNotFoundError(RouterError):
         super().__init__(f"the model {asked!r} does not exist here; this deployment serves {served!r}")
 
 
+class UnauthenticatedError(RouterError):
+    """Nobody knows who asks."""
+
+
 class OverloadedError(RouterError):
     """More requests wait than the router keeps; come again after `retry_after_s`."""
 
@@ -72,6 +78,10 @@ class LateError(OverloadedError):
     def __init__(self, message: str, retry_after_s: float, ttft_s: float) -> None:
         super().__init__(message, retry_after_s)
         self.ttft_s = ttft_s
+
+
+class RateLimitedError(OverloadedError):
+    """The tenant has used its requests or tokens of this minute."""
 
 
 class NoWorkersError(RouterError):

@@ -20,6 +20,7 @@ from router.live_requests import LiveRequests
 from router.requests import Delta, Details, FinishReason, Request
 from router.sampling import SamplingWish
 from router.slo import Slo, SloPolicy, SloWish
+from router.tenants import Tenants
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_ID_CHARS = 128
@@ -41,7 +42,8 @@ class InferenceApi:
     (text that is not UTF-8, say) with INTERNAL instead of INVALID_ARGUMENT.
     """
 
-    def __init__(self, intake: Intake, slo: SloPolicy, live: LiveRequests) -> None:
+    def __init__(self, intake: Intake, slo: SloPolicy, live: LiveRequests, tenants: Tenants) -> None:
+        self._tenants = tenants
         self._intake = intake
         self._slo = slo
         self._live = live
@@ -66,6 +68,11 @@ class InferenceApi:
         self, request: inference_pb2.GetModelInfoRequest, context: _Context
     ) -> inference_pb2.GetModelInfoResponse:
         """What is served."""
+        if not self._tenants.is_open:
+            try:
+                self._tenants.who(_authorization(context))
+            except RouterError as error:
+                await abort(context, error)
         model = self._intake.model
         return inference_pb2.GetModelInfoResponse(
             model=model.name,
@@ -82,7 +89,8 @@ class InferenceApi:
         try:
             if isinstance(message, DecodeError):
                 raise InvalidRequestError(f"the message is not a GenerateRequest: {message}")
-            request = await self._request(message, context.time_remaining(), arrived_at)
+            tenant = self._tenant(message, context)
+            request = await self._request(message, tenant, context.time_remaining(), arrived_at)
             public_id = message.request_id or request.request_id
             async with self._live.submit(request) as answer:
                 async for delta in answer:
@@ -96,7 +104,11 @@ class InferenceApi:
             await context.abort(grpc.StatusCode.INTERNAL, "internal error of the router; its log says more")
 
     async def _request(
-        self, message: inference_pb2.GenerateRequest, timeout_s: float | None, arrived_at: float
+        self,
+        message: inference_pb2.GenerateRequest,
+        tenant: str,
+        timeout_s: float | None,
+        arrived_at: float,
     ) -> Request:
         self._intake.check_model(message.model)
         if len(message.request_id) > MAX_REQUEST_ID_CHARS or not message.request_id.isprintable():
@@ -109,10 +121,16 @@ class InferenceApi:
             _wish(message.sampling),
             self._slo_of(message.slo),
             request_id=message.request_id,
-            tenant=message.tenant[:128],
+            tenant=tenant,
             arrived_at=arrived_at,
             timeout_s=timeout_s,
         )
+
+    def _tenant(self, message: inference_pb2.GenerateRequest, context: _Context) -> str:
+        """As router.http_request.tenant_of, with the key in the metadata. Raises UnauthenticatedError."""
+        if self._tenants.is_open:
+            return message.tenant[:128]
+        return self._tenants.who(_authorization(context))
 
     async def _prompt(self, message: inference_pb2.GenerateRequest) -> list[int]:
         match message.WhichOneof("prompt"):
@@ -134,6 +152,11 @@ class InferenceApi:
             may_downgrade=slo.allow_downgrade,
         )
         return self._slo.resolve(wish)
+
+
+def _authorization(context: _Context) -> str | None:
+    given = dict(context.invocation_metadata() or ()).get("authorization")
+    return given if isinstance(given, str) else None
 
 
 def _parse_generate(data: bytes) -> inference_pb2.GenerateRequest | DecodeError:

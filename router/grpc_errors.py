@@ -16,6 +16,7 @@ from router import errors
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.NoWorkersError, grpc.StatusCode.UNAVAILABLE),
     (errors.NoPairError, grpc.StatusCode.UNAVAILABLE),

@@ -13,12 +13,15 @@ from router.dispatch import Dispatcher
 from router.errors import InvalidRequestError, RouterError
 from router.http_errors import HttpError, http_error, plain_error
 from router.http_generate import GenerateApi
-from router.http_request import REQUEST_ID, read_json, request_id_of
+from router.http_request import REQUEST_ID, read_json, request_id_of, tenant_of
 from router.intake import Intake
 from router.openai_protocol import DetokenizeBody, TokenizeBody, parse, parse_messages
 from router.pool_view import PoolView, Role
+from router.tenants import Tenants
 
 _log = logging.getLogger(__name__)
+_PUBLIC = frozenset({"/health", "/version"})
+"""Paths that take no key."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -33,6 +36,7 @@ class HttpApi:
         pool: PoolView,
         started_at: int,
         max_body_bytes: int,
+        tenants: Tenants,
     ) -> None:
         """started_at: Unix time, seconds; the model's `created`."""
         self._intake = intake
@@ -41,6 +45,7 @@ class HttpApi:
         self._pool = pool
         self._started_at = started_at
         self._max_body_bytes = max_body_bytes
+        self._tenants = tenants
 
     def application(self) -> web.Application:
         """The aiohttp application; run it with handler_cancellation, or nobody notices clients that leave."""
@@ -63,17 +68,24 @@ class HttpApi:
     @web.middleware
     async def _errors(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Every error leaves as an OpenAI error object, the framework's own included."""
+        is_readable = True
         try:
             request[REQUEST_ID] = request_id_of(request)
+            if request.path not in _PUBLIC:
+                tenant_of(request, self._tenants)  # before anything is read or answered
             return await handler(request)
         except web.HTTPException as raised:
             error = self._framework_error(request, raised)
         except RouterError as refused:
             error = http_error(refused)
+            is_readable = not isinstance(refused.__cause__, web.RequestPayloadError)
         except Exception as defect:
             _log.exception("event=defect path=%s", request.path)
             error = http_error(defect)
-        return web.json_response(error.body, status=error.status, headers=error.headers)
+        response = web.json_response(error.body, status=error.status, headers=error.headers)
+        if not is_readable:
+            response.force_close()  # nobody knows where the next request would begin
+        return response
 
     def _framework_error(self, http: web.Request, raised: web.HTTPException) -> HttpError:
         match raised:

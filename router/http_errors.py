@@ -29,9 +29,13 @@ def http_error(error: Exception) -> HttpError:
             return _error(400, error, "invalid_request_error", error.param, None)
         case errors.ModelNotFoundError():
             return _error(404, error, "invalid_request_error", "model", "model_not_found")
+        case errors.UnauthenticatedError():
+            headers = {"WWW-Authenticate": "Bearer"}
+            return _error(401, error, "authentication_error", None, "invalid_api_key", headers)
         case errors.OverloadedError():
             headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-            code = "late" if isinstance(error, errors.LateError) else "overloaded"
+            codes = {errors.LateError: "late", errors.RateLimitedError: "rate_limited"}
+            code = codes.get(type(error), "overloaded")
             return _error(429, error, "rate_limit_error", None, code, headers)
         case errors.NoWorkersError():
             return _error(503, error, "service_unavailable_error", None, "no_workers", {"Retry-After": "1"})

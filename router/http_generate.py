@@ -41,6 +41,7 @@ from router.openai_responses import Part, Reply, event, usage_of
 from router.requests import Delta, Finish, Request
 from router.sampling import SamplingWish
 from router.slo import SloPolicy
+from router.tenants import Tenants
 
 _DONE = b"data: [DONE]\n\n"
 _log = logging.getLogger(__name__)
@@ -85,9 +86,11 @@ class GenerateApi:
         slo: SloPolicy,
         live: LiveRequests,
         max_choices: int,
+        tenants: Tenants,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """max_choices: answers that one call may ask for (prompts times n)."""
+        self._tenants = tenants
         self._intake = intake
         self._slo = slo
         self._live = live
@@ -169,7 +172,7 @@ class GenerateApi:
         count: int,
         arrived_at: float,
     ) -> list[Request]:
-        slo, tenant = slo_of(http, self._slo), tenant_of(http)
+        slo, tenant = slo_of(http, self._slo), tenant_of(http, self._tenants)
         return [
             self._intake.request(
                 ids,

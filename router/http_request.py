@@ -11,6 +11,7 @@ from aiohttp import web
 
 from router.errors import InvalidRequestError
 from router.slo import Slo, SloFields, SloPolicy, SloWish
+from router.tenants import Tenants
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """The client's x-request-id, or one of ours."""
@@ -44,9 +45,12 @@ async def read_json(http: web.Request) -> Any:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
 
-def tenant_of(http: web.Request) -> str:
-    """Who the request is counted for; empty when not said."""
-    return http.headers.get("x-tenant", "")[:128]
+def tenant_of(http: web.Request, tenants: Tenants) -> str:
+    """Who the request is counted for: whose key it comes with, or where none is needed who it says, if it
+    does. Raises UnauthenticatedError."""
+    if tenants.is_open:
+        return http.headers.get("x-tenant", "")[:128]
+    return tenants.who(http.headers.get("authorization"))
 
 
 def slo_of(http: web.Request, policy: SloPolicy) -> Slo:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 
 class HttpServerLog(logging.LoggerAdapter[logging.Logger]):
@@ -16,5 +17,7 @@ class HttpServerLog(logging.LoggerAdapter[logging.Logger]):
         """Called by aiohttp with the exception as `exc_info`."""
         if isinstance(exc_info, HttpProcessingError):
             self.info("event=bad_http status=%d error=%r", exc_info.code, exc_info.message[:200])
+        elif isinstance(exc_info, RequestPayloadError):  # of a body that was refused already
+            self.info("event=bad_http error=%r", str(exc_info)[:200])
         else:
             super().exception(msg, *args, exc_info=exc_info, **kwargs)

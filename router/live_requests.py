@@ -29,6 +29,7 @@ from router.record import Detokenizes, RequestRecord
 from router.recovery import RetryBudget
 from router.requests import Delta, Details, Outcome, Request
 from router.tally import Tally
+from router.tenants import Tenants
 from router.workload_profile import WorkloadProfile
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class LiveRequests:
         metrics: RouterMetrics,
         new_detokenizer: Callable[[], Detokenizes],
         clock: Callable[[], float],
+        tenants: Tenants,
         leave_workers: Callable[[LiveRequest], None],
         pump_now: Callable[[], None],
         pump_soon: Callable[[], None],
@@ -58,6 +60,7 @@ class LiveRequests:
         self._metrics = metrics
         self._new_detokenizer = new_detokenizer
         self._clock = clock
+        self._tenants = tenants
         self._leave_workers = leave_workers
         self._pump_now, self._pump_soon = pump_now, pump_soon
         self._pace = ReaderPace(
@@ -151,6 +154,7 @@ class LiveRequests:
         if self.stopping:
             raise StoppingError
         now, overdue = self._clock(), self._outage.overdue
+        self._tenants.admit(requests, now)
         admitted: list[Request] = []
         refusal: Refusal | None = None
         for _ in requests:
@@ -229,6 +233,7 @@ class LiveRequests:
         self._leave_workers(live)
         self._budget.ended()
         num_tokens = len(live.record.token_ids)
+        self._tenants.answered(live.request.tenant, num_tokens, self._clock())
         self.tally.ended(details, num_tokens)
         self._metrics.finished(details, num_tokens, recovered=live.recovered)
         if not self._live:

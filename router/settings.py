@@ -33,6 +33,7 @@ class RouterSettings:
     request_timeout_s: a request that is not complete by then ends with an error.
     stop_grace_s: how long live streams may go on when the router is told to stop.
     log_level: DEBUG, INFO, WARNING or ERROR.
+    tenants: file of who may ask (tenants.py); None lets everybody.
     tokenizer_threads: for tokenisation and chat templates, which stay off the event loop.
     """
 
@@ -62,6 +63,7 @@ class RouterSettings:
     stop_grace_s: float = 1.0
     tokenizer_threads: int = 2
     log_level: str = "INFO"
+    tenants: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> RouterSettings:
@@ -111,6 +113,8 @@ class RouterSettings:
             raise SettingsError(f"policy is {self.policy!r}; give one of {', '.join(sorted(POLICIES))}")
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise SettingsError(f"log_level is {self.log_level!r}; give DEBUG, INFO, WARNING or ERROR")
+        if self.tenants is not None:
+            _require("tenants", self.tenants, str)
         if self.max_model_len is not None:
             _require("max_model_len", self.max_model_len, int)
         for name in ("http", "grpc", "metrics", "admin"):

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
+from engine.link_secret import metadata_of
 from router.errors import WorkerRefusedError, WorkerUnreachableError
 from router.pool_view import Role
 
@@ -42,12 +43,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What the launcher announced: the life to talk to, and where."""
+    """What the launcher announced: the life to talk to, where, and the secret that opens its door."""
 
     worker_id: str
     epoch: int
     role: Role
     address: str
+    secret: str = ""
 
 
 class WorkerLink:
@@ -155,7 +157,7 @@ async def connect(registration: Registration, router_id: str, timeout_s: float) 
     channel = grpc.aio.insecure_channel(registration.address, options=_CHANNEL_OPTIONS)
     try:
         async with asyncio.timeout(timeout_s):
-            call = worker_pb2_grpc.WorkerStub(channel).Attach()
+            call = worker_pb2_grpc.WorkerStub(channel).Attach(metadata=metadata_of(registration.secret))
             hello = worker_pb2.RouterHello(
                 router_id=router_id,
                 protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
@@ -175,7 +177,7 @@ async def connect(registration: Registration, router_id: str, timeout_s: float) 
         ) from None
     except grpc.aio.AioRpcError as error:
         await channel.close()
-        refused = error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        refused = error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
         kind = WorkerRefusedError if refused else WorkerUnreachableError
         where = f"worker {registration.worker_id} at {registration.address}"
         raise kind(f"{where}: {error.code().name} {error.details()}") from error

@@ -59,6 +59,7 @@ def test_router_takes_only_the_torch_free_part_of_the_engine():
         "engine.config",
         "engine.errors",
         "engine.latency",
+        "engine.link_secret",
         "engine.prefix_digests",
         "engine.reservation",
         "engine.sequence",

@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 from prelay.v1 import transfer_pb2, transfer_pb2_grpc
 
+from engine.link_secret import metadata_of
 from engine.sequence import RequestKey
 from transfer.base import Backend, KvMemory, Pull
 from transfer.digest import check_digests
@@ -77,6 +78,7 @@ class PullLinks:
     """Everything here but the copies runs in the asyncio thread; what happens is told through `post`.
 
     memory: ours, into which is copied. backends: those that we have; the handshake names them, best first.
+    secret: with which peers are dialled.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class PullLinks:
         lease_s: float,
         post: Callable[[PullLinkEvent], None],
         clock: Callable[[], float],
+        secret: str = "",
     ) -> None:
         self._handshake = handshake
+        self._metadata = metadata_of(secret)
         self._memory = memory
         self._backends = {backend.name: backend for backend in backends}
         self._lease_s = lease_s
@@ -210,7 +214,7 @@ class PullLinks:
 
         Raises PeerMismatchError or PeerUnreachableError.
         """
-        call = transfer_pb2_grpc.KvTransferStub(channel).Link()
+        call = transfer_pb2_grpc.KvTransferStub(channel).Link(metadata=self._metadata)
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 await call.write(transfer_pb2.PullerMessage(handshake=self._handshake))

@@ -85,8 +85,9 @@ def test_what_a_program_reads_and_what_serve_takes(
 def test_serve_takes_the_plan_of_a_checkpoint_as_it_is(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "plan.yaml"
     asked = (
-        "--model", str(demo_model_path()), "--gpus", "a10g-24g:2", "--dataset", "synthetic:prompt=100,answer=20",
-        "--slo", "ttft=0.1,tpot=0.02", "--count", "40", "--seeds", "1",
+        "--model", str(demo_model_path()), "--gpus", "a10g-24g:2",
+        "--dataset", "synthetic:prompt=100,answer=20", "--slo", "ttft=0.1,tpot=0.02",
+        "--count", "40", "--seeds", "1",
     )  # fmt: skip
     assert run(*asked, "--out", str(out)) == 0
     ray = Override(("ray", "address"), "10.0.0.1:6379", "the test")  # where memory is not this machine's

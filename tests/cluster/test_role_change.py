@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import grpc.aio
 import pytest
+from prelay.v1 import worker_pb2_grpc
 
 from cluster.demo.prompts import demo_prompts
 from tests.cluster.asking import LENIENT, Ready, status_of, stopped, wrong_answers
@@ -50,7 +52,7 @@ async def test_the_rest_stands_in_for_a_role_that_is_gone(
     await asyncio.to_thread(server.wait_for_log, f"worker {left} stands in: it is mixed from now on")
     assert await asking == []
     await asyncio.to_thread(server.wait_for_log, f"worker {left} goes back to its own role")
-    while await roles(ready) != {"prefill-0": "prefill", "decode-0": "decode"}:
+    while await roles(ready) != {"prefill-0": "prefill", "decode-0": "decode"}:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     assert await wrong_answers(ready, prompts) == []
     assert set((await status_of(ready)).outcomes) == {"good"}
@@ -94,6 +96,10 @@ async def test_answers_are_right_while_roles_change(start_server: Callable[..., 
     await asyncio.to_thread(server.wait_for_log, "worker decode-0 serves again")
     assert (await roles(ready))["decode-0"] == "prefill"
     assert await wrong_answers(ready, prompts) == []
+    address = (await status_of(ready)).workers[0].info.address
+    async with grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="of its own deployment only"):
+            await worker_pb2_grpc.WorkerStub(channel).Attach().read()
     for arguments, code, said in (
         (("role", "decode-0", "decode"), 2, "both 0, so no worker could read prompts"),
         (("role", "nobody", "mixed"), 2, "there are prefill-0, decode-0"),

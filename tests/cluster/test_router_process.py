@@ -68,5 +68,5 @@ async def test_a_worker_that_cannot_be_reached_is_told(on_line: Callable[[str], 
     nobody = worker_pb2.WorkerInfo(worker_id="decode-0", epoch=1, role=worker_pb2.ROLE_DECODE)
     nobody.address = "127.0.0.1:1"
     with pytest.raises(WorkerError, match=r"the router cannot use worker decode-0 at 127\.0\.0\.1:1"):
-        await router.register(nobody)
+        await router.register(nobody, "")
     await router.stop()

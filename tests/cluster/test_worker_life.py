@@ -146,7 +146,7 @@ class FakeWorld:
     def log_of(self, pid: int) -> None:
         return None
 
-    async def register(self, info: worker_pb2.WorkerInfo) -> None:
+    async def register(self, info: worker_pb2.WorkerInfo, secret: str) -> None:
         if self.on_register is not None:
             await self.on_register()
         if self.unreachable:

@@ -60,7 +60,7 @@ class Shell:
         ray.parent.mkdir()
         ray.write_text(
             '#!/bin/sh\npython3 -c \'import json,os,sys; print(json.dumps([os.environ.get("RAY_AUTH_MODE"), '
-            f"*sys.argv[1:]]))' \"$@\" >> {self.calls}\n"
+            f'*sys.argv[1:]]))\' "$@" >> {self.calls}\n'
         )
         ray.chmod(0o755)
 
