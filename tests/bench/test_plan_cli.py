@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import cli
+from bench.plan.options import model_section
+from bench.plan.report import write_plan
 from cluster.config import demo_model_path
 from cluster.config_file import Override, load_config
+from cluster.planner.hardware import GPUS, Devices, Hardware
+from cluster.planner.kinds import ReckonedKinds
+from cluster.planner.plans import Plan, Pool
+from cluster.planner.question import Question
 from cluster.preflight import check_model
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.datasets import load_dataset
+from cluster.workload.drawing import WorkloadSpec
+from cluster.workload.slo import Slo
+from engine.config import ModelConfig
+from router.pool_view import Role
 
 Run = Callable[..., int]
 LINES = {
@@ -81,20 +94,23 @@ def test_what_a_program_reads_and_what_serve_takes(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_serve_takes_the_plan_of_a_checkpoint_as_it_is(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "plan.yaml"
-    asked = (
-        "--model", str(demo_model_path()), "--gpus", "a10g-24g:2",
-        "--dataset", "synthetic:prompt=100,answer=20", "--slo", "ttft=0.1,tpot=0.02",
-        "--count", "40", "--seeds", "1",
-    )  # fmt: skip
-    assert run(*asked, "--out", str(out)) == 0
+def test_serve_takes_the_plan_of_a_checkpoint_as_it_is(tmp_path: Path) -> None:
+    checkpoint, out = demo_model_path(), tmp_path / "plan.yaml"
+    hardware = Hardware([Devices(GPUS["a10g-24g"], 1)])
+    (kind,) = ReckonedKinds(ModelConfig.from_pretrained(checkpoint), hardware).kinds(120)
+    workload = WorkloadSpec(
+        load_dataset("synthetic:prompt=100,answer=20"), Arrivals.parse("poisson"), range(0)
+    )
+    question = Question(workload, Slo.fixed(0.1, 0.02), hardware)
+    plan = Plan((Pool(Role.MIXED, kind, 1),))
+    write_plan(question, plan, model_section(str(checkpoint), question, plan), out)
     ray = Override(("ray", "address"), "10.0.0.1:6379", "the test")  # where memory is not this machine's
     config = check_model(load_config(out, [ray]).resolved())
     assert config.model.dtype == "bfloat16"
-    assert config.model.path == demo_model_path()
-    assert config.model.max_model_len == 1024
+    assert config.model.path == checkpoint
+    assert config.model.max_model_len == 1024, "what the model was made for"
+    small = Plan((Pool(Role.MIXED, replace(kind, kv_tokens=300), 1),))
+    assert model_section("opt-13b", question, small) == {"dtype": "bfloat16", "max_model_len": 300}
 
 
 @pytest.mark.slow
