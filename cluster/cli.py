@@ -47,6 +47,13 @@ _KEY_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
     ("--metrics", "router.metrics", str, "HOST:PORT", "Prometheus metrics (default 127.0.0.1:9090)."),
     ("--admin", "router.admin", str, "HOST:PORT", "Operators' gRPC (default 127.0.0.1:9091)."),
     ("--slo-class", "slo.default", str, "NAME", "SLO class of requests that name none (default standard)."),
+    (
+        "--controller",
+        "controller.mode",
+        str,
+        "MODE",
+        "none (default), observe, or act: change roles by load.",
+    ),
     ("--ray-address", "ray.address", str, "HOST:PORT", "Join this Ray cluster instead of starting one."),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +25,7 @@ Exit codes:
   2  the command line is wrong, or the change would leave requests that nobody could serve
 """
 
+_MOST = 10_000
 _ROLES = click.Choice(["prefill", "decode", "mixed"])
 
 
@@ -93,6 +95,8 @@ def _pool(text: str) -> tuple[str, int]:
     name, equals, count = text.partition("=")
     if not equals or name not in _ROLES.choices or not (count.isascii() and count.isdigit()):
         raise click.UsageError(f"{text!r} is not ROLE=N, as in decode=2 (roles: {', '.join(_ROLES.choices)})")
+    if int(count) > _MOST:
+        raise click.UsageError(f"{text}: {_MOST} workers of a role are the most")
     return name, int(count)
 
 
@@ -103,8 +107,8 @@ def _pool(text: str) -> tuple[str, int]:
 def scale(pools: tuple[str, ...], dry_run: bool, admin: str, drain_s: float, as_json: bool) -> int:
     """Set how many workers of a ROLE there are, while requests are served.
 
-    Workers change their role before any is started or stopped; those of roles that are not named stay. New
-    workers need free CPUs in the Ray cluster.
+    Workers change their role rather than that others are started and stopped; those of roles that are not
+    named stay. New workers are started first, and need free CPUs in the Ray cluster.
 
     \b
     Examples:
@@ -131,9 +135,8 @@ def scale(pools: tuple[str, ...], dry_run: bool, admin: str, drain_s: float, as_
 def apply(plan: Path, yes: bool, admin: str, drain_s: float, as_json: bool) -> int:
     """Bring a running deployment to the pools of PLAN.yaml, as `prelay plan --out` writes it.
 
-    Shows the steps first, and asks. Only how many workers there are of each role is changed: how a worker is
-    split over ranks, its limits and everything else need a restart, and are named if they differ in number of
-    ranks.
+    Shows the steps first, and asks. Only how many workers there are of each role is changed. How a worker is
+    split over ranks, its limits and everything else need a restart, and are not looked at.
 
     \b
     Examples:
@@ -150,10 +153,18 @@ def apply(plan: Path, yes: bool, admin: str, drain_s: float, as_json: bool) -> i
     _print(steps, as_json)
     if steps == ["nothing to change"]:
         return 0
-    if not yes:
-        click.confirm("Do this?", abort=True, err=True)
+    if not yes and not _is_wanted():
+        click.echo("nothing was changed", err=True)
+        return 1
     _print(client.set_pools(wanted, drain_s, dry_run=False), as_json)
     return 0
+
+
+def _is_wanted() -> bool:
+    try:
+        return click.confirm("Do this?", err=True)
+    except click.Abort:  # nobody is there to answer
+        return False
 
 
 def _roles() -> Mapping[str, worker_pb2.Role]:
@@ -163,8 +174,12 @@ def _roles() -> Mapping[str, worker_pb2.Role]:
 
 
 def _print(lines: Iterable[str], as_json: bool) -> None:
-    for line in lines:
-        click.echo(json.dumps({"line": line}) if as_json else line)
+    try:
+        for line in lines:
+            click.echo(json.dumps({"line": line}) if as_json else line)
+    except KeyboardInterrupt:
+        click.echo("broken off; what was done until then stays", err=True)
+        sys.exit(130)
 
 
 COMMANDS = (role, drain, scale, apply)

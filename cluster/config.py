@@ -14,6 +14,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.sections import (
+    ControllerSection,
     DecodeSection,
     KvSection,
     MixedSection,
@@ -40,6 +41,7 @@ class ServeConfig(BaseModel):
     transfer: TransferSection = Field(default_factory=TransferSection)
     router: RouterSection = Field(default_factory=RouterSection)
     slo: SloSection = Field(default_factory=SloSection)
+    controller: ControllerSection = Field(default_factory=ControllerSection)
     ray: RaySection = Field(default_factory=RaySection)
 
     def resolved(self) -> ServeConfig:

@@ -6,7 +6,8 @@ Where it listens is free; whoever asks the router for its status is told.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Self
 
 import grpc
@@ -64,7 +65,7 @@ class ControlApi(control_pb2_grpc.ControllerServicer):
             yield progress
 
     async def _change(
-        self, lines: AsyncIterator[str], context: _Context
+        self, lines: AsyncGenerator[str, None], context: _Context
     ) -> AsyncIterator[control_pb2.ChangeProgress]:
         if self._reshape.changing.locked():
             await context.abort(
@@ -72,8 +73,9 @@ class ControlApi(control_pb2_grpc.ControllerServicer):
             )
         async with self._reshape.changing:
             try:
-                async for line in lines:
-                    yield control_pb2.ChangeProgress(line=line)
+                async with aclosing(lines):
+                    async for line in lines:
+                        yield control_pb2.ChangeProgress(line=line)
             except ClusterError as error:
                 code = next(code for kind, code in _CODES if isinstance(error, kind))
                 await context.abort(code, str(error))

@@ -8,6 +8,7 @@ import grpc
 from prelay.v1 import control_pb2, control_pb2_grpc, worker_pb2
 
 from cluster.errors import ChangeError, ConfigError, UnknownWorkerError
+from cluster.sections import parse_host_port
 from cluster.status import StatusClient
 
 
@@ -24,6 +25,9 @@ class ControlClient:
                 f"the router at {admin} knows nobody who could change its workers: they were not started by "
                 "`prelay serve`"
             )
+        host, port = parse_host_port(self._address)
+        if host in ("0.0.0.0", "::"):  # every address of its host, so also the one where the router was found
+            self._address = f"{admin.rpartition(':')[0]}:{port}"
 
     def set_role(self, worker_id: str, role: worker_pb2.Role, drain_s: float) -> Iterator[str]:
         request = control_pb2.SetRoleRequest(worker_id=worker_id, role=role, drain_s=drain_s)

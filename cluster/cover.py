@@ -92,6 +92,7 @@ class Cover:
                 for one in self._workers.lives
             )
         }
+        self._reshape.standing_in = frozenset(self._own)
         members = {
             worker_id: Member(life.role, self._own.get(worker_id, life.role))
             for worker_id, life in up.items()
@@ -108,13 +109,14 @@ class Cover:
         own = self._own.get(life.worker_id, life.role)
         why = "stands in" if role != own else "goes back to its own role"
         self._reporter.event(f"worker {life.worker_id} {why}: it is {ROLE_NAMES[role]} from now on")
-        if role == own:
-            self._own.pop(life.worker_id, None)
-        else:
-            self._own[life.worker_id] = own
+        self._own[life.worker_id] = own
         drain_s = _DRAIN_S if role == own else 0.0
         with contextlib.suppress(
             ClusterError
         ):  # it died, or is started anew in that role: the next look sees
-            async for _ in self._reshape.become(life, role, drain_s):
-                pass
+            async with contextlib.aclosing(self._reshape.become(life, role, drain_s)) as lines:
+                async for _ in lines:
+                    pass
+        if life.role == own:
+            self._own.pop(life.worker_id, None)
+        self._reshape.standing_in = frozenset(self._own)

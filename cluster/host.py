@@ -173,7 +173,7 @@ class WorkerHost:
         await asyncio.Event().wait()
 
     async def stop(self) -> bool:
-        """Stop serving, within the 2 s that the service promises. Returns whether all that it did has ended:
+        """Stop serving, within the 3 s that the service promises. Returns whether all that it did has ended:
         no step and no copy is still running."""
         serves, self._serves = self._serves, None
         if serves is None:

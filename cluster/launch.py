@@ -25,6 +25,7 @@ from cluster.pool_changes import can_serve
 from cluster.ray_cluster import RayCluster
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
+from cluster.role_controller import RoleController
 from cluster.router_process import RouterAddresses, RouterProcess
 from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
 from cluster.worker_specs import worker_specs
@@ -70,6 +71,7 @@ class Deployment:
         self._router: RouterProcess | None = None
         self._lives: list[WorkerLife] = []
         self._control: ControlServer | None = None
+        self._reshape: Reshape | None = None
         self._cover: Cover | None = None
         # That keep workers alive, while the deployment runs; and whether one was added.
         self._keeping: dict[asyncio.Task[None], WorkerLife] = {}
@@ -83,7 +85,7 @@ class Deployment:
         router = self._router = await RouterProcess.start(settings.to_json(), self._on_router_log)
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
-        reshape = Reshape(self._config, self, router)
+        self._reshape = reshape = Reshape(self._config, self, router)
         self._cover = Cover(self, reshape, self._reporter)
         self._control = await ControlServer.start(reshape, router.addresses.admin)
         await router.controlled_at(self._control.address)
@@ -93,6 +95,7 @@ class Deployment:
         """Keep the workers alive. Ends by a ClusterError only: no router, or no workers left that can serve
         together."""
         assert self._router is not None
+        assert self._reshape is not None
         assert self._cover is not None
         for life in self._lives:
             self._keep(life)
@@ -102,6 +105,7 @@ class Deployment:
                 _end_of(self._cluster),
                 self._keep_attached(self._router),
                 self._cover.keep(),
+                *self._controllers(self._router, self._reshape),
             )
             await _unless_it_fails(_all(*watches), self._watch())
         finally:
@@ -120,6 +124,13 @@ class Deployment:
             await self._router.stop()
         await asyncio.gather(*(life.stop() for life in self._lives))
         await self._cluster.stop()
+
+    def _controllers(self, router: RouterProcess, reshape: Reshape) -> Sequence[Coroutine[Any, Any, object]]:
+        """None, or the one that changes roles."""
+        mode = self._config.controller.mode
+        if mode == "none":
+            return ()
+        return (RoleController(router, reshape, self._reporter, acts=mode == "act").keep(),)
 
     @property
     def lives(self) -> Sequence[WorkerLife]:
@@ -201,6 +212,7 @@ class Deployment:
                 if not can_serve(life.role for life in self._lives):
                     raise WorkerError(f"{error}; {_who_is_left(self._lives)}") from error
                 self._reporter.event(f"{error}; going on without it")
+                await life.end()
 
 
 def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:

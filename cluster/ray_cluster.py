@@ -18,7 +18,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +109,25 @@ class RayCluster:
             name=f"prelay {spec.worker_id}",
             bundle_label_selector=[dict(spec.labels)] if spec.labels else None,
         )
+        try:
+            await self._wait_for_room(group, spec, bundle)
+            return await self.where(group, spec)
+        except BaseException:
+            await self.give_back(group, spec.worker_id)  # else it would take them later, for nobody
+            raise
+
+    async def _wait_for_room(
+        self, group: PlacementGroup, spec: HostSpec, bundle: Mapping[str, float]
+    ) -> None:
         deadline = time.monotonic() + _PLACE_TIMEOUT_S
         while not await self._call(group.wait, 1):
             if time.monotonic() >= deadline:
-                await self.give_back(group)  # else it would take them later, for nobody
                 wanted = ", ".join(f"{name} {value:g}" for name, value in bundle.items())
                 wanted += "".join(f", {name}={value}" for name, value in spec.labels.items())
                 raise RayError(
                     f"no room for worker {spec.worker_id}: Ray found no node with free {wanted} "
                     f"in {_PLACE_TIMEOUT_S:.0f} s"
                 )
-        return await self.where(group, spec)
 
     async def where(self, group: PlacementGroup, spec: HostSpec) -> Place:
         """Where a worker's group is now: Ray moves it when its node dies."""
@@ -129,9 +137,7 @@ class RayCluster:
             pass  # its node has died, and there is no other yet
         table = await self._call(placement_group_table, group)
         node_id = str(table["bundles_to_node_id"].get(0, ""))
-        for slots in self._slots.values():
-            for slot in [slot for slot, owner in slots.items() if owner == spec.worker_id]:
-                del slots[slot]
+        self._free_slots(spec.worker_id)
         taken = self._slots[node_id]
         wanted = range(spec.num_cpus)
         first = next(
@@ -155,8 +161,14 @@ class RayCluster:
         )
         return await self._call(options.remote, *args)
 
-    async def give_back(self, group: PlacementGroup) -> None:
+    def _free_slots(self, worker_id: str) -> None:
+        for slots in self._slots.values():
+            for slot in [slot for slot, owner in slots.items() if owner == worker_id]:
+                del slots[slot]
+
+    async def give_back(self, group: PlacementGroup, worker_id: str) -> None:
         """The CPUs of a worker that will not come back."""
+        self._free_slots(worker_id)
         await self._call(remove_placement_group, group)
 
     async def kill(self, actor: Any) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 import pydantic
@@ -48,8 +49,19 @@ class Reshape:
         self._router = router
         self.changing = asyncio.Lock()
         """Held by whoever changes something."""
+        self.standing_in: frozenset[str] = frozenset()
+        """Workers that have another role for the time being (cover.py)."""
+        # The epoch of those that are kept empty.
+        self._drained: dict[str, int] = {}
 
-    async def set_role(self, worker_id: str, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
+    @property
+    def is_settled(self) -> bool:
+        """Whether all workers are up, in their own roles, and get requests."""
+        return not self.standing_in and len(self._serving()) == len(self._workers.lives)
+
+    async def set_role(
+        self, worker_id: str, role: worker_pb2.Role, drain_s: float
+    ) -> AsyncGenerator[str, None]:
         """Raises ClusterError."""
         life, name = self._life(worker_id), ROLE_NAMES[role]
         if life.role == role:
@@ -60,35 +72,45 @@ class Reshape:
             {other: sum(its == other for its in after.values()) for other in ROLE_NAMES},
             f"{worker_id} cannot become a {name} worker",
         )
-        if not is_live(life.role, role) and not serves_without(self._roles(), worker_id):
+        if not is_live(life.role, role) and not serves_without(self._serving(), worker_id):
             raise ConfigError(
                 f"while {worker_id} changes its role nobody could {_does(life.role)}: make another worker "
                 "mixed first"
             )
-        async for line in self.become(life, role, drain_s):
-            yield line
+        async with aclosing(self.become(life, role, drain_s)) as lines:
+            async for line in lines:
+                yield line
 
-    async def drain(self, worker_id: str, drain_s: float, *, undo: bool = False) -> AsyncIterator[str]:
+    async def drain(self, worker_id: str, drain_s: float, *, undo: bool = False) -> AsyncGenerator[str, None]:
         """The worker stays empty until that is undone, or its life ends. Raises ClusterError."""
         life = self._life(worker_id)
         if life.live is None:
             raise WorkerError(f"worker {worker_id} is down: there is nothing to drain")
         if undo:
+            self._drained.pop(worker_id, None)
             await self._router.drain(worker_id, life.live.info.epoch, draining=False)
             yield f"{worker_id} gets new requests again"
             return
-        if not serves_without(self._roles(), worker_id):
+        if not serves_without(self._serving(), worker_id):
             raise ConfigError(
                 f"without {worker_id} nobody could {_does(life.role)}: make another worker mixed first, or "
                 "start one"
             )
-        async for line in self._empty(life, drain_s, keeps=True):
-            yield line
+        async with aclosing(self._empty(life, drain_s, keeps=True)) as lines:
+            async for line in lines:
+                yield line
+        self._drained[worker_id] = life.live.info.epoch
 
     async def set_pools(
         self, wanted: Mapping[worker_pb2.Role, int], drain_s: float, *, dry_run: bool = False
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """wanted: workers of each role; what is not named stays. Raises ClusterError."""
+        if self.standing_in:
+            who = ", ".join(sorted(self.standing_in))
+            raise ConfigError(
+                f"{who} stand in for a role whose workers are gone: try again when they are back, or change "
+                "single workers (prelay role)"
+            )
         roles = self._roles()
         have = {role: sum(its == role for its in roles.values()) for role in ROLE_NAMES}
         self._check_sizes(have | dict(wanted), "these pools cannot serve")
@@ -98,35 +120,47 @@ class Reshape:
         for number, step in enumerate(steps, start=1):
             yield f"{number} of {len(steps)}: {said(step, ROLE_NAMES)}"
             if not dry_run:
-                async for line in self._do(step, drain_s):
-                    yield line
+                async with aclosing(self._do(step, drain_s)) as lines:
+                    async for line in lines:
+                        yield line
 
-    async def _do(self, step: Step, drain_s: float) -> AsyncIterator[str]:
+    async def _do(self, step: Step, drain_s: float) -> AsyncGenerator[str, None]:
         match step:
             case Start(role):
                 spec = another_worker(self._config, role, [life.template for life in self._workers.lives])
                 live = await self._workers.add(spec)
                 yield f"{spec.worker_id} serves (epoch {live.info.epoch}, pid {live.info.pid})"
             case Become(worker_id, role):
-                async for line in self.become(self._life(worker_id), role, drain_s):
-                    yield line
+                life = self._life(worker_id)
+                if not is_live(life.role, role):
+                    self._check_others(life)
+                async with aclosing(self.become(life, role, drain_s)) as lines:
+                    async for line in lines:
+                        yield line
             case Stop(worker_id):
                 life = self._life(worker_id)
-                async for line in self._empty(life, drain_s, keeps=False):
-                    yield line
+                self._check_others(life)
+                async with aclosing(self._empty(life, drain_s, keeps=False)) as lines:
+                    async for line in lines:
+                        yield line
                 await asyncio.shield(self._workers.remove(life))
                 yield f"{worker_id} has ended"
 
-    async def become(self, life: WorkerLife, role: worker_pb2.Role, drain_s: float) -> AsyncIterator[str]:
+    async def become(
+        self, life: WorkerLife, role: worker_pb2.Role, drain_s: float
+    ) -> AsyncGenerator[str, None]:
         """Whatever becomes of those that it serves. Raises ClusterError."""
+        if life.live is None:
+            raise WorkerError(f"worker {life.worker_id} is down: try again when it serves")
         began = time.monotonic()
         template = in_role(self._config, life.template, role)
         if is_live(life.role, role):
             await life.read_prompts(template)
             yield f"{life.worker_id} is a {ROLE_NAMES[role]} worker now, in the same life"
             return
-        async for line in self._empty(life, drain_s, keeps=False):
-            yield line
+        async with aclosing(self._empty(life, drain_s, keeps=False)) as lines:
+            async for line in lines:
+                yield line
         drained = time.monotonic()
         # Whoever asked may hang up: what has begun is brought to its end.
         live = await asyncio.shield(asyncio.ensure_future(life.become(template)))
@@ -135,7 +169,7 @@ class Reshape:
             f"{drained - began:.1f} s, away for {time.monotonic() - drained:.1f} s"
         )
 
-    async def _empty(self, life: WorkerLife, drain_s: float, *, keeps: bool) -> AsyncIterator[str]:
+    async def _empty(self, life: WorkerLife, drain_s: float, *, keeps: bool) -> AsyncGenerator[str, None]:
         """Until it has nothing any more, or for drain_s. keeps: it is not to get anything new after that
         either, until somebody says so."""
         live = life.live
@@ -164,6 +198,21 @@ class Reshape:
             if not is_done:
                 with contextlib.suppress(ClusterError):
                     await self._router.drain(worker_id, epoch, draining=False)
+
+    def _serving(self) -> dict[str, worker_pb2.Role]:
+        """Those that are up and get new requests."""
+        return {
+            life.worker_id: life.role
+            for life in self._workers.lives
+            if life.live is not None and self._drained.get(life.worker_id) != life.live.info.epoch
+        }
+
+    def _check_others(self, life: WorkerLife) -> None:
+        """Raises ConfigError if nobody would serve while that one is drained."""
+        if not serves_without(self._serving(), life.worker_id):
+            raise ConfigError(
+                f"without {life.worker_id} nobody could {_does(life.role)} now: try again later"
+            )
 
     def _roles(self) -> dict[str, worker_pb2.Role]:
         return {life.worker_id: life.role for life in self._workers.lives}

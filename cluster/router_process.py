@@ -149,16 +149,33 @@ class RouterProcess:
 
     async def attached(self) -> set[tuple[str, int]]:
         """(worker id, epoch) of every worker that the router can use now. Raises WorkerError."""
-        try:
-            status = await self._admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=_ADMIN_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise WorkerError(f"the router does not say which workers it has: {error.details()}") from error
+        status = await self.status()
         return {(worker.info.worker_id, worker.info.epoch) for worker in status.workers if worker.up}
 
     async def _remove(self, worker_id: str, epoch: int, *, comes_back: bool) -> None:
         request = admin_pb2.RemoveWorkerRequest(worker_id=worker_id, epoch=epoch, comes_back=comes_back)
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
+
+    async def status(self) -> admin_pb2.GetStatusResponse:
+        """Raises WorkerError."""
+        try:
+            status: admin_pb2.GetStatusResponse = await self._admin.GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=_ADMIN_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise WorkerError(f"the router does not say which workers it has: {error.details()}") from error
+        return status
+
+    async def workload(self) -> admin_pb2.GetWorkloadResponse:
+        """What has come lately. Raises WorkerError."""
+        try:
+            workload: admin_pb2.GetWorkloadResponse = await self._admin.GetWorkload(
+                admin_pb2.GetWorkloadRequest(), timeout=_ADMIN_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise WorkerError(f"the router does not say what has come: {error.details()}") from error
+        return workload
 
     async def stop(self) -> None:
         """End the router: it ends its clients' streams with an error, or is killed if that takes too long."""

@@ -278,6 +278,12 @@ class SloSection(Section):
         return self
 
 
+class ControllerSection(Section):
+    """mode: none; observe, which says when it would change a worker's role; act, which does so."""
+
+    mode: Literal["none", "observe", "act"] = "none"
+
+
 class RaySection(Section):
     """address: HOST:PORT of a running Ray cluster; None starts a private one on this machine."""
 

@@ -36,7 +36,8 @@ from cluster.router_process import RouterProcess
 from engine.errors import EngineError
 
 _POLL_S = 0.2
-_STOP_TIMEOUT_S = 2.5
+_STOP_TIMEOUT_S = 4.0
+_ANSWER_TIMEOUT_S = 3.0
 _BECOME_TIMEOUT_S = 30.0
 """Of which a few seconds are for measuring steps, and the rest for a machine that is busy."""
 
@@ -157,11 +158,12 @@ class WorkerLife:
                 raise WorkerError(f"worker {self.worker_id} is down: try again when it serves")
             try:
                 reads = template.role == worker_pb2.ROLE_MIXED
-                await _result(self._actor.read_prompts.remote(reads=reads))
-            except ray.exceptions.RayError as error:
-                raise WorkerError(
-                    f"worker {self.worker_id} did not change its role: {_first_line(_cause(error))}"
-                ) from error
+                await asyncio.wait_for(
+                    _result(self._actor.read_prompts.remote(reads=reads)), _ANSWER_TIMEOUT_S
+                )
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                why = "it does not answer" if isinstance(error, TimeoutError) else _first_line(_cause(error))
+                raise WorkerError(f"worker {self.worker_id} did not change its role: {why}") from error
             self.template = template
             live.info.role = template.role
             await self._router.register(live.info, self.template.secret)
@@ -179,7 +181,7 @@ class WorkerLife:
             if self._actor is not None:
                 await self._cluster.kill(self._actor)
             if self._place is not None:
-                await self._cluster.give_back(self._place.group)
+                await self._cluster.give_back(self._place.group, self.worker_id)
 
     async def keep_alive(self) -> None:
         """Start the worker again whenever it dies. Ends by WorkerError only, when that does not help."""

@@ -117,7 +117,7 @@ class DecodeService:
             self._acceptance.reads_prompts = True
 
     async def stop(self) -> bool:
-        """Ends streams, links and the engine thread, within 2 s. A copy that runs is left to itself. Returns
+        """Ends streams, links and the engine thread, within 3 s. A copy that runs is left to itself. Returns
         whether none does, and no step of ours is running any more."""
         self._routers.stop()
         await self._links.stop()

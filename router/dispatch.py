@@ -125,6 +125,10 @@ class Dispatcher:
             self._pool[link.worker_id].draining = draining
             self._pool_changed()
 
+    def num_needing(self, link: CommandLink) -> int:
+        """Requests that would be placed again if the worker went: those on their way from it included."""
+        return sum(live.needs(link) for live in self.live)
+
     def role_changed(self, link: CommandLink) -> None:
         """A worker that writes reads prompts, too, from now on, or no longer does."""
         if self._links.get(link.worker_id) is link:

@@ -166,6 +166,7 @@ class LiveRequests:
                 break
             admitted.append(verdict)
         if refusal is not None:
+            self._tenants.refused(requests, now)
             for request in requests:
                 self._metrics.admission("rejected", refusal.reason)
                 if refusal.counts:

@@ -92,7 +92,7 @@ class Tenants:
         assert self._accounts is not None
         if authorization is None or authorization[: len(_BEARER)].lower() != _BEARER:
             raise UnauthenticatedError("an API key is needed here: send it as authorization: Bearer KEY")
-        digest = hashlib.sha256(authorization[len(_BEARER) :].strip().encode()).digest()
+        digest = hashlib.sha256(_bytes(authorization[len(_BEARER) :].strip())).digest()
         found = [
             name
             for name, account in self._accounts.items()
@@ -127,6 +127,14 @@ class Tenants:
             if bucket is not None:
                 bucket.take(costs[what], now)
 
+    def refused(self, requests: Sequence[Request], now: float) -> None:
+        """Those of a call that was admitted here, and refused for another reason: they cost nothing."""
+        tokens = sum(len(request.prompt_token_ids) for request in requests)
+        for what, cost in (("requests", len(requests)), ("tokens", tokens)):
+            bucket = None if self._accounts is None else self._bucket(requests[0].tenant, what, now)
+            if bucket is not None:
+                bucket.take(-cost, now)
+
     def answered(self, tenant: str, tokens: int, now: float) -> None:
         """An answer has ended, or was left."""
         bucket = None if self._accounts is None else self._bucket(tenant, "tokens", now)
@@ -145,13 +153,23 @@ class Tenants:
         return self._buckets[tenant, what]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is there twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+            raise yaml.YAMLError(f"{twice[0]!r} is there twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
 def read_accounts(path: Path) -> dict[str, Account]:
     """Raises SettingsError that says what is wrong, and where."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
         raise SettingsError(f"tenants: {path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise SettingsError(f"tenants: {path} is not YAML: {' '.join(str(error).split())}") from error
     tenants = raw.get("tenants") if isinstance(raw, dict) else None
     if not isinstance(tenants, dict) or not tenants or set(raw) != {"tenants"}:
@@ -186,11 +204,16 @@ def _account(where: str, raw: Any) -> Account:
     for name in ("requests_per_minute", "tokens_per_minute"):
         limit = raw.get(name)
         if limit is not None and (
-            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf")
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1e15
         ):
             raise SettingsError(f"{where}: {name} is {limit!r}: a number above 0 is needed")
         limits.append(None if limit is None else float(limit))
     return Account(tuple(digests), *limits)
+
+
+def _bytes(text: str) -> bytes:
+    """Of a header as it came, whatever it was."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _limits(account: Account | None) -> tuple[float | None, float | None] | None:

@@ -97,11 +97,16 @@ class Workers:
             except WorkerRefusedError:
                 await link.close()
                 raise
+            same_life = known is not None and known.epoch == link.epoch
+            view = self._pool.get(link.worker_id)
+            was_draining = same_life and view is not None and view.draining
             self._links[link.worker_id] = link
             link.start(self._dispatcher.on_message, self._on_down)
             if known is not None and known.epoch != link.epoch:
                 self._dispatcher.life_over(known)
             self._dispatcher.worker_up(link)
+            if was_draining:
+                self._dispatcher.worker_draining(link, True)
             if known is not None:
                 self._metrics.worker_removed(known.role, known.worker_id)
                 self._close_later(known)
@@ -120,7 +125,7 @@ class Workers:
         if self.draining(link) is not draining:
             _log.info("worker=%s event=%s epoch=%d", worker_id, "drain" if draining else "drain_over", epoch)
             self._dispatcher.worker_draining(link, draining)
-        return self.live_requests(link)
+        return self._dispatcher.num_needing(link)
 
     def remove(self, worker_id: str, epoch: int, *, comes_back: bool = False) -> bool:
         """Forgets that life of the worker; its requests are placed again. False when it is not known.

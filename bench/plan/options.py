@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.load.options import arrivals_of, source_of
-from bench.plan.live import Live
 from bench.simulate.kv import checkpoint_of, known_model, model_of
 from bench.simulate.profiles import is_distserve
 from cluster.planner.errors import PlanError
 from cluster.planner.hardware import Hardware, parse_devices
 from cluster.planner.kinds import Kind, Kinds, ReckonedKinds
+from cluster.planner.live import Live
 from cluster.planner.measured import MeasuredKinds
 from cluster.planner.plans import Objective, Plan
 from cluster.planner.question import SETTLE_S, Question

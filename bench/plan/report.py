@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from bench.plan.live import difference
 from bench.plan.options import Asked
 from cluster.planner.cheapest import Enough
 from cluster.planner.goodput import Goodput
+from cluster.planner.live import difference
 from cluster.planner.plans import Plan, serve_config
 from cluster.planner.question import Question
 from cluster.planner.search import Answer, Finalist, apart, phases_of

@@ -13,8 +13,8 @@ import pytest
 from prelay.v1 import admin_pb2, admin_pb2_grpc, worker_pb2
 
 from bench import cli
-from bench.plan.live import Live, difference
 from cluster.planner.errors import PlanError
+from cluster.planner.live import Live, difference
 from router.pool_view import Role
 
 Run = Callable[..., int]

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from prelay.v1 import worker_pb2
 
 from cluster.cover import PATIENCE_S, Cover, Member, stand_in
+from cluster.errors import WorkerError
+from cluster.host_spec import HostSpec
 from cluster.pool_changes import Become, can_serve, is_live, serves_without
 from tests.cluster.test_reshape import World
 
@@ -70,6 +72,28 @@ async def test_a_deployment_is_watched() -> None:
     assert world.log[2:] == [f"decode-0 is {D} from now on", f"decode-1 is {D} from now on"]
     await cover.look(5.2)
     assert len(world.log) == 4
+
+
+async def test_a_way_back_that_fails_is_tried_again() -> None:
+    world = World("prefill.replicas=1", "decode.replicas=1")
+    world.event = lambda line: None  # type: ignore[attr-defined]
+    cover = Cover(cast(Any, world), world.reshape, cast(Any, world))
+    live, world.lives[0].live = world.lives[0].live, None
+    await cover.look(0.2)
+    assert world.reshape.standing_in == {"decode-0"}
+    world.lives[0].live = live
+    decode, changes = world.lives[1], world.lives[1].read_prompts
+
+    async def fail(template: HostSpec) -> Any:
+        raise WorkerError("it does not answer")
+
+    decode.read_prompts = fail  # type: ignore[method-assign]
+    await cover.look(5.0)
+    assert world.reshape.standing_in == {"decode-0"}
+    decode.read_prompts = changes  # type: ignore[method-assign]
+    await cover.look(5.2)
+    assert decode.role == D
+    assert not world.reshape.standing_in
 
 
 async def test_whom_an_operator_has_given_another_role_stands_in_no_longer() -> None:

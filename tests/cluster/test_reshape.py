@@ -166,6 +166,31 @@ async def test_drain_stays_until_it_is_undone() -> None:
     assert world.log[-1] == "undrain decode-1"
 
 
+async def test_who_is_drained_or_down_does_not_count() -> None:
+    world = World("prefill.replicas=2")
+    await all_of(world.reshape.drain("prefill-0", 30.0))
+    assert not world.reshape.is_settled
+    for refused in (world.reshape.drain("prefill-1", 30.0), world.reshape.set_role("prefill-1", D, 30.0)):
+        with pytest.raises(ConfigError, match="nobody could read prompts"):
+            await all_of(refused)
+    await all_of(world.reshape.drain("prefill-0", 30.0, undo=True))
+    assert world.reshape.is_settled
+    world.lives[0].live = None
+    with pytest.raises(ConfigError, match="nobody could read prompts"):
+        await all_of(world.reshape.set_role("prefill-1", D, 30.0))
+    with pytest.raises(WorkerError, match="prefill-0 is down"):
+        await all_of(world.reshape.set_role("prefill-0", D, 30.0))
+    with pytest.raises(ConfigError, match="without prefill-1 nobody could read prompts now"):
+        await all_of(world.reshape.set_pools({P: 1, D: 2}, 30.0))
+
+
+async def test_pools_are_left_alone_while_somebody_stands_in() -> None:
+    world = World()
+    world.reshape.standing_in = frozenset({"decode-0"})
+    with pytest.raises(ConfigError, match="decode-0 stand in for a role whose workers are gone"):
+        await all_of(world.reshape.set_pools({D: 2}, 30.0))
+
+
 async def test_pools_are_brought_to_size() -> None:
     world = World()
     shown = await all_of(world.reshape.set_pools({P: 0, D: 0, M: 2}, 30.0, dry_run=True))

@@ -159,7 +159,7 @@ class FakeWorld:
     async def forget(self, worker_id: str, epoch: int) -> None:
         self.log.append(f"forget {epoch}")
 
-    async def give_back(self, group: object) -> None:
+    async def give_back(self, group: object, worker_id: str) -> None:
         self.log.append("give back")
 
     def progress(self, what: str, stage: str, fraction: float | None) -> None:

@@ -56,6 +56,28 @@ async def test_a_drained_worker_ends_what_it_has_and_gets_nothing_new(start_clus
     await cluster.settled()
 
 
+async def test_a_prefill_worker_is_not_empty_while_its_kv_travels(start_cluster):
+    cluster = await start_cluster()
+    cluster.decode.hold(Hold.TRANSFER)
+    asking = asyncio.create_task(ask(cluster))
+    await cluster.decode.waiting_at(Hold.TRANSFER)
+    (live,) = cluster.router.dispatcher.live
+    await cluster.until(lambda: len(live.record.token_ids) == 1)
+    assert await drain(cluster, "p0") == 1
+    cluster.decode.let_go(Hold.TRANSFER)
+    await asking
+    assert await drain(cluster, "p0") == 0
+
+
+async def test_a_drain_outlives_a_stream_that_breaks(start_cluster):
+    cluster = await start_cluster()
+    await drain(cluster, "d0")
+    cluster.decode.break_stream()
+    await cluster.until(lambda: not cluster.router.pool["d0"].up)
+    await cluster.register(cluster.decode)
+    assert cluster.router.pool["d0"].draining
+
+
 async def test_what_waits_for_a_drained_worker_goes_there_when_that_is_undone(start_cluster):
     cluster = await start_cluster()
     await drain(cluster, "d0")

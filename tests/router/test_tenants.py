@@ -45,7 +45,16 @@ def test_a_key_says_whose_request_it_is(tmp_path: Path) -> None:
     assert not tenants.is_open
     assert [tenants.who(f"Bearer {key}") for key in ("one", "two", "three")] == ["search", "search", "batch"]
     assert tenants.who("bearer  one ") == "search"
-    for wrong in (None, "", "one", "Basic one", "Bearer ", "Bearer four", f"Bearer {digest('one').hex()}"):
+    for wrong in (
+        None,
+        "",
+        "Bearer \udcff",
+        "one",
+        "Basic one",
+        "Bearer ",
+        "Bearer four",
+        f"Bearer {digest('one').hex()}",
+    ):
         with pytest.raises(UnauthenticatedError):
             tenants.who(wrong)
 
@@ -67,6 +76,9 @@ def test_a_key_says_whose_request_it_is(tmp_path: Path) -> None:
             "the same key is there twice",
         ),
         ("tenants: [", "is not YAML"),
+        ("tenants: {a: {keys: []}}\ntenants: {b: {keys: []}}", "'tenants' is there twice"),
+        ("tenants: {a: {keys: [2024-13-45]}}", "is not YAML"),
+        (f"tenants: {{a: {{keys: [], tokens_per_minute: 1{'0' * 400}}}}}", "a number above 0"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -101,6 +113,17 @@ def test_debts_are_paid_before_the_next_is_let_in(make_request) -> None:
     assert refused.value.retry_after_s == pytest.approx(20 + 100 - 60 - 1 + 1, abs=1.1)
     tenants.admit([request], 1.0 + refused.value.retry_after_s)
     tenants.admit([replace(request, tenant="another")], 1.0)
+
+
+def test_what_is_refused_for_another_reason_costs_nothing(make_request) -> None:
+    tenants = Tenants({"batch": Account((), requests_per_minute=1.0, tokens_per_minute=10.0)})
+    request = replace(make_request(prompt_tokens=9), tenant="batch")
+    for _ in range(5):
+        tenants.admit([request], 0.0)
+        tenants.refused([request], 0.0)
+    tenants.admit([request], 0.0)
+    with pytest.raises(RateLimitedError):
+        tenants.admit([request], 0.0)
 
 
 def test_new_accounts_keep_what_was_used_unless_the_limit_changes(make_request) -> None:

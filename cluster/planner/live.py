@@ -44,10 +44,16 @@ class Live:
         if not address:
             raise PlanError(f"--live {url!r}: give HOST:PORT, what `prelay serve` shows as admin")
         with StatusClient(address) as client:
-            status, workload = client.fetch(), client.fetch_workload()
+            return cls.of(address, client.fetch(), client.fetch_workload())
+
+    @classmethod
+    def of(
+        cls, address: str, status: admin_pb2.GetStatusResponse, workload: admin_pb2.GetWorkloadResponse
+    ) -> Live:
+        """From what a router has said. Raises PlanError if no worker is up."""
         workers = [worker.info for worker in status.workers if worker.up]
         if not workers:
-            raise PlanError(f"--live {url}: no worker is up there, so there is nothing to plan with")
+            raise PlanError(f"--live {address}: no worker is up there, so there is nothing to plan with")
         num_devices = sum(_devices(worker.info) for worker in status.workers)
         return cls(address, workers, num_devices, dict(status.classes), workload)
 
@@ -142,10 +148,12 @@ def _by_split(
 
 
 def _kind(infos: Sequence[worker_pb2.WorkerInfo]) -> Kind:
-    """Of workers that are split alike, and of whom all have said how long their steps take."""
+    """Of workers that are split alike, and of whom all have said how long their steps take. Prefill workers
+    have not measured decode steps: where there are others, these count."""
     [(tp, pp)] = _by_split(infos)
+    writers = [info for info in infos if info.role != worker_pb2.ROLE_PREFILL]
     models = sorted(
-        (LatencyModel.from_coefficients(info.latency) for info in infos),
+        (LatencyModel.from_coefficients(info.latency) for info in writers or infos),
         key=lambda model: model.prefill_s(_TYPICAL_PROMPT),
     )
     return Kind(

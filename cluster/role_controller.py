@@ -1,0 +1,154 @@
+"""Watches what comes and what the workers are, and changes their roles, or says when it would.
+
+Every tick: what the router has seen lately (rate, lengths of prompts and answers) is simulated with the shape
+that there is and with each that one change of role leads to, by the workers' own step times; role_decider.py
+decides. All that a decision was made from is a line of JSON in the log. Simulations run in a process of their
+own that gives way to everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from prelay.v1 import admin_pb2
+
+from cluster.errors import ClusterError
+from cluster.planner.errors import PlanError
+from cluster.planner.kinds import Kind
+from cluster.planner.live import Live
+from cluster.planner.plans import Plan, Pool
+from cluster.planner.question import Question
+from cluster.reporter import Reporter
+from cluster.reshape import Reshape
+from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
+from cluster.roles import ROLE_NAMES
+from cluster.router_process import RouterProcess
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.drawing import WorkloadSpec
+from cluster.workload.judge import Outcome
+from engine.latency import ProfileError
+from router.pool_view import Role
+
+TICK_S = 10.0
+_COUNT, _SETTLE_S = 150, 20.0
+"""Of a simulation: requests at least, and how long it lasts."""
+_DRAIN_S = 30.0
+_NICE = 19
+
+
+class RoleController:
+    """acts: whether it changes roles, or only says that it would."""
+
+    def __init__(
+        self,
+        router: RouterProcess,
+        reshape: Reshape,
+        reporter: Reporter,
+        *,
+        acts: bool,
+        tick_s: float = TICK_S,
+    ) -> None:
+        self._router = router
+        self._reshape = reshape
+        self._reporter = reporter
+        self._acts = acts
+        self._tick_s = tick_s
+        self._decider = RoleDecider()
+
+    async def keep(self) -> None:
+        """For ever."""
+        executor = ProcessPoolExecutor(1, get_context("spawn"), os.nice, (_NICE,))
+        try:
+            while True:
+                await asyncio.sleep(self._tick_s)
+                if not self._reshape.changing.locked():
+                    await self._look(executor)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _look(self, executor: ProcessPoolExecutor) -> None:
+        try:
+            live = live_of(await self._router.status(), await self._router.workload())
+            asked = question_of(live)
+        except (ClusterError, PlanError, ProfileError):
+            return  # too little has come yet, or the router is gone, which is seen elsewhere
+        present = shape_of(live)
+        if not present.can_serve or live.workload.rate <= 0 or not self._reshape.is_settled:
+            return
+        shapes = [present, *present.neighbours()]
+        found = await asyncio.get_running_loop().run_in_executor(
+            executor, forecast, asked, live.kinds(), shapes, live.workload.rate
+        )
+        forecasts = dict(zip(shapes, found, strict=True))
+        decision = self._decider.look(time.monotonic(), present, forecasts)
+        if decision.verdict is not Verdict.STAY:
+            self._reporter.event(said(decision, present, forecasts, live, acts=self._acts))
+        if decision.verdict is Verdict.CHANGE and self._acts and not self._reshape.changing.locked():
+            await self._change(present, decision.best)
+
+    async def _change(self, present: Shape, best: Shape) -> None:
+        wanted = {role: getattr(best, name) for role, name in ROLE_NAMES.items()}
+        if sum(wanted.values()) != present.prefill + present.decode + present.mixed:
+            return
+        async with self._reshape.changing:
+            try:
+                async for line in self._reshape.set_pools(wanted, _DRAIN_S):
+                    self._reporter.event(f"controller: {line}")
+            except ClusterError as error:
+                self._reporter.event(f"controller: {error}")
+
+
+def live_of(status: admin_pb2.GetStatusResponse, workload: admin_pb2.GetWorkloadResponse) -> Live:
+    """Raises PlanError if no worker is up."""
+    return Live.of("the router", status, workload)
+
+
+def question_of(live: Live) -> Question:
+    """What comes, within the limits of the busiest class. Raises PlanError if too little has come."""
+    spec = WorkloadSpec(live.dataset, Arrivals.parse("poisson"), range(0))
+    return Question(
+        spec, live.slo, live.hardware, count=_COUNT, seeds=(0,), settle_s=_SETTLE_S, is_owned=True
+    )
+
+
+def shape_of(live: Live) -> Shape:
+    """Of the workers that are up."""
+    counts = Counter(ROLE_NAMES.get(worker.role) for worker in live.workers)
+    return Shape(*(counts[role.value] for role in Role))
+
+
+def forecast(question: Question, kinds: Sequence[Kind], shapes: Sequence[Shape], rate: float) -> list[float]:
+    """Attainment of each shape, whose workers are all of the kind that most are of, by the same requests."""
+    kind = kinds[0]
+    found = []
+    for shape in shapes:
+        sizes = ((role, getattr(shape, role.value)) for role in Role)
+        plan = Plan(tuple(Pool(role, kind, size) for role, size in sizes if size))
+        outcomes = question.outcomes(plan, rate, question.seeds[0])
+        found.append(outcomes[Outcome.GOOD] / max(1, outcomes.total()))
+    return found
+
+
+def said(decision: Decision, present: Shape, forecasts: dict[Shape, float], live: Live, *, acts: bool) -> str:
+    """A line for the log, with all that the decision was made from."""
+    shapes = live.workload.shapes
+    numbers = {
+        "verdict": decision.verdict.value,
+        "acts": acts,
+        "why": decision.why,
+        "present": str(present),
+        "best": str(decision.best),
+        "gain": round(decision.gain, 3),
+        "forecasts": {str(shape): round(share, 3) for shape, share in forecasts.items()},
+        "rate": round(live.workload.rate, 3),
+        "prompt_tokens": round(sum(one.prompt_tokens for one in shapes) / max(1, len(shapes))),
+        "answer_tokens": round(sum(one.answer_tokens for one in shapes) / max(1, len(shapes))),
+    }
+    return f"controller: {json.dumps(numbers)}"
