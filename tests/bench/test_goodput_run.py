@@ -74,6 +74,7 @@ def test_goodput_is_found_and_compared(bench: PaperBench, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_the_search_for_99_can_be_left_out_and_made_up_for(bench: PaperBench, tmp_path: Path) -> None:
     whole = experiment(demo_model_path())
     without = whole.model_copy(update={"measure": whole.measure.model_copy(update={"search_99": False})})
@@ -118,6 +119,7 @@ def test_values_that_are_beaten_are_dropped_at_once(bench: PaperBench, tmp_path:
         assert only.rate <= 1.1 * 4
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(
     bench: PaperBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_run_that_was_cut_off_goes_on(
     assert again.started == []
 
 
+@pytest.mark.slow
 def test_more_rounds_add_to_what_is_there(bench: PaperBench, tmp_path: Path) -> None:
     one = experiment(demo_model_path())
     measured(one, tmp_path)

@@ -42,6 +42,7 @@ def test_a_library_that_is_missing_or_no_library_is_named(tmp_path: Path) -> Non
         library.load_library(tmp_path / "text.so")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("capable_cpu")
 def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

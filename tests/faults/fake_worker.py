@@ -121,6 +121,16 @@ def give_up(error: BaseException) -> None:
     os._exit(1)
 
 
+async def _bound(server: grpc.aio.Server, port: int) -> int:
+    """A later life wants the port of the earlier one, which some connection may hold for a moment."""
+    for _ in range(50):
+        try:
+            return server.add_insecure_port(f"127.0.0.1:{port}")
+        except RuntimeError:
+            await asyncio.sleep(0.1)
+    return server.add_insecure_port(f"127.0.0.1:{port}")
+
+
 async def serve(spec: Spec, control: socket.socket) -> None:
     sending = threading.Lock()
 
@@ -160,7 +170,7 @@ async def serve(spec: Spec, control: socket.socket) -> None:
         service = DecodeService(info, runner, memory, backends, registry, decode, on_fatal=give_up)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     service.add_to(server)
-    address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{spec.port}')}"
+    address = f"127.0.0.1:{await _bound(server, spec.port)}"
     info.address = spec.peer_address or address
     await service.start()
     await server.start()

@@ -127,7 +127,9 @@ def test_on_mixed_workers_alone_it_beats_colocated_serving(name, rate, attain):
     assert good >= attain("colocated", {"m": 2}, WORKLOADS[name], rate)[0] + 0.03
 
 
-@pytest.mark.parametrize("workers", [{"p": 4, "d": 4}, {"p": 3, "m": 5}])
+@pytest.mark.parametrize(
+    "workers", [{"p": 4, "d": 4}, pytest.param({"p": 3, "m": 5}, marks=pytest.mark.slow)]
+)
 def test_larger_pools_in_overload(workers, attain):
     good, _ = attain("goodput", workers, WORKLOADS["room for chunks"], rate=10.0, requests=250)
     for baseline in ("least_loaded", "power_of_two"):
