@@ -111,9 +111,8 @@ class Cover:
         self._reporter.event(f"worker {life.worker_id} {why}: it is {ROLE_NAMES[role]} from now on")
         self._own[life.worker_id] = own
         drain_s = _DRAIN_S if role == own else 0.0
-        with contextlib.suppress(
-            ClusterError
-        ):  # it died, or is started anew in that role: the next look sees
+        # If it died meanwhile, or is started anew in that role, the next look sees it.
+        with contextlib.suppress(ClusterError):
             async with contextlib.aclosing(self._reshape.become(life, role, drain_s)) as lines:
                 async for _ in lines:
                     pass

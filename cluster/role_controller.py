@@ -3,7 +3,7 @@
 Every tick: what the router has seen lately (rate, lengths of prompts and answers) is simulated with the shape
 that there is and with each that one change of role leads to, by the workers' own step times; role_decider.py
 decides. All that a decision was made from is a line of JSON in the log. Simulations run in a process of their
-own that gives way to everybody else.
+own that gives way to everybody else. What goes wrong with them is said, and nothing else is the worse for it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
-
-from prelay.v1 import admin_pb2
 
 from cluster.errors import ClusterError
 from cluster.planner.errors import PlanError
@@ -30,6 +28,7 @@ from cluster.reshape import Reshape
 from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
 from cluster.roles import ROLE_NAMES
 from cluster.router_process import RouterProcess
+from cluster.simulator.errors import SimulationError
 from cluster.workload.arrivals import Arrivals
 from cluster.workload.drawing import WorkloadSpec
 from cluster.workload.judge import Outcome
@@ -64,28 +63,36 @@ class RoleController:
 
     async def keep(self) -> None:
         """For ever."""
-        executor = ProcessPoolExecutor(1, get_context("spawn"), os.nice, (_NICE,))
-        try:
-            while True:
-                await asyncio.sleep(self._tick_s)
-                if not self._reshape.changing.locked():
-                    await self._look(executor)
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        while True:
+            executor = ProcessPoolExecutor(1, get_context("spawn"), os.nice, (_NICE,))
+            try:
+                while True:
+                    await asyncio.sleep(self._tick_s)
+                    if not self._reshape.changing.locked():
+                        await self._look(executor)
+            except BrokenExecutor as error:
+                self._reporter.event(f"controller: its process has ended ({error}); another one is started")
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
 
     async def _look(self, executor: ProcessPoolExecutor) -> None:
         try:
-            live = live_of(await self._router.status(), await self._router.workload())
-            asked = question_of(live)
+            status, workload = await self._router.status(), await self._router.workload()
+            live = Live.of("the router", status, workload)
+            asked, kinds = question_of(live), live.kinds()
         except (ClusterError, PlanError, ProfileError):
             return  # too little has come yet, or the router is gone, which is seen elsewhere
         present = shape_of(live)
         if not present.can_serve or live.workload.rate <= 0 or not self._reshape.is_settled:
             return
         shapes = [present, *present.neighbours()]
-        found = await asyncio.get_running_loop().run_in_executor(
-            executor, forecast, asked, live.kinds(), shapes, live.workload.rate
-        )
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(
+                executor, forecast, asked, kinds, shapes, live.workload.rate
+            )
+        except SimulationError as error:
+            self._reporter.event(f"controller: what came cannot be simulated: {error}")
+            return
         forecasts = dict(zip(shapes, found, strict=True))
         decision = self._decider.look(time.monotonic(), present, forecasts)
         if decision.verdict is not Verdict.STAY:
@@ -103,11 +110,6 @@ class RoleController:
                     self._reporter.event(f"controller: {line}")
             except ClusterError as error:
                 self._reporter.event(f"controller: {error}")
-
-
-def live_of(status: admin_pb2.GetStatusResponse, workload: admin_pb2.GetWorkloadResponse) -> Live:
-    """Raises PlanError if no worker is up."""
-    return Live.of("the router", status, workload)
 
 
 def question_of(live: Live) -> Question:

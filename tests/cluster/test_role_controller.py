@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from prelay.v1 import admin_pb2, worker_pb2
 
 from cluster.errors import WorkerError
-from cluster.role_controller import RoleController, forecast, live_of, question_of, shape_of
+from cluster.planner.live import Live
+from cluster.role_controller import RoleController, forecast, question_of, shape_of
 from cluster.role_decider import RoleDecider, Shape, Verdict
+from cluster.simulator.errors import SimulationError
 from tests.cluster.test_reshape import World
 
 PAIR, TWO_MIXED = Shape(1, 1, 0), Shape(0, 0, 2)
@@ -96,7 +99,7 @@ P, D, M = worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE, worker_pb2.ROLE_MIXED
 
 def test_the_simulator_knows_which_role_is_missing() -> None:
     """Long prompts and short answers: three that read and one that writes are better than the other way."""
-    live = live_of(status_of(P, D, D, D), workload_of(1000, 8, 4.0))
+    live = Live.of("the router", status_of(P, D, D, D), workload_of(1000, 8, 4.0))
     assert shape_of(live) == Shape(1, 3, 0)
     found = forecast(question_of(live), live.kinds(), [Shape(1, 3, 0), Shape(3, 1, 0)], 4.0)
     assert found[1] > found[0] + 0.2
@@ -119,8 +122,6 @@ class Here:
     """Instead of a pool of processes."""
 
     def submit(self, function: Any, *arguments: Any) -> Any:
-        from concurrent.futures import Future
-
         future: Future[Any] = Future()
         future.set_result(function(*arguments))
         return future
@@ -143,7 +144,27 @@ async def test_a_role_is_changed_after_three_looks(acts: bool) -> None:
     )
     assert (world.log != []) == acts
     if acts:
-        assert len({life.role for life in world.lives} - {P, D}) + len(world.log) > 0
+        roles = [life.role for life in world.lives]
+        wanted = numbers["best"]
+        assert wanted == f"{roles.count(P)} prefill + {roles.count(D)} decode + {roles.count(M)} mixed"
+
+
+async def test_what_cannot_be_simulated_is_said() -> None:
+    world = World()
+    said: list[str] = []
+    world.event = said.append  # type: ignore[attr-defined]
+
+    class Fails:
+        def submit(self, function: Any, *arguments: Any) -> Any:
+            future: Future[Any] = Future()
+            future.set_exception(SimulationError("too long"))
+            return future
+
+    router = Router(status_of(P, D), workload_of(1000, 8, 4.0))
+    controller = RoleController(cast(Any, router), world.reshape, cast(Any, world), acts=True)
+    await controller._look(cast(Any, Fails()))
+    assert said == ["controller: what came cannot be simulated: too long"]
+    assert world.log == []
 
 
 @pytest.mark.parametrize(
