@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from bench.cli_parts import need_directory, need_matplotlib, progress
-from cluster.cli_options import not_nan
+from cluster.cli_options import not_nan, tls_option
 from cluster.planner.errors import PlanError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
@@ -44,6 +44,7 @@ Exit codes:
     metavar="HOST:PORT",
     help="Admin port of a running router: plan for what it has seen, and without --gpus for its workers.",
 )
+@tls_option
 @click.option(
     "--per-node", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Devices of a node."
 )

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from cluster.cli_change import COMMANDS as CHANGES
-from cluster.cli_options import admin_option, not_nan
+from cluster.cli_options import admin_option, not_nan, tls_option
 
 if TYPE_CHECKING:
     from cluster.config import ServeConfig
+    from engine.tls import Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -179,8 +180,9 @@ Exit codes:
 
 @cli.command(epilog=_WATCH_EXIT_CODES)
 @admin_option
+@tls_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def status(admin: str, as_json: bool) -> int:
+def status(admin: str, tls: Identity | None, as_json: bool) -> int:
     """Show once what a running server does: workers, queues, KV use, attainment by SLO class, latencies.
 
     Counts and attainment are since the router started, TTFT and TPOT of the last 1,024 requests. With --json
@@ -196,7 +198,7 @@ def status(admin: str, as_json: bool) -> int:
     from cluster.status import StatusClient, status_json
     from cluster.status_view import status_view
 
-    with StatusClient(admin) as client:
+    with StatusClient(admin, tls) as client:
         found = client.fetch()
     if as_json:
         click.echo(json.dumps(status_json(found)))
@@ -207,6 +209,7 @@ def status(admin: str, as_json: bool) -> int:
 
 @cli.command(epilog=_WATCH_EXIT_CODES)
 @admin_option
+@tls_option
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600.0),
@@ -216,7 +219,7 @@ def status(admin: str, as_json: bool) -> int:
     metavar="SECONDS",
     help="Between two looks.",
 )
-def top(admin: str, interval: float) -> int:
+def top(admin: str, tls: Identity | None, interval: float) -> int:
     """Watch what a running server does, live on the terminal, until Ctrl-C.
 
     Shows what `prelay status` shows, and beside it rates and attainment of the last 30 seconds. While no
@@ -234,7 +237,7 @@ def top(admin: str, interval: float) -> int:
     # Ended otherwise than by Ctrl-C, too, it leaves the terminal as it was.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        run_top(admin, interval, Console(width=None if sys.stdout.isatty() else 120))
+        run_top(admin, interval, Console(width=None if sys.stdout.isatty() else 120), tls)
     return 0
 
 
@@ -260,6 +263,38 @@ def key(tenant: str) -> int:
     entry = {"tenants": {tenant: {"keys": [hashlib.sha256(made.encode()).hexdigest()]}}}
     click.echo(f"# The key, for authorization: Bearer KEY. It is not kept anywhere:\n# {made}")
     click.echo(yaml.safe_dump(entry, sort_keys=False), nl=False)
+    return 0
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+@click.argument("names", nargs=-1, metavar="[HOST...]")
+@click.option(
+    "--days",
+    type=click.IntRange(1, 3650),
+    default=365,
+    show_default=True,
+    metavar="N",
+    help="Valid for so long.",
+)
+def certificates(directory: Path, names: tuple[str, ...], days: int) -> int:
+    """Make certificates for TLS in DIR, for a deployment that gets none from elsewhere.
+
+    HOST: names or IP addresses under which clients know the router, for tls.clients; tls.internal needs none.
+    The first time an authority is made (ca.crt, ca.key), after that only tls.crt and tls.key are made anew,
+    of the same authority: a running deployment takes them from then on. Keep ca.key to yourself; the others
+    are what every host needs.
+
+    \b
+    Examples:
+      prelay certificates tls/
+      prelay certificates tls/ prelay.example.com 10.0.0.7
+      prelay serve --set tls.internal=tls --set tls.clients=tls
+    """
+    from cluster.certificates import make_certificates
+
+    made = make_certificates(directory, names, days)
+    click.echo(f"{directory}: {'an authority, and ' if made else ''}a certificate for {days} days")
     return 0
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from engine.tls import Identity
 
 
 def _checked_address(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -31,4 +36,23 @@ admin_option = click.option(
     metavar="HOST:PORT",
     callback=_checked_address,
     help="The router's admin port.",
+)
+
+
+def _identity(context: click.Context, parameter: click.Parameter, value: Path | None) -> Identity | None:
+    from engine.errors import TlsError
+    from engine.tls import Identity
+
+    try:
+        return None if value is None else Identity(value)
+    except TlsError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+tls_option = click.option(
+    "--tls",
+    type=click.Path(path_type=Path),
+    callback=_identity,
+    metavar="DIR",
+    help="Certificates, if the admin port has TLS (tls.internal).",
 )

@@ -24,6 +24,7 @@ from cluster.sections import (
     RaySection,
     RouterSection,
     SloSection,
+    TlsSection,
     TransferSection,
 )
 
@@ -42,18 +43,20 @@ class ServeConfig(BaseModel):
     router: RouterSection = Field(default_factory=RouterSection)
     slo: SloSection = Field(default_factory=SloSection)
     controller: ControllerSection = Field(default_factory=ControllerSection)
+    tls: TlsSection = Field(default_factory=TlsSection)
     ray: RaySection = Field(default_factory=RaySection)
 
     def resolved(self) -> ServeConfig:
         """The same configuration with the model's path and name filled in, and all paths absolute."""
         path = (self.model.path or demo_model_path()).absolute()
-        profile = None if self.model.profile is None else self.model.profile.absolute()
+        profile = _absolute(self.model.profile)
         filled = {"path": path, "name": self.model.name or path.name, "profile": profile}
-        tenants = None if self.router.tenants is None else self.router.tenants.absolute()
+        tls = {"internal": _absolute(self.tls.internal), "clients": _absolute(self.tls.clients)}
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update=filled),
-                "router": self.router.model_copy(update={"tenants": tenants}),
+                "router": self.router.model_copy(update={"tenants": _absolute(self.router.tenants)}),
+                "tls": self.tls.model_copy(update=tls),
             }
         )
 
@@ -118,6 +121,10 @@ class ServeConfig(BaseModel):
     def num_cpus(self) -> int:
         """CPUs that the workers of all pools take together."""
         return sum(pool.replicas * pool.num_ranks * pool.threads for pool in self.pools.values())
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def demo_model_path() -> Path:

@@ -27,8 +27,14 @@ class Override:
     flag: str
 
 
-_PATHS = (("model", "path"), ("model", "profile"), ("router", "tenants"))
-"""Keys that are files."""
+_PATHS = (
+    ("model", "path"),
+    ("model", "profile"),
+    ("router", "tenants"),
+    ("tls", "internal"),
+    ("tls", "clients"),
+)
+"""Keys that are files or directories."""
 
 
 def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> ServeConfig:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import grpc
     from prometheus_client import CollectorRegistry
 
+    from engine.tls import Identity
+
 
 class Service(Protocol):
     """What PrefillService and DecodeService have in common."""
@@ -34,9 +36,11 @@ def service_of(
     engine: HostEngine,
     spec: HostSpec,
     registry: CollectorRegistry,
+    identity: Identity | None,
     on_fatal: Callable[[BaseException], None],
 ) -> Service:
-    """The service of the role in `info`. on_fatal: called in the engine thread when the role cannot go on."""
+    """The service of the role in `info`. identity: with which it dials others. on_fatal: called in the engine
+    thread when the role cannot go on."""
     backends = engine.make_backends(spec.epoch)
     if info.role == worker_pb2.ROLE_PREFILL:
         from prefill_worker.servicer import PrefillService, PrefillSettings
@@ -54,6 +58,7 @@ def service_of(
 
     writes = DecodeSettings(
         secret=spec.secret,
+        identity=identity,
         max_num_seqs=spec.max_num_seqs,
         max_batch_tokens=spec.max_batch_tokens,
         heartbeat_s=spec.heartbeat_s,

@@ -29,6 +29,7 @@ from cluster.role_controller import RoleController
 from cluster.router_process import RouterAddresses, RouterProcess
 from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
 from cluster.worker_specs import worker_specs
+from engine.tls import Identity
 from router.settings import RouterSettings
 from router.slo import SloClass
 
@@ -64,6 +65,8 @@ class Deployment:
     ) -> None:
         self._router_log_level = router_log_level
         self._secret = secrets.token_hex(32)
+        # Made when it starts, as it reads files.
+        self._identity: Identity | None = None
         self._config = config
         self._reporter = reporter
         self._on_router_log = on_router_log
@@ -82,12 +85,16 @@ class Deployment:
         begin = time.monotonic()
         self._reporter.progress("router", "starting", None)
         settings = router_settings(self._config, self._router_log_level)
-        router = self._router = await RouterProcess.start(settings.to_json(), self._on_router_log)
+        if self._config.tls.internal is not None:
+            self._identity = Identity(self._config.tls.internal)
+        router = self._router = await RouterProcess.start(
+            settings.to_json(), self._on_router_log, self._identity
+        )
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
         self._reshape = reshape = Reshape(self._config, self, router)
         self._cover = Cover(self, reshape, self._reporter)
-        self._control = await ControlServer.start(reshape, router.addresses.admin)
+        self._control = await ControlServer.start(reshape, router.addresses.admin, self._identity)
         await router.controlled_at(self._control.address)
         return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
 
@@ -159,9 +166,8 @@ class Deployment:
         await life.end()
 
     def _life(self, spec: HostSpec, router: RouterProcess) -> WorkerLife:
-        return WorkerLife(
-            replace(spec, secret=self._secret), self._cluster, router, self._reporter, RestartPolicy()
-        )
+        secured = replace(spec, secret=self._secret, tls=self._config.tls.internal)
+        return WorkerLife(secured, self._cluster, router, self._reporter, RestartPolicy())
 
     def _keep(self, life: WorkerLife) -> None:
         self._keeping[asyncio.create_task(life.keep_alive())] = life
@@ -246,8 +252,15 @@ def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
         retry_after_s=router.retry_after_s,
         request_timeout_s=router.request_timeout_s,
         log_level=log_level,
-        tenants=None if router.tenants is None else str(router.tenants),
+        tenants=_path(router.tenants),
+        internal_tls=_path(config.tls.internal),
+        client_tls=_path(config.tls.clients),
+        client_certificates=config.tls.client_certificates,
     )
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _who_is_left(lives: Iterable[WorkerLife]) -> str:

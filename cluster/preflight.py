@@ -12,6 +12,7 @@ from engine.fake import FAKE_VOCAB_SIZE
 from engine.kv_sizing import blocks_of_share
 from engine.layout import KvLayout
 from engine.shard import Shard
+from engine.tls import Identity
 from engine.tokenizer import Tokenizer
 from router.errors import SettingsError
 from router.tenants import read_accounts
@@ -56,6 +57,7 @@ def check_model(config: ServeConfig) -> ServeConfig:
             read_accounts(config.router.tenants)
         except SettingsError as error:
             raise ConfigError(f"router.{error}") from error
+    check_identities(config)
     for name, pool in config.pools.items():
         if config.model.load == "simulated" and pool.num_ranks > 1:
             raise ConfigError(
@@ -81,6 +83,20 @@ def check_model(config: ServeConfig) -> ServeConfig:
         _check_memory(config, model, available)
     section = config.model.model_copy(update={"max_model_len": max_model_len})
     return config.model_copy(update={"model": section})
+
+
+def check_identities(config: ServeConfig) -> None:
+    """Read the certificates. Raises ConfigError if they cannot be used."""
+    tls = config.tls
+    for key, directory, asks in (
+        ("internal", tls.internal, True),
+        ("clients", tls.clients, tls.client_certificates),
+    ):
+        if directory is not None:
+            try:
+                Identity(directory, asks_clients=asks)
+            except EngineError as error:
+                raise ConfigError(f"tls.{key}: {error}") from error
 
 
 def with_kv_sizes(config: ServeConfig, model: ModelConfig, max_model_len: int, available: int) -> ServeConfig:

@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from prelay.v1 import admin_pb2, admin_pb2_grpc, worker_pb2
 
 from cluster.errors import AddressInUseError, RouterError, WorkerError
+from engine.tls import Identity, dial
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 3.5
@@ -44,16 +45,19 @@ class RouterProcess:
         process: asyncio.subprocess.Process,
         addresses: RouterAddresses,
         relay: _Relay,
+        identity: Identity | None,
     ) -> None:
         self.addresses = addresses
         self._process = process
         self._relay = relay
-        self._channel = grpc.aio.insecure_channel(addresses.admin)
-        self._admin = admin_pb2_grpc.RouterAdminStub(self._channel)
+        self._identity = identity
 
     @classmethod
-    async def start(cls, settings_json: str, on_line: Callable[[str], None]) -> Self:
+    async def start(
+        cls, settings_json: str, on_line: Callable[[str], None], identity: Identity | None = None
+    ) -> Self:
         """Start the router and wait until it listens. on_line: told what it writes to standard error.
+        identity: if its admin port is to have TLS.
 
         Raises AddressInUseError or RouterError with the router's own message.
         """
@@ -86,7 +90,7 @@ class RouterProcess:
                 "\n".join(relay.last_lines) or f"the router ended with exit code {process.returncode}"
             )
         relay.forward_to(on_line)
-        return cls(process, RouterAddresses(**json.loads(ready_line)), relay)
+        return cls(process, RouterAddresses(**json.loads(ready_line)), relay, identity)
 
     @property
     def pid(self) -> int:
@@ -110,7 +114,7 @@ class RouterProcess:
             secret=secret,
         )
         try:
-            await self._admin.RegisterWorker(request, timeout=_ADMIN_TIMEOUT_S)
+            await self._ask("RegisterWorker", request)
         except grpc.aio.AioRpcError as error:
             raise WorkerError(
                 f"the router cannot use worker {info.worker_id} at {info.address}: "
@@ -126,7 +130,7 @@ class RouterProcess:
         WorkerError when the router does not have it."""
         request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, epoch=epoch, draining=draining)
         try:
-            answer = await self._admin.DrainWorker(request, timeout=_ADMIN_TIMEOUT_S)
+            answer = await self._ask("DrainWorker", request)
         except grpc.aio.AioRpcError as error:
             raise WorkerError(f"the router cannot drain worker {worker_id}: {error.details()}") from error
         return int(answer.live_requests)
@@ -135,9 +139,7 @@ class RouterProcess:
         """Tell the router where whoever wants to change the workers finds somebody who does. Raises
         RouterError."""
         try:
-            await self._admin.SetController(
-                admin_pb2.SetControllerRequest(address=address), timeout=_ADMIN_TIMEOUT_S
-            )
+            await self._ask("SetController", admin_pb2.SetControllerRequest(address=address))
         except grpc.aio.AioRpcError as error:
             raise RouterError(
                 f"the router does not take the controller's address: {error.details()}"
@@ -155,14 +157,12 @@ class RouterProcess:
     async def _remove(self, worker_id: str, epoch: int, *, comes_back: bool) -> None:
         request = admin_pb2.RemoveWorkerRequest(worker_id=worker_id, epoch=epoch, comes_back=comes_back)
         with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._admin.RemoveWorker(request, timeout=_ADMIN_TIMEOUT_S)
+            await self._ask("RemoveWorker", request)
 
     async def status(self) -> admin_pb2.GetStatusResponse:
         """Raises WorkerError."""
         try:
-            status: admin_pb2.GetStatusResponse = await self._admin.GetStatus(
-                admin_pb2.GetStatusRequest(), timeout=_ADMIN_TIMEOUT_S
-            )
+            status: admin_pb2.GetStatusResponse = await self._ask("GetStatus", admin_pb2.GetStatusRequest())
         except grpc.aio.AioRpcError as error:
             raise WorkerError(f"the router does not say which workers it has: {error.details()}") from error
         return status
@@ -170,16 +170,21 @@ class RouterProcess:
     async def workload(self) -> admin_pb2.GetWorkloadResponse:
         """What has come lately. Raises WorkerError."""
         try:
-            workload: admin_pb2.GetWorkloadResponse = await self._admin.GetWorkload(
-                admin_pb2.GetWorkloadRequest(), timeout=_ADMIN_TIMEOUT_S
+            workload: admin_pb2.GetWorkloadResponse = await self._ask(
+                "GetWorkload", admin_pb2.GetWorkloadRequest()
             )
         except grpc.aio.AioRpcError as error:
             raise WorkerError(f"the router does not say what has come: {error.details()}") from error
         return workload
 
+    async def _ask(self, method: str, request: object) -> Any:
+        """Dialled anew each time, so with the certificates of the day. Raises grpc.aio.AioRpcError."""
+        async with dial(self.addresses.admin, self._identity) as channel:
+            stub = admin_pb2_grpc.RouterAdminStub(channel)
+            return await getattr(stub, method)(request, timeout=_ADMIN_TIMEOUT_S)
+
     async def stop(self) -> None:
         """End the router: it ends its clients' streams with an error, or is killed if that takes too long."""
-        await self._channel.close()
         if self._process.stdin is not None:
             self._process.stdin.close()
         with contextlib.suppress(ProcessLookupError):

@@ -284,6 +284,28 @@ class ControllerSection(Section):
     mode: Literal["none", "observe", "act"] = "none"
 
 
+class TlsSection(Section):
+    """Directories of certificates, with tls.crt, tls.key and ca.crt (engine/tls.py); None is without TLS.
+
+    internal: of router, workers, controller and operators, at the same path on all hosts. clients: what the
+    router shows clients, over HTTP and gRPC. client_certificates: clients need one, too, of an authority in
+    that directory's ca.crt.
+    """
+
+    internal: Annotated[Path | None, Field(strict=False)] = None
+    clients: Annotated[Path | None, Field(strict=False)] = None
+    client_certificates: bool = False
+
+    @model_validator(mode="after")
+    def _clients_see_ours(self) -> Self:
+        if self.client_certificates and self.clients is None:
+            raise ValueError(
+                "tls.client_certificates is true, but tls.clients is not given: who asks for "
+                "certificates has to show one; give its directory"
+            )
+        return self
+
+
 class RaySection(Section):
     """address: HOST:PORT of a running Ray cluster; None starts a private one on this machine."""
 

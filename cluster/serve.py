@@ -75,9 +75,10 @@ def _worker_json(worker: LiveWorker) -> dict[str, Any]:
 def ready_panel(ready: Ready) -> Panel:
     """The same for a person."""
     addresses = ready.addresses
+    scheme = "http" if ready.config.tls.clients is None else "https"
     listeners = Table.grid(padding=(0, 2))
     for name, url, note in (
-        ("HTTP", f"http://{addresses.http}", "OpenAI-compatible, under /v1"),
+        ("HTTP", f"{scheme}://{addresses.http}", "OpenAI-compatible, under /v1"),
         ("gRPC", addresses.grpc, "prelay.v1.Inference, health, reflection"),
         ("metrics", f"http://{addresses.metrics}/metrics", "Prometheus; /targets lists the workers"),
         ("admin", addresses.admin, "prelay.v1.RouterAdmin; `prelay top` looks at it"),

@@ -14,6 +14,7 @@ from cluster.errors import NoRouterError
 from cluster.status import StatusClient
 from cluster.status_view import status_view, waiting_view
 from cluster.status_window import StatusWindow
+from engine.tls import Identity
 
 WINDOW_S = 30.0
 """Long enough to see an attainment that does not jump, short enough to see what has just changed."""
@@ -25,10 +26,10 @@ class Asks(Protocol):
     def fetch(self) -> admin_pb2.GetStatusResponse: ...
 
 
-def top(address: str, interval_s: float, console: Console) -> None:
+def top(address: str, interval_s: float, console: Console, identity: Identity | None = None) -> None:
     """Draw until KeyboardInterrupt; what was on the terminal before is there again then. Where nothing can
     be drawn in place, one status is printed. Raises NoRouterError only then."""
-    with StatusClient(address) as client:
+    with StatusClient(address, identity) as client:
         if not console.is_terminal or console.is_dumb_terminal:
             console.print(status_view(client.fetch(), None, address))
             return

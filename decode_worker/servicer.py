@@ -21,6 +21,7 @@ from engine.prefix_cache import PrefixCache
 from engine.router_messages import Load, RouterBatch
 from engine.router_stream import RouterStreams
 from engine.runner import StepRunner
+from engine.tls import Identity
 from transfer.base import Backend, KvMemory
 from transfer.handoff import Connect, Disconnect, Lend, Recall, SendAcknowledge, SendDrop
 from transfer.handshake import our_handshake
@@ -35,8 +36,8 @@ class DecodeSettings:
     """max_num_seqs: most sequences in one step. max_batch_tokens: most tokens in one step, those of prompts
     and those that are computed again after a preemption included. heartbeat_s: between snapshots. lease_s:
     how long blocks stay set aside for a hand-off without news, and how long a link may be silent.
-    digest_share: of the requests, 0 to 1, whose KV is checked by digests. secret: with which prefill workers
-    are dialled."""
+    digest_share: of the requests, 0 to 1, whose KV is checked by digests. secret, identity: with which
+    prefill workers are dialled."""
 
     max_num_seqs: int
     max_batch_tokens: int
@@ -44,6 +45,7 @@ class DecodeSettings:
     lease_s: float
     digest_share: float
     secret: str = field(default="", repr=False)
+    identity: Identity | None = None
 
 
 class DecodeService:
@@ -99,6 +101,7 @@ class DecodeService:
             self._engine.post,
             clock,
             settings.secret,
+            settings.identity,
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:

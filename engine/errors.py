@@ -5,6 +5,7 @@ EngineError
 ├── UnsupportedModelError    the checkpoint is sound, but this engine does not compute that model
 ├── DeviceError              the device that is asked for cannot be used
 ├── KernelsUnavailableError  the compiled CPU kernels are asked for, and cannot be used here
+├── TlsError                 certificates for TLS are missing, or cannot be used
 ├── TokenizerError           a text or a list of messages cannot be turned into tokens
 ├── InvalidStepError         a scheduled chunk that no engine could run
 ├── KvMemoryError            the memory there is does not hold the KV of one sequence
@@ -35,6 +36,10 @@ class DeviceError(EngineError):
 
 class KernelsUnavailableError(EngineError):
     """The compiled CPU kernels were not built, or this CPU cannot run them; torch does the same work."""
+
+
+class TlsError(EngineError):
+    """The message names the file, and says what it has to be."""
 
 
 class TokenizerError(EngineError):

@@ -1,9 +1,13 @@
 """Who may dial a worker: whoever knows the secret that its launcher has given to all workers and routers of
-one deployment. It travels as metadata of the call, once for each stream.
+one deployment.
+
+The secret itself does not travel: the metadata of each stream has a digest of it and of the life that is
+dialled, so whoever listens in can dial that life and no later one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -11,21 +15,21 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-_KEY = "x-prelay-secret"
+_KEY = "x-prelay-proof"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-def metadata_of(secret: str) -> tuple[tuple[str, str], ...]:
-    """For a call to a worker; empty if there is no secret."""
-    return ((_KEY, secret),) if secret else ()
+def metadata_of(secret: str, worker_id: str, epoch: int) -> tuple[tuple[str, str], ...]:
+    """For a call to that life of a worker; empty if there is no secret."""
+    return ((_KEY, _proof(secret, worker_id, epoch)),) if secret else ()
 
 
 class SecretInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses streams without the secret, before anything of them is read."""
+    """Refuses streams without the proof, before anything of them is read."""
 
-    def __init__(self, secret: str) -> None:
-        """secret: not empty."""
-        self._secret = secret.encode()
+    def __init__(self, secret: str, worker_id: str, epoch: int) -> None:
+        """secret: not empty. worker_id, epoch: of the life that serves here."""
+        self._proof = _proof(secret, worker_id, epoch).encode()
         self._refusal: _Handler = grpc.stream_stream_rpc_method_handler(_refuse)
 
     async def intercept_service(
@@ -34,12 +38,17 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         given = dict(handler_call_details.invocation_metadata or ()).get(_KEY, "")
-        known = hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._secret)
+        known = hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._proof)
         return await continuation(handler_call_details) if known else self._refusal
 
 
 async def _refuse(request_iterator: Any, context: Any) -> None:
     await context.abort(
         grpc.StatusCode.UNAUTHENTICATED,
-        "this worker takes streams of its own deployment only: the secret is missing or another's",
+        "this life of the worker takes streams of its own deployment only: the proof is missing, or for "
+        "another life",
     )
+
+
+def _proof(secret: str, worker_id: str, epoch: int) -> str:
+    return hmac.new(secret.encode(), f"{worker_id}@{epoch}".encode(), hashlib.sha256).hexdigest()

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prelay.v1 import admin_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from engine.tls import Identity, listen
 from router.admin import AdminApi
 from router.dispatch import Dispatcher
 from router.errors import AddressTakenError
@@ -70,8 +71,15 @@ class Router:
     ) -> None:
         """rng: of placement; each router needs its own, as those side by side must not choose alike.
 
-        Reads the tokenizer. Raises SettingsError, or engine.errors.EngineError for a bad checkpoint."""
+        Reads the tokenizer. Raises SettingsError, or engine.errors.EngineError for a bad checkpoint or
+        certificates."""
         self._settings = settings
+        self._internal = None if settings.internal_tls is None else Identity(settings.internal_tls)
+        self._shown = (
+            None
+            if settings.client_tls is None
+            else Identity(settings.client_tls, asks_clients=settings.client_certificates)
+        )
         model = ServedModel.load(settings.model_name, Path(settings.checkpoint), settings.max_model_len)
         slo = SloPolicy(settings.slo_classes, settings.default_slo_class)
         self.registry = CollectorRegistry()
@@ -126,6 +134,7 @@ class Router:
             liveness_timeout_s=settings.liveness_timeout_s,
             clock=clock,
             on_change=self._workers_changed.set,
+            identity=self._internal,
         )
         self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._admin = AdminApi(self.workers, self.dispatcher.live, slo, settings.policy, clock)
@@ -158,15 +167,15 @@ class Router:
             )
             admin_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
             admin_pb2_grpc.add_RouterAdminServicer_to_server(self._admin, admin_server)
-            admin = await _serve_grpc(stack, "admin", settings.admin, admin_server)
+            admin = await _serve_grpc(stack, "admin", settings.admin, admin_server, self._internal)
             public_server = grpc.aio.server(options=_server_options(settings.max_body_bytes))
             self._inference.add_to(public_server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, public_server)
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, public_server)
             await self._report_health()
-            public = await _serve_grpc(stack, "grpc", settings.grpc, public_server)
-            http = await _serve_http(stack, "http", settings.http, self._http.application())
+            public = await _serve_grpc(stack, "grpc", settings.grpc, public_server, self._shown)
+            http = await _serve_http(stack, "http", settings.http, self._http.application(), self._shown)
             for background in (self.workers.keep_watch(), self._keep_health(), self._tenants.follow()):
                 task = asyncio.create_task(background)
                 task.add_done_callback(_report_defect)
@@ -218,11 +227,13 @@ def _server_options(max_body_bytes: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-async def _serve_grpc(stack: AsyncExitStack, setting: str, address: str, server: grpc.aio.Server) -> str:
+async def _serve_grpc(
+    stack: AsyncExitStack, setting: str, address: str, server: grpc.aio.Server, identity: Identity | None
+) -> str:
     host, port = split_address(setting, address)
     literal = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{literal}:{port}")
+        bound = listen(server, f"{literal}:{port}", identity)
     except RuntimeError as error:
         raise AddressTakenError(
             setting, address, "it is in use, or not an address of this machine"
@@ -232,14 +243,20 @@ async def _serve_grpc(stack: AsyncExitStack, setting: str, address: str, server:
     return f"{literal}:{bound}"
 
 
-async def _serve_http(stack: AsyncExitStack, setting: str, address: str, app: web.Application) -> str:
+async def _serve_http(
+    stack: AsyncExitStack,
+    setting: str,
+    address: str,
+    app: web.Application,
+    identity: Identity | None = None,
+) -> str:
     host, port = split_address(setting, address)
     runner = web.AppRunner(
         app, access_log=None, logger=HttpServerLog(_log), handler_cancellation=True, shutdown_timeout=0.2
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port)
+    site = web.TCPSite(runner, host, port, ssl_context=None if identity is None else identity.http_context())
     try:
         await site.start()
     except (OSError, socket.gaierror) as error:

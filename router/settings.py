@@ -34,6 +34,8 @@ class RouterSettings:
     stop_grace_s: how long live streams may go on when the router is told to stop.
     log_level: DEBUG, INFO, WARNING or ERROR.
     tenants: file of who may ask (tenants.py); None lets everybody.
+    internal_tls: directory of the certificates (engine.tls) for the admin port and the links to workers.
+    client_tls: of those for HTTP and gRPC; client_certificates: clients need one, too. None is without TLS.
     tokenizer_threads: for tokenisation and chat templates, which stay off the event loop.
     """
 
@@ -64,6 +66,9 @@ class RouterSettings:
     tokenizer_threads: int = 2
     log_level: str = "INFO"
     tenants: str | None = None
+    internal_tls: str | None = None
+    client_tls: str | None = None
+    client_certificates: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> RouterSettings:
@@ -113,8 +118,11 @@ class RouterSettings:
             raise SettingsError(f"policy is {self.policy!r}; give one of {', '.join(sorted(POLICIES))}")
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise SettingsError(f"log_level is {self.log_level!r}; give DEBUG, INFO, WARNING or ERROR")
-        if self.tenants is not None:
-            _require("tenants", self.tenants, str)
+        for name in ("tenants", "internal_tls", "client_tls"):
+            if (path := getattr(self, name)) is not None:
+                _require(name, path, str)
+        if not isinstance(self.client_certificates, bool):
+            raise SettingsError(f"client_certificates is {self.client_certificates!r}; give true or false")
         if self.max_model_len is not None:
             _require("max_model_len", self.max_model_len, int)
         for name in ("http", "grpc", "metrics", "admin"):

@@ -19,6 +19,7 @@ import grpc.aio
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
 from engine.link_secret import metadata_of
+from engine.tls import Identity, dial
 from router.errors import WorkerRefusedError, WorkerUnreachableError
 from router.pool_view import Role
 
@@ -148,16 +149,19 @@ class WorkerLink:
             self.fail(f"its stream does not take commands: {error}")
 
 
-async def connect(registration: Registration, router_id: str, timeout_s: float) -> WorkerLink:
-    """Dials the worker and exchanges hellos.
+async def connect(
+    registration: Registration, router_id: str, timeout_s: float, identity: Identity | None = None
+) -> WorkerLink:
+    """Dials the worker and exchanges hellos. identity: of this router; None is without TLS.
 
     Raises WorkerUnreachableError when it does not answer, WorkerRefusedError when it is not what was
     announced.
     """
-    channel = grpc.aio.insecure_channel(registration.address, options=_CHANNEL_OPTIONS)
+    channel = dial(registration.address, identity, _CHANNEL_OPTIONS)
     try:
         async with asyncio.timeout(timeout_s):
-            call = worker_pb2_grpc.WorkerStub(channel).Attach(metadata=metadata_of(registration.secret))
+            proof = metadata_of(registration.secret, registration.worker_id, registration.epoch)
+            call = worker_pb2_grpc.WorkerStub(channel).Attach(metadata=proof)
             hello = worker_pb2.RouterHello(
                 router_id=router_id,
                 protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from engine.latency import ProfileError
+from engine.tls import Identity
 from router.commands import latency_model
 from router.dispatch import Dispatcher
 from router.errors import WorkerRefusedError
@@ -39,8 +40,10 @@ class Workers:
         liveness_timeout_s: float,
         clock: Callable[[], float],
         on_change: Callable[[], None],
+        identity: Identity | None = None,
     ) -> None:
-        """on_change: called after any worker came up, went down or was forgotten."""
+        """on_change: called after any worker came up, went down or was forgotten. identity: with which they
+        are dialled; None is without TLS."""
         self._router_id = router_id
         self._pool = pool
         self._dispatcher = dispatcher
@@ -51,6 +54,7 @@ class Workers:
         self._liveness_timeout_s = liveness_timeout_s
         self._clock = clock
         self._on_change = on_change
+        self._identity = identity
         self._links: dict[str, WorkerLink] = {}
         # By worker id, so that two lives of one worker are compared one after the other.
         self._registering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -91,7 +95,7 @@ class Workers:
                 if known.role is not registration.role:
                     self._change_role(known, registration.role)
                 return  # or said twice
-            link = await connect(registration, self._router_id, CONNECT_TIMEOUT_S)
+            link = await connect(registration, self._router_id, CONNECT_TIMEOUT_S, self._identity)
             try:
                 self._check(link)
             except WorkerRefusedError:

@@ -63,6 +63,7 @@ def test_router_takes_only_the_torch_free_part_of_the_engine():
         "engine.prefix_digests",
         "engine.reservation",
         "engine.sequence",
+        "engine.tls",
         "engine.tokenizer",
     }
     used = {module for path in modules_of("router") for _, module in imported_modules(path)}

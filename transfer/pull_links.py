@@ -22,6 +22,7 @@ from prelay.v1 import transfer_pb2, transfer_pb2_grpc
 
 from engine.link_secret import metadata_of
 from engine.sequence import RequestKey
+from engine.tls import Identity, dial
 from transfer.base import Backend, KvMemory, Pull
 from transfer.digest import check_digests
 from transfer.errors import (
@@ -78,7 +79,7 @@ class PullLinks:
     """Everything here but the copies runs in the asyncio thread; what happens is told through `post`.
 
     memory: ours, into which is copied. backends: those that we have; the handshake names them, best first.
-    secret: with which peers are dialled.
+    secret, identity: with which peers are dialled.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class PullLinks:
         post: Callable[[PullLinkEvent], None],
         clock: Callable[[], float],
         secret: str = "",
+        identity: Identity | None = None,
     ) -> None:
         self._handshake = handshake
-        self._metadata = metadata_of(secret)
+        self._secret = secret
+        self._identity = identity
         self._memory = memory
         self._backends = {backend.name: backend for backend in backends}
         self._lease_s = lease_s
@@ -149,7 +152,7 @@ class PullLinks:
 
     async def _live(self, peer: Peer, address: str) -> None:
         """One link, from dialling to its end."""
-        async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+        async with dial(address, self._identity, _CHANNEL_OPTIONS) as channel:
             try:
                 call, opened = await self._dial(channel, peer, address)
             except (PeerMismatchError, PeerUnreachableError) as error:
@@ -214,7 +217,8 @@ class PullLinks:
 
         Raises PeerMismatchError or PeerUnreachableError.
         """
-        call = transfer_pb2_grpc.KvTransferStub(channel).Link(metadata=self._metadata)
+        proof = metadata_of(self._secret, peer.worker_id, peer.epoch)
+        call = transfer_pb2_grpc.KvTransferStub(channel).Link(metadata=proof)
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 await call.write(transfer_pb2.PullerMessage(handshake=self._handshake))
@@ -232,7 +236,8 @@ class PullLinks:
                 f"{peer} at {address} does not answer within {DIAL_TIMEOUT_S} s"
             ) from error
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            # Another life may be there by now, which does not take the proof for this one.
+            if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED):
                 raise PeerMismatchError(error.details()) from error
             message = f"{peer} at {address}: {error.code().name} {error.details()}"
             raise PeerUnreachableError(message) from error

@@ -16,16 +16,16 @@ from cluster.workload.errors import BadInputError
 
 
 def check_url(url: str) -> None:
-    """Raises BadInputError for what is neither http(s):// nor grpc://HOST:PORT."""
+    """Raises BadInputError for what is neither http(s):// nor grpc(s)://HOST:PORT."""
     parts = urlsplit(url)
     try:
         port = parts.port
     except ValueError:
         port = 0
-    is_grpc = parts.scheme == "grpc" and bool(port) and not parts.path.strip("/")
+    is_grpc = parts.scheme in ("grpc", "grpcs") and bool(port) and not parts.path.strip("/")
     is_http = parts.scheme in ("http", "https") and port != 0
     if not parts.hostname or not (is_grpc or is_http):
-        raise BadInputError(f"--url {url!r}: give http://HOST:PORT or grpc://HOST:PORT")
+        raise BadInputError(f"--url {url!r}: give http(s)://HOST:PORT or grpc(s)://HOST:PORT")
 
 
 @asynccontextmanager
@@ -43,10 +43,14 @@ async def connect(
     """
     check_url(url)
     parts = urlsplit(url)
-    if parts.scheme == "grpc":
+    if parts.scheme in ("grpc", "grpcs"):
         # A channel of its own for each target, even to the same address.
         options = (("grpc.use_local_subchannel_pool", 1),)
-        async with grpc.aio.insecure_channel(parts.netloc, options=options) as channel:
+        async with (
+            grpc.aio.insecure_channel(parts.netloc, options=options)
+            if parts.scheme == "grpc"
+            else grpc.aio.secure_channel(parts.netloc, grpc.ssl_channel_credentials(), options=options)
+        ) as channel:
             yield GrpcTarget(channel, parts.netloc, headers or {})
         return
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)

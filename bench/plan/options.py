@@ -45,7 +45,7 @@ def asked_of(chosen: dict[str, Any]) -> Asked:
             f"--context-parallel {chosen['context_parallel']}: the engine cannot split a prompt over devices "
             "by its context yet; leave it at 1, long prompts can be split by --gpus with more TP"
         )
-    live = None if chosen["live"] is None else Live.ask(chosen["live"])
+    live = None if chosen["live"] is None else Live.ask(chosen["live"], chosen["tls"])
     on_its_own = live is not None and chosen["gpus"] is None
     if on_its_own:
         for flag in ("profile", "model"):

@@ -18,6 +18,7 @@ from cluster.status import StatusClient
 from cluster.workload.datasets import Lengths, Shape
 from cluster.workload.slo import Slo
 from engine.latency import LatencyModel
+from engine.tls import Identity
 from router.pool_view import Role
 
 _LEAST_ANSWERS = 50
@@ -37,13 +38,13 @@ class Live:
     workload: admin_pb2.GetWorkloadResponse
 
     @classmethod
-    def ask(cls, url: str) -> Live:
-        """url: HOST:PORT of a router's admin port, with or without grpc:// before it. Raises NoRouterError,
-        PlanError."""
+    def ask(cls, url: str, identity: Identity | None = None) -> Live:
+        """url: HOST:PORT of a router's admin port, with or without grpc:// before it. identity: if it listens
+        with TLS. Raises NoRouterError, PlanError."""
         address = urlsplit(url).netloc if "://" in url else url
         if not address:
             raise PlanError(f"--live {url!r}: give HOST:PORT, what `prelay serve` shows as admin")
-        with StatusClient(address) as client:
+        with StatusClient(address, identity) as client:
             return cls.of(address, client.fetch(), client.fetch_workload())
 
     @classmethod

@@ -203,7 +203,7 @@ def test_a_trace_at_its_own_pace(
     ("arguments", "complaint"),
     [
         (SYNTHETIC, "Missing option '--url'"),
-        (["--url", "x", *SYNTHETIC, "--rate", "1"], "give http://HOST:PORT or grpc://HOST:PORT"),
+        (["--url", "x", *SYNTHETIC, "--rate", "1"], "give http(s)://HOST:PORT or grpc(s)://HOST:PORT"),
         (["--url", "URL", "--rate", "1"], "give either --trace FILE or --dataset"),
         (["--url", "URL", *SYNTHETIC, "--trace", "x", "--rate", "1"], "give either --trace FILE or"),
         (["--url", "URL", *SYNTHETIC], "--rate R or --rates A,B,C is missing"),

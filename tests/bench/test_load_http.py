@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -321,6 +322,6 @@ async def test_what_listens_speaks_no_http() -> None:
     "url", ["", "localhost:8000", "ftp://a:1", "grpc://a", "grpc://a:1/path", "http://", "http://a:x"]
 )
 async def test_urls_that_are_none(url: str) -> None:
-    with pytest.raises(BadInputError, match="give http://HOST:PORT or grpc://HOST:PORT"):
+    with pytest.raises(BadInputError, match=re.escape("give http(s)://HOST:PORT or grpc(s)://HOST:PORT")):
         async with connect(url):
             pass

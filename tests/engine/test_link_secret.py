@@ -26,16 +26,19 @@ class Worker(worker_pb2_grpc.WorkerServicer):
 @pytest.mark.parametrize(
     ("metadata", "is_let_in"),
     [
-        (metadata_of("the secret"), True),
-        (metadata_of("another"), False),
-        (metadata_of(""), False),
-        ((("x-prelay-secret", ""),), False),
+        (metadata_of("the secret", "decode-0", 7), True),
+        (metadata_of("another", "decode-0", 7), False),
+        (metadata_of("the secret", "decode-0", 6), False),
+        (metadata_of("the secret", "decode-1", 7), False),
+        (metadata_of("", "decode-0", 7), False),
+        ((("x-prelay-proof", ""),), False),
+        ((("x-prelay-proof", "the secret"),), False),
     ],
 )
 async def test_only_who_knows_the_secret_is_let_in(
     metadata: tuple[tuple[str, str], ...], is_let_in: bool
 ) -> None:
-    worker, server = Worker(), grpc.aio.server(interceptors=[SecretInterceptor("the secret")])
+    worker, server = Worker(), grpc.aio.server(interceptors=[SecretInterceptor("the secret", "decode-0", 7)])
     worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
