@@ -16,11 +16,12 @@ from router.http_generate import GenerateApi
 from router.http_request import REQUEST_ID, read_json, request_id_of, tenant_of
 from router.intake import Intake
 from router.openai_protocol import DetokenizeBody, TokenizeBody, parse, parse_messages
+from router.openapi import openapi
 from router.pool_view import PoolView, Role
 from router.tenants import Tenants
 
 _log = logging.getLogger(__name__)
-_PUBLIC = frozenset({"/health", "/version"})
+_PUBLIC = frozenset({"/health", "/version", "/openapi.json"})
 """Paths that take no key."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -61,6 +62,7 @@ class HttpApi:
                 web.post("/detokenize", self._detokenize),
                 web.get("/health", self._health),
                 web.get("/version", self._version),
+                web.get("/openapi.json", self._openapi),
             ]
         )
         return app
@@ -146,6 +148,9 @@ class HttpApi:
 
     async def _version(self, http: web.Request) -> web.Response:
         return web.json_response({"version": version("prelay")})
+
+    async def _openapi(self, http: web.Request) -> web.Response:
+        return web.json_response(openapi())
 
 
 async def _add_request_id(http: web.Request, response: web.StreamResponse) -> None:

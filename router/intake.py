@@ -13,13 +13,22 @@ from typing import TypeVar
 from engine.config import ModelConfig
 from engine.errors import TokenizerError
 from engine.tokenizer import Tokenizer
-from router.errors import InvalidRequestError, ModelNotFoundError, PromptTooLongError, SettingsError
+from router.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    SettingsError,
+)
 from router.requests import Request
 from router.sampling import SamplingWish, check_token_ids, checked_stop, require, resolve
 from router.slo import Slo
 
 SHORT_CHARS = 256
 """A prompt of so many is tokenised at once: to hand it to a thread and back takes longer."""
+
+TOKENIZE_LIMIT_S = 20.0
+"""For which a request may be rendered and tokenised: a checkpoint's chat template is somebody's code."""
 
 _Text = TypeVar("_Text")
 
@@ -188,9 +197,14 @@ class Intake:
         try:
             if at_once:
                 return encode(value)
-            return await asyncio.get_running_loop().run_in_executor(self._executor, encode, value)
+            async with asyncio.timeout(TOKENIZE_LIMIT_S):
+                return await asyncio.get_running_loop().run_in_executor(self._executor, encode, value)
         except TokenizerError as error:
             raise InvalidRequestError(str(error), param) from error
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"{param} could not be turned into tokens within {TOKENIZE_LIMIT_S:g} s"
+            ) from None
 
 
 def _token_starts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:

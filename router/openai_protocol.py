@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from router.errors import InvalidRequestError
 from router.openai_fields import FieldWatch
@@ -18,6 +18,29 @@ MAX_COMPLETION_LOGPROBS = 5
 _Int = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Model = TypeVar("_Model", bound=BaseModel)
+
+# What `parse_prompts` and `_content` take, for whoever reads the OpenAPI document.
+_TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer"}}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKENS_SCHEMA]}},
+    ]
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
 
 
 class _Body(BaseModel):
@@ -85,7 +108,7 @@ class _Generate(_Body):
 class CompletionBody(_Generate):
     """POST /v1/completions."""
 
-    prompt: Any = None
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = None
     echo: bool | None = None
     logprobs: _Int | None = None
 
@@ -109,7 +132,7 @@ class ChatMessage(_Body):
     """One message; content is text, or a list of text parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Any = None
+    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
 
 
 class ChatBody(_Generate):

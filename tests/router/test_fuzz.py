@@ -11,10 +11,24 @@ from typing import Any
 
 import grpc.aio
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
 from prelay.v1 import inference_pb2
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from router.grpc_api import SERVICE_NAME
 
+_PROMISES = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
 _JUNK: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 1e308, -1e308, 0.5, "", " ", "x", "\x00",
     "é" * 40, "\ud800", "a" * 20_000, [], [[]], [None], [1, "x"], {}, {"a": {}}, [0] * 600, ["x"] * 70,
@@ -86,6 +100,37 @@ async def test_http(start_cluster, seed: int) -> None:
                 if response.status != 200:
                     assert json.loads(written)["error"]["message"], (path, data[:200])
     assert {200, 400} <= statuses
+    await cluster.settled()
+
+
+async def test_http_by_its_own_description(start_cluster) -> None:
+    """What schemathesis makes of the OpenAPI document: every answer is one that the document promises."""
+    cluster = await start_cluster()
+    url = cluster.base_url
+
+    def attack() -> set[str]:
+        described = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        tried = set()
+        for result in described.get_all_operations():
+            operation = result.ok()
+
+            @given(case=operation.as_strategy())
+            @settings(
+                max_examples=40,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+            )
+            def attacked(case: schemathesis.Case) -> None:
+                case.call_and_validate(timeout=20, checks=_PROMISES)
+
+            attacked()
+            tried.add(operation.path)
+        return tried
+
+    tried = await asyncio.to_thread(attack)
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models"} <= tried
     await cluster.settled()
 
 
