@@ -1,4 +1,4 @@
-"""`prelay role`, `drain`, `scale` and `apply`: commands that change a running deployment."""
+"""`prelay role`, `drain`, `scale`, `apply` and `upgrade`: commands that change a running deployment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cluster.cli_options import admin_option, not_nan
+from cluster.cli_options import admin_option, not_nan, tls_option
 
 if TYPE_CHECKING:
     from prelay.v1 import worker_pb2
+
+    from engine.tls import Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +34,7 @@ _ROLES = click.Choice(["prefill", "decode", "mixed"])
 def _change_options(command: F) -> F:
     decorators = (
         admin_option,
+        tls_option,
         click.option(
             "--drain",
             "drain_s",
@@ -53,7 +56,7 @@ def _change_options(command: F) -> F:
 @click.argument("worker")
 @click.argument("role", type=_ROLES)
 @_change_options
-def role(worker: str, role: str, admin: str, drain_s: float, as_json: bool) -> int:
+def role(worker: str, role: str, admin: str, tls: Identity | None, drain_s: float, as_json: bool) -> int:
     """Give WORKER another ROLE (prefill, decode or mixed) while requests are served.
 
     It gets nothing new, ends what it has, and serves its new role on the weights that it has loaded, some
@@ -67,7 +70,7 @@ def role(worker: str, role: str, admin: str, drain_s: float, as_json: bool) -> i
     """
     from cluster.control_client import ControlClient
 
-    _print(ControlClient(admin).set_role(worker, _roles()[role], drain_s), as_json)
+    _print(ControlClient(admin, tls).set_role(worker, _roles()[role], drain_s), as_json)
     return 0
 
 
@@ -75,7 +78,7 @@ def role(worker: str, role: str, admin: str, drain_s: float, as_json: bool) -> i
 @click.argument("worker")
 @click.option("--undo", is_flag=True, help="Give it new requests again.")
 @_change_options
-def drain(worker: str, undo: bool, admin: str, drain_s: float, as_json: bool) -> int:
+def drain(worker: str, undo: bool, admin: str, tls: Identity | None, drain_s: float, as_json: bool) -> int:
     """Let WORKER end what it has, and give it nothing new, until that is undone.
 
     With what it still has after --drain seconds it goes on; the command ends then.
@@ -87,7 +90,7 @@ def drain(worker: str, undo: bool, admin: str, drain_s: float, as_json: bool) ->
     """
     from cluster.control_client import ControlClient
 
-    _print(ControlClient(admin).drain(worker, drain_s, undo=undo), as_json)
+    _print(ControlClient(admin, tls).drain(worker, drain_s, undo=undo), as_json)
     return 0
 
 
@@ -104,7 +107,9 @@ def _pool(text: str) -> tuple[str, int]:
 @click.argument("pools", nargs=-1, required=True, metavar="ROLE=N...")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @_change_options
-def scale(pools: tuple[str, ...], dry_run: bool, admin: str, drain_s: float, as_json: bool) -> int:
+def scale(
+    pools: tuple[str, ...], dry_run: bool, admin: str, tls: Identity | None, drain_s: float, as_json: bool
+) -> int:
     """Set how many workers of a ROLE there are, while requests are served.
 
     Workers change their role rather than that others are started and stopped; those of roles that are not
@@ -124,7 +129,7 @@ def scale(pools: tuple[str, ...], dry_run: bool, admin: str, drain_s: float, as_
             raise click.UsageError(f"{name} is named twice")
         named[name] = count
     wanted = {_roles()[name]: count for name, count in named.items()}
-    _print(ControlClient(admin).set_pools(wanted, drain_s, dry_run=dry_run), as_json)
+    _print(ControlClient(admin, tls).set_pools(wanted, drain_s, dry_run=dry_run), as_json)
     return 0
 
 
@@ -132,7 +137,7 @@ def scale(pools: tuple[str, ...], dry_run: bool, admin: str, drain_s: float, as_
 @click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN.yaml")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_change_options
-def apply(plan: Path, yes: bool, admin: str, drain_s: float, as_json: bool) -> int:
+def apply(plan: Path, yes: bool, admin: str, tls: Identity | None, drain_s: float, as_json: bool) -> int:
     """Bring a running deployment to the pools of PLAN.yaml, as `prelay plan --out` writes it.
 
     Shows the steps first, and asks. Only how many workers there are of each role is changed. How a worker is
@@ -148,7 +153,7 @@ def apply(plan: Path, yes: bool, admin: str, drain_s: float, as_json: bool) -> i
 
     config = load_config(plan, [])
     wanted = {_roles()[name]: pool.replicas for name, pool in config.pools.items()}
-    client = ControlClient(admin)
+    client = ControlClient(admin, tls)
     steps = list(client.set_pools(wanted, drain_s, dry_run=True))
     _print(steps, as_json)
     if steps == ["nothing to change"]:
@@ -157,6 +162,31 @@ def apply(plan: Path, yes: bool, admin: str, drain_s: float, as_json: bool) -> i
         click.echo("nothing was changed", err=True)
         return 1
     _print(client.set_pools(wanted, drain_s, dry_run=False), as_json)
+    return 0
+
+
+@click.command(epilog=_EXIT_CODES)
+@click.argument("workers", nargs=-1, metavar="[WORKER...]")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@_change_options
+def upgrade(
+    workers: tuple[str, ...], dry_run: bool, admin: str, tls: Identity | None, drain_s: float, as_json: bool
+) -> int:
+    """Replace the processes of workers by new ones, one after the other, while requests are served.
+
+    For a new version of prelay, after it was installed on the workers' hosts in place of the old one. Each
+    worker is drained, ended, and started anew with what is installed by then; the next one follows when it
+    serves. Without WORKER all are replaced. Where nobody could do without a worker, another one stands in, as
+    a mixed worker. The router and `prelay serve` itself stay what they are until they are started again.
+
+    \b
+    Examples:
+      prelay upgrade --dry-run
+      prelay upgrade decode-0 decode-1 --drain 60
+    """
+    from cluster.control_client import ControlClient
+
+    _print(ControlClient(admin, tls).renew(workers, drain_s, dry_run=dry_run), as_json)
     return 0
 
 
@@ -182,4 +212,4 @@ def _print(lines: Iterable[str], as_json: bool) -> None:
         sys.exit(130)
 
 
-COMMANDS = (role, drain, scale, apply)
+COMMANDS = (role, drain, scale, apply, upgrade)

@@ -17,6 +17,7 @@ from cluster.errors import ClusterError, ConfigError, UnknownWorkerError
 from cluster.reshape import Reshape
 from cluster.roles import ROLE_NAMES
 from cluster.sections import parse_host_port
+from engine.tls import Identity, listen
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -64,6 +65,15 @@ class ControlApi(control_pb2_grpc.ControllerServicer):
         async for progress in self._change(lines, context):
             yield progress
 
+    async def Renew(
+        self, request: control_pb2.RenewRequest, context: _Context
+    ) -> AsyncIterator[control_pb2.ChangeProgress]:
+        """Lines, until all processes are new."""
+        await self._check_drain(request.drain_s, context)
+        lines = self._reshape.renew(list(request.worker_ids), request.drain_s, dry_run=request.dry_run)
+        async for progress in self._change(lines, context):
+            yield progress
+
     async def _change(
         self, lines: AsyncGenerator[str, None], context: _Context
     ) -> AsyncIterator[control_pb2.ChangeProgress]:
@@ -101,13 +111,14 @@ class ControlServer:
         self.address = address
 
     @classmethod
-    async def start(cls, reshape: Reshape, beside: str) -> Self:
-        """beside: HOST:PORT of the router's admin port, whose host it shares."""
+    async def start(cls, reshape: Reshape, beside: str, identity: Identity | None = None) -> Self:
+        """beside: HOST:PORT of the router's admin port, whose host it shares. identity: None is without
+        TLS."""
         host, _ = parse_host_port(beside)
         literal = f"[{host}]" if ":" in host else host
         server = grpc.aio.server()
         control_pb2_grpc.add_ControllerServicer_to_server(ControlApi(reshape), server)
-        port = server.add_insecure_port(f"{literal}:0")
+        port = listen(server, f"{literal}:0", identity)
         await server.start()
         return cls(server, f"{literal}:{port}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import grpc
 from prelay.v1 import control_pb2, control_pb2_grpc, worker_pb2
@@ -10,15 +10,17 @@ from prelay.v1 import control_pb2, control_pb2_grpc, worker_pb2
 from cluster.errors import ChangeError, ConfigError, UnknownWorkerError
 from cluster.sections import parse_host_port
 from cluster.status import StatusClient
+from engine.tls import Identity, dial_blocking
 
 
 class ControlClient:
     """For one change. Every method yields lines as things are done, and raises ChangeError (or NoRouterError,
     UnknownWorkerError, ConfigError) where it cannot go on."""
 
-    def __init__(self, admin: str) -> None:
+    def __init__(self, admin: str, identity: Identity | None = None) -> None:
         """admin: HOST:PORT of the router. Raises NoRouterError, or ChangeError if it knows no controller."""
-        with StatusClient(admin) as client:
+        self._identity = identity
+        with StatusClient(admin, identity) as client:
             self._address = client.fetch().controller
         if not self._address:
             raise ChangeError(
@@ -44,8 +46,12 @@ class ControlClient:
         request = control_pb2.SetPoolsRequest(pools=pools, drain_s=drain_s, dry_run=dry_run)
         return self._lines("SetPools", request)
 
+    def renew(self, worker_ids: Sequence[str], drain_s: float, *, dry_run: bool) -> Iterator[str]:
+        request = control_pb2.RenewRequest(worker_ids=worker_ids, drain_s=drain_s, dry_run=dry_run)
+        return self._lines("Renew", request)
+
     def _lines(self, method: str, request: object) -> Iterator[str]:
-        with grpc.insecure_channel(self._address) as channel:
+        with dial_blocking(self._address, self._identity) as channel:
             call = getattr(control_pb2_grpc.ControllerStub(channel), method)(request)
             try:
                 for progress in call:

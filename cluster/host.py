@@ -16,11 +16,12 @@ ends itself, and when the leader ends, so do the ranks.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prelay.v1 import worker_pb2
 
@@ -65,9 +66,10 @@ class StartReport:
 class WorkerHost:
     """The actor."""
 
-    def __init__(self, spec: HostSpec) -> None:
+    def __init__(self, wire: Mapping[str, Any]) -> None:
+        """wire: of a HostSpec, which a launcher of another version may have made."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        self._spec = spec
+        self._spec = spec = HostSpec.from_wire(wire)
         self._progress = Progress("starting", 0.0)
         self._engine: HostEngine | None = None
         self._serves: _Serves | None = None
@@ -93,14 +95,14 @@ class WorkerHost:
         )
         return await self._serve(engine, engine.latency)
 
-    async def become(self, spec: HostSpec) -> StartReport:
+    async def become(self, wire: Mapping[str, Any]) -> StartReport:
         """Begin another life, on what is loaded: of the same worker, with a greater epoch and perhaps another
         role. What the earlier one still had is cancelled; routers see its streams end.
 
-        spec.latency: empty if it is to measure its steps, which takes about two seconds. Raises WorkerError
-        if somebody still works on the memory: then only a new process helps.
+        wire: of a HostSpec; its latency is empty if it is to measure its steps, which takes about two
+        seconds. Raises WorkerError if somebody still works on the memory: then only a new process helps.
         """
-        engine = self._engine
+        spec, engine = HostSpec.from_wire(wire), self._engine
         if engine is None:
             raise WorkerError(f"worker {spec.worker_id} is still starting")
         self._progressed("ending the earlier role", 0.0)
@@ -124,6 +126,7 @@ class WorkerHost:
         from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
         from engine.link_secret import SecretInterceptor
+        from engine.tls import Identity, listen
 
         spec, node_address = self._spec, _node_address()
         registry = CollectorRegistry()
@@ -151,13 +154,15 @@ class WorkerHost:
             pipeline_parallel=spec.pp_size,
             kv_token_bytes=sum(blocks.nbytes for blocks in engine.memory.ranks)
             // (spec.num_blocks * spec.block_size),
+            version=importlib.metadata.version("prelay"),
         )
-        service = service_of(info, engine, spec, registry, self._give_up)
-        interceptors = [SecretInterceptor(spec.secret)] if spec.secret else []
+        identity = None if spec.tls is None else Identity(spec.tls)
+        service = service_of(info, engine, spec, registry, identity, self._give_up)
+        interceptors = [SecretInterceptor(spec.secret, spec.worker_id, spec.epoch)] if spec.secret else []
         server = aio.server(options=_SERVER_OPTIONS, interceptors=interceptors)
         self._serves = _Serves(service, server, metrics_server)
         service.add_to(server)
-        info.address = f"{node_address}:{server.add_insecure_port(f'{node_address}:0')}"
+        info.address = f"{node_address}:{listen(server, f'{node_address}:0', identity)}"
         await service.start()
         await server.start()
         self._progress = Progress("ready", 1.0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from prelay.v1 import worker_pb2
 
@@ -18,7 +19,7 @@ class HostSpec:
     in any role that it may be given. backend: see transfer.backends.make_backends. latency: coefficients of
     engine.latency.LatencyModel; empty if it is to measure its steps itself. resources, labels: of the nodes
     that it may be on. secret: without which nobody may dial it, and with which it dials others; none if it is
-    empty.
+    empty. tls: directory of the certificates for the same (engine.tls); None is without TLS.
     """
 
     worker_id: str
@@ -47,6 +48,17 @@ class HostSpec:
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     secret: str = field(default="", repr=False)
+    tls: Path | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """What any version of prelay can read: those that it does not know it leaves out."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> HostSpec:
+        """Of what another version of prelay has written, perhaps."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in wire.items() if name in known})
 
     @property
     def num_ranks(self) -> int:

@@ -45,7 +45,14 @@ class Stop:
     worker_id: str
 
 
-Step: TypeAlias = Start | Become | Stop
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """A worker gets a new process."""
+
+    worker_id: str
+
+
+Step: TypeAlias = Start | Become | Stop | Renew
 
 
 def can_serve(roles: Iterable[worker_pb2.Role]) -> bool:
@@ -94,6 +101,28 @@ def steps_to(workers: Mapping[str, worker_pb2.Role], wanted: Mapping[worker_pb2.
     ]
 
 
+def renewals(workers: Mapping[str, worker_pb2.Role], whom: Iterable[str]) -> list[Step]:
+    """Every one of `whom` gets a new process, one after the other; where nobody can do without it, another
+    worker is mixed for that time. Raises ConfigError if there is no other."""
+    steps: list[Step] = []
+    for worker_id in whom:
+        if serves_without(workers, worker_id):
+            steps.append(Renew(worker_id))
+            continue
+        # A decode worker becomes mixed at no cost.
+        others = sorted((one for one in workers if one != worker_id), key=lambda one: workers[one] != _DECODE)
+        if not others:
+            raise ConfigError(f"{worker_id} is the only worker: start another one before (prelay scale)")
+        helper = others[0]
+        helped = {**workers, helper: _MIXED}
+        steps += [
+            *in_order(workers, {helper: _MIXED}),
+            Renew(worker_id),
+            *in_order(helped, {helper: workers[helper]}),
+        ]
+    return steps
+
+
 def in_order(workers: Mapping[str, worker_pb2.Role], changes: Mapping[str, worker_pb2.Role]) -> list[Become]:
     """The changes in an order in which requests are served all along. If there is none, a decode worker is
     mixed for the time being. Raises ConfigError if not even that helps, as when nobody could serve in the
@@ -138,3 +167,5 @@ def said(step: Step, names: Mapping[worker_pb2.Role, str]) -> str:
             return f"make {worker_id} a {names[role]} worker"
         case Stop(worker_id):
             return f"stop {worker_id}"
+        case Renew(worker_id):
+            return f"replace {worker_id}"

@@ -20,7 +20,18 @@ from prelay.v1 import worker_pb2
 from cluster.config import ServeConfig
 from cluster.errors import ClusterError, ConfigError, UnknownWorkerError, WorkerError
 from cluster.host_spec import HostSpec
-from cluster.pool_changes import Become, Start, Step, Stop, is_live, said, serves_without, steps_to
+from cluster.pool_changes import (
+    Become,
+    Renew,
+    Start,
+    Step,
+    Stop,
+    is_live,
+    renewals,
+    said,
+    serves_without,
+    steps_to,
+)
 from cluster.roles import ROLE_NAMES
 from cluster.router_process import RouterProcess
 from cluster.worker_life import LiveWorker, WorkerLife
@@ -105,18 +116,37 @@ class Reshape:
         self, wanted: Mapping[worker_pb2.Role, int], drain_s: float, *, dry_run: bool = False
     ) -> AsyncGenerator[str, None]:
         """wanted: workers of each role; what is not named stays. Raises ClusterError."""
-        if self.standing_in:
-            who = ", ".join(sorted(self.standing_in))
-            raise ConfigError(
-                f"{who} stand in for a role whose workers are gone: try again when they are back, or change "
-                "single workers (prelay role)"
-            )
+        self._check_nobody_stands_in()
         roles = self._roles()
         have = {role: sum(its == role for its in roles.values()) for role in ROLE_NAMES}
         self._check_sizes(have | dict(wanted), "these pools cannot serve")
         steps = steps_to(roles, wanted)
         if not steps:
             yield "nothing to change"
+        async with aclosing(self._do_all(steps, drain_s, dry_run=dry_run)) as lines:
+            async for line in lines:
+                yield line
+
+    async def renew(
+        self, worker_ids: Sequence[str], drain_s: float, *, dry_run: bool = False
+    ) -> AsyncGenerator[str, None]:
+        """worker_ids: in this order; none means all. A new process that does not start ends it, with all
+        others as they were. Raises ClusterError."""
+        self._check_nobody_stands_in()
+        for worker_id in worker_ids:
+            self._life(worker_id)
+        down = [life.worker_id for life in self._workers.lives if life.live is None]
+        if down:
+            raise ConfigError(f"{', '.join(down)} is down: try again when all workers serve")
+        roles = self._roles()
+        steps = renewals(roles, worker_ids or list(roles))
+        async with aclosing(self._do_all(steps, drain_s, dry_run=dry_run)) as lines:
+            async for line in lines:
+                yield line
+
+    async def _do_all(
+        self, steps: Sequence[Step], drain_s: float, *, dry_run: bool
+    ) -> AsyncGenerator[str, None]:
         for number, step in enumerate(steps, start=1):
             yield f"{number} of {len(steps)}: {said(step, ROLE_NAMES)}"
             if not dry_run:
@@ -145,6 +175,18 @@ class Reshape:
                         yield line
                 await asyncio.shield(self._workers.remove(life))
                 yield f"{worker_id} has ended"
+            case Renew(worker_id):
+                life = self._life(worker_id)
+                self._check_others(life)
+                async with aclosing(self._empty(life, drain_s, keeps=False)) as lines:
+                    async for line in lines:
+                        yield line
+                began = time.monotonic()
+                live = await asyncio.shield(asyncio.ensure_future(life.renew()))
+                yield (
+                    f"{worker_id} serves with version {live.info.version} (epoch {live.info.epoch}, pid "
+                    f"{live.info.pid}): away for {time.monotonic() - began:.1f} s"
+                )
 
     async def become(
         self, life: WorkerLife, role: worker_pb2.Role, drain_s: float
@@ -206,6 +248,15 @@ class Reshape:
             for life in self._workers.lives
             if life.live is not None and self._drained.get(life.worker_id) != life.live.info.epoch
         }
+
+    def _check_nobody_stands_in(self) -> None:
+        """Raises ConfigError."""
+        if self.standing_in:
+            who = ", ".join(sorted(self.standing_in))
+            raise ConfigError(
+                f"{who} stand in for a role whose workers are gone: try again when they are back, or change "
+                "single workers (prelay role)"
+            )
 
     def _check_others(self, life: WorkerLife) -> None:
         """Raises ConfigError if nobody would serve while that one is drained."""

@@ -11,6 +11,7 @@ from prelay.v1 import admin_pb2, admin_pb2_grpc
 
 from cluster.errors import NoRouterError
 from cluster.roles import ROLE_NAMES
+from engine.tls import Identity, dial_blocking
 
 _TIMEOUT_S = 3.0
 _CHANNEL_OPTIONS = (
@@ -23,9 +24,9 @@ _CHANNEL_OPTIONS = (
 class StatusClient:
     """Asks one router, again and again; a router that goes away may come back. To be used in `with`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, identity: Identity | None = None) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = dial_blocking(address, identity, _CHANNEL_OPTIONS)
         self._stub = admin_pb2_grpc.RouterAdminStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -131,6 +132,7 @@ def _worker_json(worker: admin_pb2.WorkerStatus) -> dict[str, Any]:
         "state": state_of(worker),
         "epoch": info.epoch,
         "pid": info.pid,
+        "version": info.version,
         "address": info.address,
         "metrics": info.metrics_address,
         "live_requests": worker.live_requests,

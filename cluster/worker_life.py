@@ -98,6 +98,8 @@ class WorkerLife:
         self._clock = clock
         self._epoch = 0
         self._lost_since: float | None = None
+        # Somebody waits for a new process in place of one that he has ended.
+        self._renewed: asyncio.Future[LiveWorker] | None = None
         self._place: Place | None = None
         # A handle, which Ray types for actors of any class.
         self._actor: Any = None
@@ -119,7 +121,9 @@ class WorkerLife:
         spec = self._next_spec()
         name = f"{self.worker_id}-{self._epoch}"
         self._reporter.progress(self.worker_id, "starting a process", 0.0)
-        self._actor = await self._cluster.spawn(WorkerHost, self._place.group, name, spec.num_cpus, spec)
+        self._actor = await self._cluster.spawn(
+            WorkerHost, self._place.group, name, spec.num_cpus, spec.to_wire()
+        )
         report = await self._started(self._actor)
         return await self._serves(report)
 
@@ -138,7 +142,7 @@ class WorkerLife:
             await self._router.lost(self.worker_id, live.info.epoch)
             try:
                 report = await asyncio.wait_for(
-                    _result(self._actor.become.remote(self._next_spec())), _BECOME_TIMEOUT_S
+                    _result(self._actor.become.remote(self._next_spec().to_wire())), _BECOME_TIMEOUT_S
                 )
                 return await self._serves(report)
             except (TimeoutError, WorkerError, ray.exceptions.RayError) as error:
@@ -148,6 +152,22 @@ class WorkerLife:
                     f"worker {self.worker_id} did not take its new role on the weights that it has loaded "
                     f"({why}): it is started anew in that role"
                 ) from error
+
+    async def renew(self) -> LiveWorker:
+        """End this life's process, and wait until the next one serves: `keep_alive` starts it. Drain it
+        before. Raises WorkerError if it is not up, or if the new process does not start; `keep_alive` goes on
+        trying."""
+        async with self._between_lives:
+            live, self.live = self.live, None
+            if live is None:
+                raise WorkerError(f"worker {self.worker_id} is down: try again when it serves")
+            await self._router.lost(self.worker_id, live.info.epoch)
+            with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+                await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
+            renewed: asyncio.Future[LiveWorker] = asyncio.get_running_loop().create_future()
+            self._renewed = renewed
+            await self._cluster.kill(self._actor)
+        return await renewed
 
     async def read_prompts(self, template: HostSpec) -> LiveWorker:
         """In the middle of a life: a decode worker is mixed from now on, or a mixed one decode, as `template`
@@ -191,8 +211,10 @@ class WorkerLife:
             reason = await self._death()
             if self._clock() - born >= self._policy.steady_s:
                 failures = 0
-            self._reporter.event(f"worker {self.worker_id} (epoch {self._epoch}) died: {reason}{self._log()}")
             async with self._between_lives:
+                if self._renewed is None:
+                    event = f"worker {self.worker_id} (epoch {self._epoch}) died: {reason}{self._log()}"
+                    self._reporter.event(event)
                 failures = await self._live_again(failures, reason)
 
     async def _live_again(self, failures: int, reason: str) -> int:
@@ -200,16 +222,23 @@ class WorkerLife:
         the death. Raises WorkerError."""
         while True:
             await self._bury()
-            failures += 1
-            if failures > self._policy.max_failures:
-                raise WorkerError(f"worker {self.worker_id} died {failures} times in a row: {reason}")
-            await asyncio.sleep(self._policy.delay_s(failures))
+            if self._renewed is None:
+                failures += 1
+                if failures > self._policy.max_failures:
+                    raise WorkerError(f"worker {self.worker_id} died {failures} times in a row: {reason}")
+                await asyncio.sleep(self._policy.delay_s(failures))
+            renewed, self._renewed = self._renewed, None
             try:
                 live = await self.start()
             except ClusterError as error:
                 reason = str(error)
                 self._reporter.event(f"worker {self.worker_id} did not start again: {reason}")
+                if renewed is not None and not renewed.done():
+                    message = f"worker {self.worker_id} does not start anew: {reason}; it is tried again"
+                    renewed.set_exception(WorkerError(message))
             else:
+                if renewed is not None and not renewed.done():
+                    renewed.set_result(live)
                 self._reporter.event(
                     f"worker {self.worker_id} serves again (epoch {self._epoch}, pid {live.info.pid})"
                 )

@@ -51,6 +51,13 @@ class Life:
         self.template = template
         return cast(LiveWorker, self.live)
 
+    async def renew(self) -> LiveWorker:
+        self._log.append(f"{self.worker_id} is replaced")
+        if self.error is not None:
+            raise self.error
+        self.live = LiveWorker(worker_pb2.WorkerInfo(epoch=2, pid=7, version="9.9"), cast(Any, None))
+        return cast(LiveWorker, self.live)
+
 
 class World:
     """Deployment and router. left: what the router says that a drained worker still has, in turn."""
@@ -205,6 +212,43 @@ async def test_pools_are_brought_to_size() -> None:
     assert world.log[-4:] == ["drain decode-0", "remove decode-0", "drain mixed-0", "remove mixed-0"]
     with pytest.raises(ConfigError, match="these pools cannot serve"):
         await all_of(world.reshape.set_pools({M: 0}, 30.0))
+
+
+async def test_processes_are_replaced_one_after_the_other() -> None:
+    world = World("decode.replicas=2")
+    world.left = [1, 0]
+    lines = await all_of(world.reshape.renew(["decode-1", "decode-0"], 30.0))
+    assert world.log == [
+        "drain decode-1", "drain decode-1", "decode-1 is replaced", "drain decode-0", "decode-0 is replaced"
+    ]  # fmt: skip
+    assert lines[0] == "1 of 2: replace decode-1"
+    assert "decode-1 serves with version 9.9 (epoch 2, pid 7): away for 0.0 s" in lines
+
+
+async def test_where_nobody_can_do_without_a_worker_another_stands_in() -> None:
+    world = World()
+    shown = await all_of(world.reshape.renew([], 30.0, dry_run=True))
+    assert len(shown) == 10
+    assert shown[1] == "2 of 10: replace prefill-0"
+    assert world.log == []
+    await all_of(world.reshape.renew(["prefill-0"], 30.0))
+    assert world.log == [
+        f"decode-0 is {M} from now on", "drain prefill-0", "prefill-0 is replaced",
+        f"decode-0 is {D} from now on",
+    ]  # fmt: skip
+
+
+async def test_a_process_that_does_not_start_ends_the_replacement() -> None:
+    world = World("decode.replicas=2")
+    world.lives[1].error = WorkerError("does not start anew")
+    with pytest.raises(WorkerError, match="does not start anew"):
+        await all_of(world.reshape.renew(["decode-0", "decode-1"], 30.0))
+    assert world.log[-1] == "decode-0 is replaced", "the others were left alone"
+    with pytest.raises(UnknownWorkerError, match="no worker 'decode-7'"):
+        await all_of(world.reshape.renew(["decode-7"], 30.0))
+    world.lives[0].live = None
+    with pytest.raises(ConfigError, match="prefill-0 is down"):
+        await all_of(world.reshape.renew([], 30.0))
 
 
 async def test_a_failed_change_says_so_and_leaves_what_is_done() -> None:

@@ -108,3 +108,38 @@ async def test_answers_are_right_while_roles_change(start_server: Callable[..., 
         found, written = await prelay(ready, *arguments)
         assert (found, said in written) == (code, True), written
     await stopped(server, ready)
+
+
+async def test_answers_are_right_while_all_processes_are_replaced(
+    start_server: Callable[..., Server],
+) -> None:
+    server = start_server("--prefill", "1", "--decode", "1", *LENIENT)
+    ready = server.ready()
+    before = {worker["worker_id"]: (worker["pid"], worker["epoch"]) for worker in ready["workers"]}
+    prompts = [replace(prompt, max_tokens=100) for prompt in demo_prompts()[:6]]
+    is_over = asyncio.Event()
+    rounds: list[list[str]] = []
+
+    async def ask_on() -> None:
+        while not is_over.is_set():
+            rounds.append(await wrong_answers(ready, prompts))
+
+    asking = asyncio.create_task(ask_on())
+    code, written = await prelay(ready, "upgrade")
+    assert code == 0, written
+    is_over.set()
+    await asking
+    assert rounds
+    assert not any(rounds)
+    status = await status_of(ready)
+    assert set(status.outcomes) == {"good"}, "none was lost"
+    assert await roles(ready) == {"prefill-0": "prefill", "decode-0": "decode"}
+    for worker in status.workers:
+        pid, epoch = before[worker.info.worker_id]
+        assert worker.info.pid != pid
+        assert worker.info.epoch > epoch
+        assert f"{worker.info.worker_id} serves with version {worker.info.version} (epoch" in written
+    assert await prelay(ready, "upgrade", "nobody") == (
+        2, "prelay: error: there is no worker 'nobody': there are prefill-0, decode-0\n"
+    )  # fmt: skip
+    await stopped(server, ready)

@@ -75,8 +75,8 @@ class FakeActor:
         self.reads: list[bool] = []
         self.stop: FakeMethod
 
-    async def _become(self, spec: HostSpec) -> StartReport:
-        self.spec = spec
+    async def _become(self, wire: dict[str, Any]) -> StartReport:
+        self.spec = HostSpec.from_wire(wire)
         if self.become_error is not None:
             raise self.become_error
         return self._report()
@@ -125,9 +125,10 @@ class FakeWorld:
         return Place(cast(Any, group), "node", None)
 
     async def spawn(
-        self, actor_class: type, group: object, name: str, threads: int, spec: HostSpec
+        self, actor_class: type, group: object, name: str, threads: int, wire: dict[str, Any]
     ) -> FakeActor:
         assert threads == 2 * 3 * 4
+        spec = HostSpec.from_wire(wire)
         actor = FakeActor(spec, self.start_errors.pop(0) if self.start_errors else None)
         actor.stop = FakeMethod(self._stop)
         self.lives.put_nowait(actor)
@@ -336,6 +337,55 @@ async def test_between_writers_a_life_goes_on() -> None:
     await life.read_prompts(replace(life.template, role=worker_pb2.ROLE_DECODE))
     assert actor.reads == [True, False]
     assert world.log == ["register 7"] * 3
+
+
+async def test_a_new_process_takes_the_place_of_one_that_serves() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    actor = await world.lives.get()
+    renewing = asyncio.create_task(life.renew())
+    while "kill 7" not in world.log:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert world.log == ["register 7", "lost 7", "stop", "kill 7"], "it may end its streams first"
+    with pytest.raises(WorkerError, match="is down"):
+        await life.renew()
+    actor.died.set()
+    live = await renewing
+    assert (live.info.epoch, life.live) == (8, live)
+    assert not [line for line in world.log if "died" in line], "nobody has died"
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+async def test_a_new_process_that_does_not_start_is_told_and_tried_again() -> None:
+    world = FakeWorld()
+    life = world.life(now_ms=7)
+    await life.start()
+    keeping = asyncio.create_task(life.keep_alive())
+    actor = await world.lives.get()
+    world.start_errors = [RayActorError()]
+    renewing = asyncio.create_task(life.renew())
+    while "kill 7" not in world.log:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    actor.died.set()
+    with pytest.raises(WorkerError, match=r"decode-0 does not start anew: .*; it is tried again"):
+        await renewing
+    while life.live is None:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert life.live.info.epoch == 9
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+def test_a_spec_is_read_by_other_versions() -> None:
+    spec = replace(TEMPLATE, secret="s", tls=Path("/tls"))
+    wire = spec.to_wire()
+    assert HostSpec.from_wire(wire) == spec
+    del wire["tls"]  # of an older launcher
+    wire["what_comes_next"] = 1  # of a newer one
+    assert HostSpec.from_wire(wire) == replace(spec, tls=None)
 
 
 async def test_what_is_no_longer_wanted_leaves_nothing() -> None:

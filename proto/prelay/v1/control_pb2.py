@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from prelay.v1 import worker_pb2 as prelay_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17prelay/v1/control.proto\x12\tprelay.v1\x1a\x16prelay/v1/worker.proto\"S\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x0f\n\x07\x64rain_s\x18\x03 \x01(\x01\"@\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x12\x0c\n\x04undo\x18\x03 \x01(\x08\"W\n\x0fSetPoolsRequest\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.prelay.v1.PoolSize\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\";\n\x08PoolSize\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\x1e\n\x0e\x43hangeProgress\x12\x0c\n\x04line\x18\x01 \x01(\t2\xd3\x01\n\nController\x12\x41\n\x07SetRole\x12\x19.prelay.v1.SetRoleRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x12=\n\x05\x44rain\x12\x17.prelay.v1.DrainRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x12\x43\n\x08SetPools\x12\x1a.prelay.v1.SetPoolsRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17prelay/v1/control.proto\x12\tprelay.v1\x1a\x16prelay/v1/worker.proto\"S\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x0f\n\x07\x64rain_s\x18\x03 \x01(\x01\"@\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x12\x0c\n\x04undo\x18\x03 \x01(\x08\"W\n\x0fSetPoolsRequest\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.prelay.v1.PoolSize\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"D\n\x0cRenewRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\";\n\x08PoolSize\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.prelay.v1.Role\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\x1e\n\x0e\x43hangeProgress\x12\x0c\n\x04line\x18\x01 \x01(\t2\x92\x02\n\nController\x12\x41\n\x07SetRole\x12\x19.prelay.v1.SetRoleRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x12=\n\x05\x44rain\x12\x17.prelay.v1.DrainRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x12\x43\n\x08SetPools\x12\x1a.prelay.v1.SetPoolsRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x12=\n\x05Renew\x12\x17.prelay.v1.RenewRequest\x1a\x19.prelay.v1.ChangeProgress0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINREQUEST']._serialized_end=211
   _globals['_SETPOOLSREQUEST']._serialized_start=213
   _globals['_SETPOOLSREQUEST']._serialized_end=300
-  _globals['_POOLSIZE']._serialized_start=302
-  _globals['_POOLSIZE']._serialized_end=361
-  _globals['_CHANGEPROGRESS']._serialized_start=363
-  _globals['_CHANGEPROGRESS']._serialized_end=393
-  _globals['_CONTROLLER']._serialized_start=396
-  _globals['_CONTROLLER']._serialized_end=607
+  _globals['_RENEWREQUEST']._serialized_start=302
+  _globals['_RENEWREQUEST']._serialized_end=370
+  _globals['_POOLSIZE']._serialized_start=372
+  _globals['_POOLSIZE']._serialized_end=431
+  _globals['_CHANGEPROGRESS']._serialized_start=433
+  _globals['_CHANGEPROGRESS']._serialized_end=463
+  _globals['_CONTROLLER']._serialized_start=466
+  _globals['_CONTROLLER']._serialized_end=740
 # @@protoc_insertion_point(module_scope)

@@ -37,6 +37,16 @@ class SetPoolsRequest(_message.Message):
     dry_run: bool
     def __init__(self, pools: _Optional[_Iterable[_Union[PoolSize, _Mapping]]] = ..., drain_s: _Optional[float] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
+class RenewRequest(_message.Message):
+    __slots__ = ("worker_ids", "drain_s", "dry_run")
+    WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    worker_ids: _containers.RepeatedScalarFieldContainer[str]
+    drain_s: float
+    dry_run: bool
+    def __init__(self, worker_ids: _Optional[_Iterable[str]] = ..., drain_s: _Optional[float] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
 class PoolSize(_message.Message):
     __slots__ = ("role", "replicas")
     ROLE_FIELD_NUMBER: _ClassVar[int]

@@ -52,6 +52,11 @@ class ControllerStub:
                 request_serializer=prelay_dot_v1_dot_control__pb2.SetPoolsRequest.SerializeToString,
                 response_deserializer=prelay_dot_v1_dot_control__pb2.ChangeProgress.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_stream(
+                '/prelay.v1.Controller/Renew',
+                request_serializer=prelay_dot_v1_dot_control__pb2.RenewRequest.SerializeToString,
+                response_deserializer=prelay_dot_v1_dot_control__pb2.ChangeProgress.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer:
@@ -81,6 +86,13 @@ class ControllerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """Replaces the processes of workers, one after the other, by new ones, with the prelay that is installed then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +109,11 @@ def add_ControllerServicer_to_server(servicer, server):
             'SetPools': grpc.unary_stream_rpc_method_handler(
                     servicer.SetPools,
                     request_deserializer=prelay_dot_v1_dot_control__pb2.SetPoolsRequest.FromString,
+                    response_serializer=prelay_dot_v1_dot_control__pb2.ChangeProgress.SerializeToString,
+            ),
+            'Renew': grpc.unary_stream_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=prelay_dot_v1_dot_control__pb2.RenewRequest.FromString,
                     response_serializer=prelay_dot_v1_dot_control__pb2.ChangeProgress.SerializeToString,
             ),
     }
@@ -183,6 +200,33 @@ class Controller:
             target,
             '/prelay.v1.Controller/SetPools',
             prelay_dot_v1_dot_control__pb2.SetPoolsRequest.SerializeToString,
+            prelay_dot_v1_dot_control__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prelay.v1.Controller/Renew',
+            prelay_dot_v1_dot_control__pb2.RenewRequest.SerializeToString,
             prelay_dot_v1_dot_control__pb2.ChangeProgress.FromString,
             options,
             channel_credentials,

@@ -61,7 +61,7 @@ FAILURE_REASON_INVALID: FailureReason
 FAILURE_REASON_INTERNAL: FailureReason
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "address", "metrics_address", "model", "model_fingerprint", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_batch_tokens", "protocol_version", "pid", "vocab_size", "protocol_minor", "latency", "num_devices", "tensor_parallel", "pipeline_parallel", "kv_token_bytes")
+    __slots__ = ("worker_id", "epoch", "role", "address", "metrics_address", "model", "model_fingerprint", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_batch_tokens", "protocol_version", "pid", "vocab_size", "protocol_minor", "latency", "num_devices", "tensor_parallel", "pipeline_parallel", "kv_token_bytes", "version")
     class LatencyEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class WorkerInfo(_message.Message):
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -111,7 +112,8 @@ class WorkerInfo(_message.Message):
     tensor_parallel: int
     pipeline_parallel: int
     kv_token_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., protocol_minor: _Optional[int] = ..., latency: _Optional[_Mapping[str, float]] = ..., num_devices: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., kv_token_bytes: _Optional[int] = ...) -> None: ...
+    version: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., protocol_minor: _Optional[int] = ..., latency: _Optional[_Mapping[str, float]] = ..., num_devices: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., kv_token_bytes: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("seq", "hello", "reserve", "prefill", "cancel", "pair", "unpair", "pause", "resume")
