@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cli_accuracy import accuracy
+from bench.cli_change import change
 from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
 from bench.cli_plan import plan
@@ -22,6 +23,7 @@ from bench.cli_router import router
 from bench.cli_serve import serve
 from bench.cli_simulate import simulate
 from bench.cli_simulator import simulator
+from bench.cli_streams import streams
 from bench.errors import MeasurementError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -202,6 +204,8 @@ bench.add_command(goodput)
 bench.add_command(router)
 bench.add_command(simulator)
 bench.add_command(accuracy)
+bench.add_command(change)
+bench.add_command(streams)
 
 
 @click.command(

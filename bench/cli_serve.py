@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.cli_parts import milliseconds, need_directory, need_matplotlib, progress
+from bench.cli_parts import milliseconds, need_directory, need_matplotlib, progress, raise_file_limit
 from cluster.workload.errors import BadInputError
 from cluster.workload.jobs import TIMEOUT_S
 from cluster.workload.slo import DEFAULT
@@ -163,7 +162,7 @@ def serve(as_json: bool, plot: Path | None, requests_out: Path | None, **chosen:
         raise click.UsageError(str(error)) from error
     need_matplotlib(plot)
     need_directory("--requests-out", requests_out)
-    _raise_file_limit()
+    raise_file_limit()
     try:
         measured = asyncio.run(_measure(chosen, plan, headers))
     except BadInputError as error:
@@ -207,12 +206,6 @@ async def _measure(chosen: dict[str, Any], plan: ServePlan, headers: dict[str, s
     with progress("bench serve") as show:
         async with connected as target:
             return await measure(target, plan, show)
-
-
-def _raise_file_limit() -> None:
-    """Each request that is under way has a socket."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _tables(result: dict[str, Any]) -> list[Table]:

@@ -45,11 +45,15 @@ class Remote:
 
     def ask(self, question: Any) -> Any:
         """Send, and wait for the answer. Raises MeasurementError."""
+        self.tell(question)
+        return self.take()
+
+    def tell(self, question: Any) -> None:
+        """Send; `take` has the answer. Raises MeasurementError."""
         try:
             self._connection.send(question)
         except OSError as error:
             raise self._has_ended() from error
-        return self.take()
 
     def take(self) -> Any:
         """Wait for what the process sends by itself. Raises MeasurementError."""

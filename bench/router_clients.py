@@ -33,11 +33,13 @@ _PROMPT = "What is measured here? #%06d"
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """So many streams over "grpc" or "http", for answers of so many tokens."""
+    """So many streams over "grpc" or "http", for answers of so many tokens. leaves: of the clients, 0 to 1, who
+    hang up in the midst of an answer, and then ask for another one."""
 
     front: str
     streams: int
     max_tokens: int
+    leaves: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,13 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What came within `seconds`. pieces: messages or reads from a socket. p50_ms, p99_ms: from a worker's
-    sending of a token to its arrival here. error: the first that was seen, or empty."""
+    """What came within `seconds`. requests: that were answered to the end; left: that were not, as the client
+    hung up. pieces: messages or reads from a socket. p50_ms, p99_ms: from a worker's sending of a token to its
+    arrival here. error: the first that was seen, or empty."""
 
     seconds: float
     requests: int
+    left: int
     tokens: int
     pieces: int
     p50_ms: float
@@ -71,7 +75,7 @@ class Counters:
     """What all streams have seen since they were made."""
 
     def __init__(self) -> None:
-        self.requests = self.pieces = 0
+        self.requests = self.left = self.pieces = 0
         self.ages: array[int] = array("H")
         self.error = ""
         self._began = time.monotonic()
@@ -83,6 +87,7 @@ class Counters:
         return Seen(
             time.monotonic() - self._began,
             self.requests,
+            self.left,
             len(self.ages),
             self.pieces,
             float(p50),
@@ -124,12 +129,12 @@ class Crowd:
 
     def begin(self, what: Begin) -> None:
         """Opens them."""
-        run: Callable[[int, int], Awaitable[None]]
+        run: Callable[[int, Begin], Awaitable[None]]
         run = self._grpc_streams if what.front == "grpc" else self._http_stream
         share = _STREAMS_PER_CHANNEL if what.front == "grpc" else 1
         for first in range(0, what.streams, share):
             count = min(share, what.streams - first)
-            self._tasks.append(asyncio.create_task(self._run(run(count, what.max_tokens))))
+            self._tasks.append(asyncio.create_task(self._run(run(count, what))))
 
     async def watch(self, seconds: float) -> Seen:
         """What they see in that time."""
@@ -150,40 +155,48 @@ class Crowd:
         except (grpc.aio.AioRpcError, OSError, EOFError, RuntimeError) as error:
             self.counters.error = self.counters.error or f"{type(error).__name__}: {error}"
 
-    async def _grpc_streams(self, count: int, max_tokens: int) -> None:
+    async def _grpc_streams(self, count: int, what: Begin) -> None:
         async with grpc.aio.insecure_channel(self._grpc_address, options=_OWN_CONNECTION) as channel:
             generate = channel.unary_stream(
                 "/prelay.v1.Inference/Generate",
                 request_serializer=inference_pb2.GenerateRequest.SerializeToString,
                 response_deserializer=inference_pb2.GenerateResponse.FromString,
             )
-            await asyncio.gather(*(self._grpc_stream(generate, index, max_tokens) for index in range(count)))
+            await asyncio.gather(*(self._grpc_stream(generate, index, what) for index in range(count)))
 
     async def _grpc_stream(
         self,
         generate: grpc.aio.UnaryStreamMultiCallable[Any, inference_pb2.GenerateResponse],
         index: int,
-        max_tokens: int,
+        what: Begin,
     ) -> None:
-        for num_tokens in _lengths(max_tokens):
+        for num_tokens in _lengths(what.max_tokens):
             sampling = inference_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0)
             request = inference_pb2.GenerateRequest(text=_PROMPT % index, sampling=sampling)
-            async for message in generate(request):
+            call, stays = generate(request), _stays(what, num_tokens)
+            async for message in call:
                 ticks, counters = now_ticks(), self.counters
                 counters.pieces += 1
                 for token_id in message.token_ids:
                     counters.ages.append(age_of_token(token_id, ticks))
-            self.counters.requests += 1
-
-    async def _http_stream(self, count: int, max_tokens: int) -> None:
-        """One connection; its requests come one after the other."""
-        host, port = self._http_address.rsplit(":", 1)
-        loop = asyncio.get_running_loop()
-        _, protocol = await loop.create_connection(lambda: EventReader(self), host, int(port))
-        with contextlib.closing(protocol):
-            for num_tokens in _lengths(max_tokens):
-                await protocol.answer(self._http_request(_PROMPT % count, num_tokens))
+                if (stays := stays - 1) == 0:
+                    call.cancel()
+                    counters.left += 1
+                    break
+            else:
                 self.counters.requests += 1
+
+    async def _http_stream(self, count: int, what: Begin) -> None:
+        """One connection, until its client leaves; its requests come one after the other."""
+        host, port = self._http_address.rsplit(":", 1)
+        loop, lengths = asyncio.get_running_loop(), _lengths(what.max_tokens)
+        while True:
+            _, protocol = await loop.create_connection(lambda: EventReader(self), host, int(port))
+            with contextlib.closing(protocol), contextlib.suppress(_LeftError):
+                for num_tokens in lengths:
+                    request = self._http_request(_PROMPT % count, num_tokens)
+                    await protocol.answer(request, _stays(what, num_tokens))
+                    self.counters.requests += 1
 
     def _http_request(self, prompt: str, max_tokens: int) -> bytes:
         body = json.dumps(
@@ -210,6 +223,15 @@ def _lengths(max_tokens: int) -> Iterator[int]:
         yield max_tokens
 
 
+def _stays(what: Begin, num_tokens: int) -> int:
+    """For how many pieces of an answer a client stays; -1 is to its end."""
+    return random.randint(1, num_tokens) if random.random() < what.leaves else -1
+
+
+class _LeftError(Exception):
+    """The client has hung up."""
+
+
 class EventReader(asyncio.Protocol):
     """An HTTP connection that sends requests and counts what is in event streams, and nothing else."""
 
@@ -217,15 +239,18 @@ class EventReader(asyncio.Protocol):
         self._crowd = crowd
         self._transport: asyncio.Transport | None = None
         self._rest = self._tail = b""
+        self._stays = -1
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    async def answer(self, request: bytes) -> None:
-        """Sends it, and returns at the end of the answer. Raises OSError, RuntimeError."""
+    async def answer(self, request: bytes, stays: int = -1) -> None:
+        """Sends it, and returns at the end of the answer. Raises _LeftError after so many pieces; OSError,
+        RuntimeError."""
         assert self._transport is not None
+        self._stays = stays
         done = self.expect()
         self._transport.write(request)
         await done
@@ -254,6 +279,11 @@ class EventReader(asyncio.Protocol):
             counters.ages.extend(ages_in_text(lines[begin:], ticks))
         if self._tail == _LAST_CHUNK:
             self._end(None)
+        elif (stays := self._stays - 1) == 0:
+            counters.left += 1
+            self._end(_LeftError())
+        else:
+            self._stays = stays
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(error or EOFError("the router has closed the connection"))

@@ -67,7 +67,7 @@ def running_router(checkpoint: Path, core: int) -> Iterator[RouterProcess]:
         admin="127.0.0.1:0",
         slo_classes={"default": SloClass(60.0, 60.0)},
         liveness_timeout_s=60.0,  # a router that has too much to do is not to be taken for a dead worker
-        max_gated_requests=4096,
+        max_gated_requests=16384,
         log_level="ERROR",  # workers that leave first are no news
     )
     process = subprocess.Popen(

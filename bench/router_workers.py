@@ -229,17 +229,19 @@ class LeanWorker(worker_pb2_grpc.WorkerServicer):
             self._writes = False
 
 
-def serve(connection: Connection, num_prefill: int, num_decode: int) -> None:
+def serve(
+    connection: Connection, num_prefill: int, num_decode: int, max_num_seqs: int = MAX_NUM_SEQS
+) -> None:
     """Sends (worker id, epoch, role, address) of all workers; answers a Pace with None, and anything else
     with what was sent so far."""
-    asyncio.run(_serve(connection, num_prefill, num_decode))
+    asyncio.run(_serve(connection, num_prefill, num_decode, max_num_seqs))
 
 
-async def _serve(connection: Connection, num_prefill: int, num_decode: int) -> None:
+async def _serve(connection: Connection, num_prefill: int, num_decode: int, max_num_seqs: int) -> None:
     workers: dict[str, LeanWorker] = {}
     for role, count in ((worker_pb2.ROLE_PREFILL, num_prefill), (worker_pb2.ROLE_DECODE, num_decode)):
         for index in range(count):
-            worker = LeanWorker(worker_info(role, index), workers)
+            worker = LeanWorker(worker_info(role, index, max_num_seqs), workers)
             await worker.start()
             workers[worker.info.address] = worker
     infos = [worker.info for worker in workers.values()]
@@ -258,7 +260,9 @@ async def _serve(connection: Connection, num_prefill: int, num_decode: int) -> N
     await asyncio.gather(*(worker.stop() for worker in workers.values()))
 
 
-def worker_info(role: worker_pb2.Role, index: int) -> worker_pb2.WorkerInfo:
+def worker_info(
+    role: worker_pb2.Role, index: int, max_num_seqs: int = MAX_NUM_SEQS
+) -> worker_pb2.WorkerInfo:
     """The hello of a worker. A role's workers are alike."""
     name = "p" if role == worker_pb2.ROLE_PREFILL else "d"
     return worker_pb2.WorkerInfo(
@@ -272,7 +276,7 @@ def worker_info(role: worker_pb2.Role, index: int) -> worker_pb2.WorkerInfo:
         vocab_size=VOCAB_SIZE,
         block_size=BLOCK_SIZE,
         num_blocks=NUM_BLOCKS,
-        max_num_seqs=MAX_NUM_SEQS,
+        max_num_seqs=max_num_seqs,
         max_batch_tokens=512,
         protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,
         protocol_minor=worker_pb2.PROTOCOL_MINOR_CURRENT,
