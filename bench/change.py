@@ -1,6 +1,8 @@
-"""Changes of a deployment under load, as its clients see them: an open loop, and `prelay role ...` in the midst of it.
+"""Changes of a deployment under load, as its clients see them: an open loop, and `prelay role ...` in the
+midst of it.
 
-Requests are judged by when they arrived: before the first change, while something was being changed, or after.
+Requests are judged by when they arrived: before the first change, while something was being changed, or
+after.
 """
 
 from __future__ import annotations
@@ -127,8 +129,8 @@ async def measure_change(
     show: Callable[[float, str], None],
     on_line: Callable[[str], None],
 ) -> Changed:
-    """plan: one rate, one seed, a duration. on_line: told what commands write, as they do. Raises BadInputError,
-    MeasurementError: also if a command fails, with the load brought to its end before."""
+    """plan: one rate, one seed, a duration. on_line: told what commands write, as they do. Raises
+    BadInputError, MeasurementError: also if a command fails, with the load brought to its end before."""
     assert plan.duration_s is not None
     info = await target.check()
     spec = replace(plan.spec, vocabulary=vocabulary_of(plan.vocab_size or info.vocab_size))

@@ -1,4 +1,5 @@
-"""A deployment that changed under load, in a picture: goodput, attainment, and every request's two latencies."""
+"""A deployment that changed under load, in a picture: goodput, attainment, and every request's two
+latencies."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ _REST: dict[str, Any] = {
 
 
 @click.command(epilog=_EXIT_CODES)
-@click.option("--url", required=True, metavar="URL", help="http://HOST:PORT or grpc://HOST:PORT of the router.")
+@click.option(
+    "--url", required=True, metavar="URL", help="http://HOST:PORT or grpc://HOST:PORT of the router."
+)
 @admin_option
 @click.option("--tls", type=Path, metavar="DIR", help="Certificates, if the admin port has TLS.")
 @click.option(
@@ -49,9 +51,16 @@ _REST: dict[str, Any] = {
 @click.option("--rate", type=float, metavar="R", help="Requests per second.")
 @click.option("--duration", type=float, default=60.0, show_default=True, metavar="S", help="Of the load.")
 @click.option(
-    "--slo", "slo_text", default=DEFAULT, show_default=True, metavar="LIMITS", help="As of `prelay bench serve`."
+    "--slo",
+    "slo_text",
+    default=DEFAULT,
+    show_default=True,
+    metavar="LIMITS",
+    help="As of `prelay bench serve`.",
 )
-@click.option("--length-scale", type=float, default=1.0, show_default=True, metavar="F", help="Of all lengths.")
+@click.option(
+    "--length-scale", type=float, default=1.0, show_default=True, metavar="F", help="Of all lengths."
+)
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Leave out rows with more.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--plot", type=Path, metavar="FILE", help="Draw the result into a PNG.")
@@ -75,10 +84,12 @@ def change(as_json: bool, plot: Path | None, **chosen: Any) -> int:
     try:
         plan = plan_of({**_REST, **chosen})
         check_url(chosen["url"])
-        changes = [Change.parse(text) for text in chosen["changes"]]
+        changes = sorted(map(Change.parse, chosen["changes"]), key=lambda one: one.at_s)
         late = [one for one in changes if one.at_s >= chosen["duration"]]
         if late:
-            raise BadInputError(f"--at {late[0].at_s:g}: the load ends after --duration {chosen['duration']:g}")
+            raise BadInputError(
+                f"--at {late[0].at_s:g}: the load ends after --duration {chosen['duration']:g}"
+            )
     except BadInputError as error:
         raise click.UsageError(str(error)) from error
     need_matplotlib(plot)
@@ -89,7 +100,7 @@ def change(as_json: bool, plot: Path | None, **chosen: Any) -> int:
         with progress("bench change") as show:
             async with connect(chosen["url"]) as target:
                 return await measure_change(
-                    target, plan, sorted(changes, key=lambda one: one.at_s), chosen["admin"], chosen["tls"], show,
+                    target, plan, changes, chosen["admin"], chosen["tls"], show,
                     lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
                 )  # fmt: skip
 
@@ -106,7 +117,9 @@ def change(as_json: bool, plot: Path | None, **chosen: Any) -> int:
     if as_json:
         click.echo(json.dumps(result))
         return 0
-    table = Table("arrived", "requests", "good", "goodput", "TTFT ms, p50 / p90 / p99", "TPOT ms", "other than good")
+    table = Table(
+        "arrived", "requests", "good", "goodput", "TTFT ms, p50 / p90 / p99", "TPOT ms", "other than good"
+    )
     for name, found in result["phases"].items():
         missed = {key: count for key, count in found["outcomes"].items() if count and key != "good"}
         table.add_row(

@@ -25,7 +25,12 @@ Exit codes:
 @click.command(epilog=_EXIT_CODES)
 @click.option("--streams", type=click.IntRange(2, 8192), default=5000, show_default=True, metavar="N")
 @click.option(
-    "--seconds", type=click.FloatRange(1.0), default=600.0, show_default=True, metavar="S", help="Of the load."
+    "--seconds",
+    type=click.FloatRange(1.0),
+    default=600.0,
+    show_default=True,
+    metavar="S",
+    help="Of the load.",
 )
 @click.option(
     "--answer",
@@ -59,8 +64,9 @@ def streams(plot: Path | None, as_json: bool, **chosen: Any) -> int:
     """Thousands of streams through one router for minutes, with clients that leave at random: what grows?
 
     A real router on the first core, workers without engines and clients on the last one, as in `prelay bench
-    router`; half of the streams are gRPC's, half HTTP's. Shows the router's memory, how fast it grows once it has
-    settled, what a token takes from its worker to its client, and how many requests are left when all have gone.
+    router`; half of the streams are gRPC's, half HTTP's. Shows the router's memory, how fast it grows once it
+    has settled, what a token takes from its worker to its client, and how many requests are left when all
+    have gone.
 
     \b
     Examples:
@@ -83,13 +89,21 @@ def streams(plot: Path | None, as_json: bool, **chosen: Any) -> int:
         click.echo(json.dumps(result))
         return 0
     memory, added = result["memory_mb"], result["added_ms"]
-    table = Table("", "", show_header=False, title=f"{result['streams']} streams for {result['seconds']:.0f} s")
+    table = Table(
+        "", "", show_header=False, title=f"{result['streams']} streams for {result['seconds']:.0f} s"
+    )
     for name, value in (
         ("answers to the end / left by their clients", f"{result['answers']:,} / {result['left']:,}"),
         ("tokens/s", f"{result['tokens_s']:,.0f}"),
-        ("router's memory before / most / after, MB", " / ".join(f"{memory[key]:.0f}" for key in ("before", "most", "after"))),
+        (
+            "router's memory before / most / after, MB",
+            " / ".join(f"{memory[key]:.0f}" for key in ("before", "most", "after")),
+        ),
         ("and its growth once settled, MB a minute", f"{memory['slope_per_min']:+.2f}"),
-        ("a token's way, p50 / p99 / worst p99 of 10 s, ms", f"{added['p50']:.0f} / {added['p99']:.0f} / {added['p99_worst']:.0f}"),
+        (
+            "a token's way, p50 / p99 / worst p99 of 10 s, ms",
+            f"{added['p50']:.0f} / {added['p99']:.0f} / {added['p99_worst']:.0f}",
+        ),
         ("router's share of its core", f"{result['router_cpu_share']:.0%}"),
         ("requests left behind", str(result["left_behind"])),
     ):

@@ -33,8 +33,8 @@ _PROMPT = "What is measured here? #%06d"
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """So many streams over "grpc" or "http", for answers of so many tokens. leaves: of the clients, 0 to 1, who
-    hang up in the midst of an answer, and then ask for another one."""
+    """So many streams over "grpc" or "http", for answers of so many tokens. leaves: of the clients, 0 to 1,
+    who hang up in the midst of an answer, and then ask for another one."""
 
     front: str
     streams: int
@@ -57,8 +57,8 @@ class End:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What came within `seconds`. requests: that were answered to the end; left: that were not, as the client
-    hung up. pieces: messages or reads from a socket. p50_ms, p99_ms: from a worker's sending of a token to its
-    arrival here. error: the first that was seen, or empty."""
+    hung up. pieces: messages or reads from a socket. p50_ms, p99_ms: from a worker's sending of a token to
+    its arrival here. error: the first that was seen, or empty."""
 
     seconds: float
     requests: int

@@ -260,9 +260,7 @@ async def _serve(connection: Connection, num_prefill: int, num_decode: int, max_
     await asyncio.gather(*(worker.stop() for worker in workers.values()))
 
 
-def worker_info(
-    role: worker_pb2.Role, index: int, max_num_seqs: int = MAX_NUM_SEQS
-) -> worker_pb2.WorkerInfo:
+def worker_info(role: worker_pb2.Role, index: int, max_num_seqs: int = MAX_NUM_SEQS) -> worker_pb2.WorkerInfo:
     """The hello of a worker. A role's workers are alike."""
     name = "p" if role == worker_pb2.ROLE_PREFILL else "d"
     return worker_pb2.WorkerInfo(

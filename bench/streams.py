@@ -1,7 +1,8 @@
-"""`prelay bench streams`: thousands of streams through one router for minutes, with clients that leave at random.
+"""`prelay bench streams`: thousands of streams through one router for minutes, with clients that leave at
+random.
 
-The processes are those of `prelay bench router`. What is looked for is what grows: memory and descriptors of the
-router, and the time for which it keeps tokens; and what is left behind when everybody has gone.
+The processes are those of `prelay bench router`. What is looked for is what grows: memory and descriptors of
+the router, and the time for which it keeps tokens; and what is left behind when everybody has gone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _GONE_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """streams: that are open at once, half of them over each front end. tokens_s: of all together. leaves: of the
-    answers, 0 to 1, whose client hangs up before their end."""
+    """streams: that are open at once, half of them over each front end. tokens_s: of all together. leaves: of
+    the answers, 0 to 1, whose client hangs up before their end."""
 
     streams: int
     seconds: float
@@ -67,7 +68,9 @@ def measure(settings: Settings, show: Callable[[float, str], None]) -> dict[str,
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_checkpoint(directory)
         router = stack.enter_context(running_router(directory, cores[0]))
-        seats = -(-2 * settings.streams // NUM_DECODE)  # twice as many as are taken: places are not what is tried
+        seats = -(
+            -2 * settings.streams // NUM_DECODE
+        )  # twice as many as are taken: places are not what is tried
         workers = Remote("workers", cores[-1], router_workers.serve, NUM_PREFILL, NUM_DECODE, seats)
         stack.callback(workers.stop)
         router.register(workers.take())
@@ -120,7 +123,8 @@ def _watch(
         last = looks[-1]
         show(
             min(1.0, last.at_s / settings.seconds),
-            f"{last.live} streams, {last.tokens_s:.0f} tokens/s, {last.memory_mb:.0f} MB, p99 {last.p99_ms:.0f} ms",
+            f"{last.live} streams, {last.tokens_s:.0f} tokens/s, {last.memory_mb:.0f} MB, "
+            f"p99 {last.p99_ms:.0f} ms",
         )
     return looks
 
@@ -176,7 +180,9 @@ def _memory_mb(router: RouterProcess) -> float:
 def _live(router: RouterProcess) -> int:
     with grpc.insecure_channel(router.admin) as channel:
         try:
-            status = admin_pb2_grpc.RouterAdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=30)
+            status = admin_pb2_grpc.RouterAdminStub(channel).GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=30
+            )
         except grpc.RpcError as error:
             raise MeasurementError(f"the router does not say how it is: {error}") from error
     return int(status.live_requests)

@@ -44,9 +44,11 @@ def test_a_change_is_a_time_and_a_command() -> None:
     assert str(Change.parse("1.5:scale prefill=1  decode=2")) == "scale prefill=1 decode=2"
 
 
-@pytest.mark.parametrize("text", ["", "20", "20:", "x:upgrade", "-1:upgrade", "nan:upgrade", "2:serve", "2:role '"])
+@pytest.mark.parametrize(
+    "text", ["", "20", "20:", "x:upgrade", "-1:upgrade", "nan:upgrade", "2:serve", "2:role '"]
+)
 def test_what_is_none_is_refused(text: str) -> None:
-    with pytest.raises(BadInputError, match="write it as SECONDS:COMMAND, .* commands are role, drain, scale"):
+    with pytest.raises(BadInputError, match=r"write it as SECONDS:COMMAND, .* commands are role"):
         Change.parse(text)
 
 
