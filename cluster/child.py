@@ -7,6 +7,7 @@ to, or is gone. Whatever way it ends, it ends everything that it has started.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -49,20 +50,20 @@ def run_child(main: Main, order: Order, run_directory: Path) -> int:
     except Exception as error:
         code = 1
         _report(error, order.debug)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+            stream.flush()
     kill_descendants(timeout_s=1.5)
     return code
 
 
 def _report(error: Exception, debug: bool) -> None:
-    if debug:
-        traceback.print_exception(error)
-    if isinstance(error, ClusterError):
-        print(f"prelay: error: {error}", file=sys.stderr)
-    else:
-        hint = "" if debug else "; --debug shows the traceback"
-        print(f"prelay: error: unexpected {type(error).__name__}: {error}{hint}", file=sys.stderr)
+    hint = "" if debug else "; --debug shows the traceback"
+    unexpected = f"unexpected {type(error).__name__}: {error}{hint}"
+    with contextlib.suppress(OSError):
+        if debug:
+            traceback.print_exception(error)
+        print(f"prelay: error: {error if isinstance(error, ClusterError) else unexpected}", file=sys.stderr)
 
 
 def main() -> None:

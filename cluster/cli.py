@@ -126,6 +126,32 @@ def serve(config_file: Path | None, as_json: bool, debug: bool, **settings: Any)
 
 @cli.command(epilog=_EXIT_CODES)
 @_config_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output when ready.")
+@_debug_option
+def router(config_file: Path | None, as_json: bool, debug: bool, **settings: Any) -> int:
+    """Run one router by itself, until Ctrl-C or SIGTERM: outside of Ray, for workers that `prelay serve`
+    starts.
+
+    Takes the same file and flags as `prelay serve`, of which it goes by the model (its tokenizer, no
+    weights), the router, the SLO classes and TLS. It has no workers until a `prelay serve` names its admin
+    port under router.external; several routers may be named there, and clients may ask any of them.
+
+    \b
+    Examples:
+      prelay router prelay.yaml --http 0.0.0.0:8000 --admin 10.0.0.5:9091
+      prelay serve prelay.yaml --set 'router.external=["10.0.0.5:9091", "10.0.0.6:9091"]'
+    """
+    import asyncio
+
+    from cluster.standalone_router import run_router
+
+    config = _load(config_file, settings)
+    asyncio.run(run_router(config, as_json=as_json, log_level="INFO" if debug else "WARNING"))
+    return 0
+
+
+@cli.command(epilog=_EXIT_CODES)
+@_config_options
 @click.option("--show", is_flag=True, help="Print the effective configuration as YAML.")
 @_debug_option
 def config(config_file: Path | None, show: bool, **settings: Any) -> int:

@@ -103,6 +103,16 @@ class ServeConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _controllers_see_all_that_comes(self) -> Self:
+        if len(self.router.external) > 1 and self.controller.mode != "none":
+            raise ValueError(
+                f"controller.mode is {self.controller.mode}, but router.external names "
+                f"{len(self.router.external)} routers: the controller would know of the requests of one of them "
+                "only; set it to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _simulated_workers_have_the_backend(self) -> Self:
         backend = self.transfer.backend
         if self.model.load == "simulated" and backend not in ("auto", "ipc"):

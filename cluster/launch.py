@@ -20,18 +20,19 @@ from cluster.config import ServeConfig
 from cluster.control import ControlServer
 from cluster.cover import Cover
 from cluster.errors import ClusterError, WorkerError
+from cluster.external_routers import ExternalRouters
 from cluster.host_spec import HostSpec
 from cluster.pool_changes import can_serve
 from cluster.ray_cluster import RayCluster
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
 from cluster.role_controller import RoleController
+from cluster.router_admin import Routers
+from cluster.router_config import router_settings
 from cluster.router_process import RouterAddresses, RouterProcess
 from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
 from cluster.worker_specs import worker_specs
 from engine.tls import Identity
-from router.settings import RouterSettings
-from router.slo import SloClass
 
 T = TypeVar("T")
 
@@ -41,11 +42,11 @@ _ATTACH_BEAT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What listens where, once everything does."""
+    """What listens where, once everything does. addresses, router_pid: None if the routers run elsewhere."""
 
     config: ServeConfig
-    addresses: RouterAddresses
-    router_pid: int
+    addresses: RouterAddresses | None
+    router_pid: int | None
     workers: tuple[LiveWorker, ...]
     startup_s: float
 
@@ -71,7 +72,7 @@ class Deployment:
         self._reporter = reporter
         self._on_router_log = on_router_log
         self._cluster = RayCluster(config.ray.address, config.num_cpus, run_directory)
-        self._router: RouterProcess | None = None
+        self._router: RouterProcess | ExternalRouters | None = None
         self._lives: list[WorkerLife] = []
         self._control: ControlServer | None = None
         self._reshape: Reshape | None = None
@@ -84,19 +85,25 @@ class Deployment:
         """Start everything. Raises a ClusterError that says what could not be started; `stop` even then."""
         begin = time.monotonic()
         self._reporter.progress("router", "starting", None)
-        settings = router_settings(self._config, self._router_log_level)
         if self._config.tls.internal is not None:
             self._identity = Identity(self._config.tls.internal)
-        router = self._router = await RouterProcess.start(
-            settings.to_json(), self._on_router_log, self._identity
-        )
+        router = self._router = await self._find_router()
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
         self._reshape = reshape = Reshape(self._config, self, router)
         self._cover = Cover(self, reshape, self._reporter)
-        self._control = await ControlServer.start(reshape, router.addresses.admin, self._identity)
+        self._control = await ControlServer.start(reshape, self._config.router.admin, self._identity)
         await router.controlled_at(self._control.address)
-        return Ready(self._config, router.addresses, router.pid, workers, time.monotonic() - begin)
+        own = router if isinstance(router, RouterProcess) else None
+        took_s = time.monotonic() - begin
+        addresses, pid = (None, None) if own is None else (own.addresses, own.pid)
+        return Ready(self._config, addresses, pid, workers, took_s)
+
+    async def _find_router(self) -> RouterProcess | ExternalRouters:
+        if external := self._config.router.external:
+            return await ExternalRouters.connect(external, self._identity)
+        settings = router_settings(self._config, self._router_log_level)
+        return await RouterProcess.start(settings.to_json(), self._on_router_log, self._identity)
 
     async def run(self) -> None:
         """Keep the workers alive. Ends by a ClusterError only: no router, or no workers left that can serve
@@ -132,7 +139,7 @@ class Deployment:
         await asyncio.gather(*(life.stop() for life in self._lives))
         await self._cluster.stop()
 
-    def _controllers(self, router: RouterProcess, reshape: Reshape) -> Sequence[Coroutine[Any, Any, object]]:
+    def _controllers(self, router: Routers, reshape: Reshape) -> Sequence[Coroutine[Any, Any, object]]:
         """None, or the one that changes roles."""
         mode = self._config.controller.mode
         if mode == "none":
@@ -165,7 +172,7 @@ class Deployment:
         await _cancel([task])
         await life.end()
 
-    def _life(self, spec: HostSpec, router: RouterProcess) -> WorkerLife:
+    def _life(self, spec: HostSpec, router: Routers) -> WorkerLife:
         secured = replace(spec, secret=self._secret, tls=self._config.tls.internal)
         return WorkerLife(secured, self._cluster, router, self._reporter, RestartPolicy())
 
@@ -173,7 +180,7 @@ class Deployment:
         self._keeping[asyncio.create_task(life.keep_alive())] = life
         self._added.set()
 
-    async def _start_workers(self, router: RouterProcess) -> tuple[LiveWorker, ...]:
+    async def _start_workers(self, router: Routers) -> tuple[LiveWorker, ...]:
         where = self._config.ray.address
         self._reporter.progress("ray", f"joining {where}" if where else "starting", None)
         await self._cluster.start()
@@ -187,7 +194,7 @@ class Deployment:
             )
         return tuple(workers)
 
-    async def _keep_attached(self, router: RouterProcess) -> None:
+    async def _keep_attached(self, router: Routers) -> None:
         """Attach workers again that the router has given up; runs for ever."""
         while True:
             await asyncio.sleep(_ATTACH_BEAT_S)
@@ -221,54 +228,12 @@ class Deployment:
                 await life.end()
 
 
-def router_settings(config: ServeConfig, log_level: str) -> RouterSettings:
-    """The router's part of a resolved configuration."""
-    router = config.router
-    return RouterSettings(
-        checkpoint=str(config.model.path),
-        model_name=str(config.model.name),
-        max_model_len=config.model.max_model_len,
-        http=router.http,
-        grpc=router.grpc,
-        metrics=router.metrics,
-        admin=router.admin,
-        slo_classes={
-            name: SloClass(slo.ttft_s, slo.tpot_s, slo.priority, slo.downgrade_to)
-            for name, slo in config.slo.classes.items()
-        },
-        default_slo_class=config.slo.default,
-        policy=router.policy,
-        suspect_after_s=router.suspect_after_s,
-        liveness_timeout_s=router.liveness_timeout_s,
-        max_attempts=router.max_attempts,
-        retry_budget=router.retry_budget,
-        retry_burst=router.retry_burst,
-        recovery_wait_s=router.recovery_wait_s,
-        stream_buffer_tokens=router.stream_buffer_tokens,
-        slow_reader_timeout_s=router.slow_reader_timeout_s,
-        max_body_bytes=router.max_body_bytes,
-        max_choices=router.max_choices,
-        max_gated_requests=router.max_gated_requests,
-        retry_after_s=router.retry_after_s,
-        request_timeout_s=router.request_timeout_s,
-        log_level=log_level,
-        tenants=_path(router.tenants),
-        internal_tls=_path(config.tls.internal),
-        client_tls=_path(config.tls.clients),
-        client_certificates=config.tls.client_certificates,
-    )
-
-
-def _path(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
 def _who_is_left(lives: Iterable[WorkerLife]) -> str:
     names = ", ".join(life.worker_id for life in lives)
     return f"{names} cannot serve without it" if names else "it was the last worker"
 
 
-async def _end_of(part: RouterProcess | RayCluster) -> None:
+async def _end_of(part: RouterProcess | ExternalRouters | RayCluster) -> None:
     """Raises the error that says so when `part` has ended."""
     raise await part.ended()
 

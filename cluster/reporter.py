@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from rich.console import Console
@@ -35,7 +36,7 @@ class LineReporter:
             self.event(f"{what}: {stage}")
 
     def event(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(self._console, line)
 
     def close(self) -> None:
         self._closed = True
@@ -67,11 +68,17 @@ class BarReporter:
         self._bars.update(self._tasks[what], description=stage, completed=fraction, total=total)
 
     def event(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(self._console, line)
 
     def close(self) -> None:
         self._closed = True
         self._bars.stop()
+
+
+def _say(console: Console, line: str) -> None:
+    # A disk that is full, or a terminal that is gone, is no reason to end what serves.
+    with contextlib.suppress(OSError):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def reporter_for(console: Console) -> Reporter:

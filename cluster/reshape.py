@@ -33,7 +33,7 @@ from cluster.pool_changes import (
     steps_to,
 )
 from cluster.roles import ROLE_NAMES
-from cluster.router_process import RouterProcess
+from cluster.router_admin import Routers
 from cluster.worker_life import LiveWorker, WorkerLife
 from cluster.worker_specs import another_worker, in_role
 
@@ -54,7 +54,7 @@ class Workers(Protocol):
 class Reshape:
     """config: resolved and checked, as the deployment was started with it."""
 
-    def __init__(self, config: ServeConfig, workers: Workers, router: RouterProcess) -> None:
+    def __init__(self, config: ServeConfig, workers: Workers, router: Routers) -> None:
         self._config = config
         self._workers = workers
         self._router = router

@@ -27,7 +27,7 @@ from cluster.reporter import Reporter
 from cluster.reshape import Reshape
 from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
 from cluster.roles import ROLE_NAMES
-from cluster.router_process import RouterProcess
+from cluster.router_admin import Routers
 from cluster.simulator.errors import SimulationError
 from cluster.workload.arrivals import Arrivals
 from cluster.workload.drawing import WorkloadSpec
@@ -47,7 +47,7 @@ class RoleController:
 
     def __init__(
         self,
-        router: RouterProcess,
+        router: Routers,
         reshape: Reshape,
         reporter: Reporter,
         *,

@@ -166,23 +166,24 @@ class TransferSection(Section):
 class RouterSection(Section):
     """Where the router listens, its policy and its limits.
 
-    policy: how requests are admitted, in which order they wait, and where they are placed.
-    suspect_after_s: silence after which a worker gets nothing new, None is half of liveness_timeout_s;
-    liveness_timeout_s: silence after which it counts as dead and its requests are placed again.
-    max_attempts: placements of one request that may be lost. retry_budget, retry_burst: so many requests are
-    placed again for each one that is let in, and so many beyond that. recovery_wait_s: how long requests wait
-    for a pair of workers when there is none. stream_buffer_tokens: of a streamed answer that may be unread
-    before it is paused; slow_reader_timeout_s: how long they may be before it is ended. request_timeout_s:
-    longest life of a request. max_gated_requests: most requests that wait; more are told to come again after
-    retry_after_s. max_choices: most answers that one HTTP call may ask for. max_body_bytes: of an HTTP body
-    or gRPC message. tenants: file of who may ask, with keys and limits (router/tenants.py); None lets
-    everybody.
+    policy: how requests are admitted, in which order they wait, and where they are placed. suspect_after_s:
+    silence after which a worker gets nothing new, None is half of liveness_timeout_s; liveness_timeout_s:
+    silence after which it counts as dead and its requests are placed again. max_attempts: placements of one
+    request that may be lost. retry_budget, retry_burst: so many requests are placed again for each one that
+    is let in, and so many beyond that. recovery_wait_s: how long requests wait for a pair of workers when
+    there is none. stream_buffer_tokens: of a streamed answer that may be unread before it is paused;
+    slow_reader_timeout_s: how long they may be before it is ended. request_timeout_s: longest life of a
+    request. max_gated_requests: most requests that wait; more are told to come again after retry_after_s.
+    max_choices: most answers that one HTTP call may ask for. max_body_bytes: of an HTTP body or gRPC message.
+    tenants: file of who may ask, with keys and limits (router/tenants.py); None lets everybody. external:
+    admin ports of routers that run elsewhere (`prelay router`), to be used instead of one of our own.
     """
 
     http: HostPort = "127.0.0.1:8000"
     grpc: HostPort = "127.0.0.1:8001"
     metrics: HostPort = "127.0.0.1:9090"
     admin: HostPort = "127.0.0.1:9091"
+    external: list[HostPort] = Field(default_factory=list)
     policy: Annotated[str, AfterValidator(_known_policy)] = "goodput"
     suspect_after_s: Seconds | None = None
     liveness_timeout_s: Annotated[float, Field(ge=0.2, allow_inf_nan=False)] = 1.5

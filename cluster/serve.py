@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cluster.launch import Deployment, Ready
 from cluster.orders import Order
 from cluster.reporter import reporter_for
 from cluster.roles import ROLE_NAMES
+from cluster.router_config import listening
 from cluster.worker_life import LiveWorker
 
 
@@ -46,10 +48,8 @@ def ready_json(ready: Ready) -> dict[str, Any]:
         "model": ready.config.model.name,
         "max_model_len": ready.config.model.max_model_len,
         "policy": ready.config.router.policy,
-        "http": ready.addresses.http,
-        "grpc": ready.addresses.grpc,
-        "metrics": ready.addresses.metrics,
-        "admin": ready.addresses.admin,
+        **({} if ready.addresses is None else asdict(ready.addresses)),
+        "external_routers": ready.config.router.external,
         "router_pid": ready.router_pid,
         "ray": ready.config.ray.address or "local",
         "workers": [_worker_json(worker) for worker in ready.workers],
@@ -74,15 +74,8 @@ def _worker_json(worker: LiveWorker) -> dict[str, Any]:
 
 def ready_panel(ready: Ready) -> Panel:
     """The same for a person."""
-    addresses = ready.addresses
-    scheme = "http" if ready.config.tls.clients is None else "https"
     listeners = Table.grid(padding=(0, 2))
-    for name, url, note in (
-        ("HTTP", f"{scheme}://{addresses.http}", "OpenAI-compatible, under /v1"),
-        ("gRPC", addresses.grpc, "prelay.v1.Inference, health, reflection"),
-        ("metrics", f"http://{addresses.metrics}/metrics", "Prometheus; /targets lists the workers"),
-        ("admin", addresses.admin, "prelay.v1.RouterAdmin; `prelay top` looks at it"),
-    ):
+    for name, url, note in listening(ready.config, ready.addresses):
         listeners.add_row(f"[bold]{name}[/]", f"[cyan]{url}[/]", f"[dim]{note}[/]")
     workers = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
     for column in ("worker", "core", "pid", "KV tokens", "address", "metrics"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +12,7 @@ from prelay.v1 import admin_pb2, admin_pb2_grpc
 
 from cluster.errors import NoRouterError
 from cluster.roles import ROLE_NAMES
+from cluster.sections import parse_host_port
 from engine.tls import Identity, dial_blocking
 
 _TIMEOUT_S = 3.0
@@ -26,6 +28,7 @@ class StatusClient:
 
     def __init__(self, address: str, identity: Identity | None = None) -> None:
         self._address = address
+        self._has_tls = identity is not None
         self._channel = dial_blocking(address, identity, _CHANNEL_OPTIONS)
         self._stub = admin_pb2_grpc.RouterAdminStub(self._channel)
 
@@ -66,10 +69,24 @@ class StatusClient:
                 f"what listens at {self._address} is not the admin port of a router: `prelay serve` shows "
                 "which that is (router.admin)"
             )
+        if _listens(self._address):
+            how = (
+                "these certificates" if self._has_tls else "calls without TLS (--tls DIR gives certificates)"
+            )
+            return f"what listens at {self._address} does not take {how}, or is no router's admin port"
         return (
             f"no router answers at {self._address}: start one with `prelay serve`, or give the address that "
             "it shows as admin (--admin HOST:PORT)"
         )
+
+
+def _listens(address: str) -> bool:
+    host, port = parse_host_port(address)
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
 
 
 def attainment(outcomes: Mapping[str, int]) -> float | None:

@@ -32,7 +32,7 @@ from cluster.host import Progress, StartReport, WorkerHost
 from cluster.host_spec import HostSpec
 from cluster.ray_cluster import Place, RayCluster
 from cluster.reporter import Reporter
-from cluster.router_process import RouterProcess
+from cluster.router_admin import Routers
 from engine.errors import EngineError
 
 _POLL_S = 0.2
@@ -78,7 +78,7 @@ class WorkerLife:
         self,
         template: HostSpec,
         cluster: RayCluster,
-        router: RouterProcess,
+        router: Routers,
         reporter: Reporter,
         policy: RestartPolicy,
         wall_clock_ns: Callable[[], int] = time.time_ns,

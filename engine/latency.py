@@ -25,6 +25,9 @@ from typing import Any
 
 _VERSION = 1
 _MAX_CORRECTION = 5.0
+_MEMORY_S = 10.0
+_LEAST_FORGETTING = 0.9
+"""Of steps of a second and more: two parameters take some ten steps to tell from noise."""
 _KNOTS = tuple(2**exponent for exponent in range(1, 13))
 
 
@@ -200,13 +203,15 @@ class LatencyModel:
 class OnlineLatency:
     """A model that follows what is observed.
 
-    Expectations are offset + scale * model, by recursive least squares on relative errors with forgetting.
+    Expectations are offset + scale * model, by recursive least squares on relative errors with directional
+    forgetting (Cao and Schwartz, 2000).
     Promises are expectations times exp(q), q the `quantile` of log(observed / expected) over `span` steps
     together, found by pinball updates: limits are kept on the average over the tokens of an answer, in which
     the scatter of single steps hardly shows.
 
-    forgetting: weight of an observation against the next. rate: how far `span` of them move q. Raises
-    ValueError for what is no share of 1, or no number of steps.
+    forgetting: weight of an observation against the next, and of long steps less, so that nothing counts for
+    much longer than _MEMORY_S: a machine that becomes slower does so in seconds, not in steps. rate: how far
+    `span` of them move q. Raises ValueError for what is no share of 1, or no number of steps.
     """
 
     __slots__ = (
@@ -302,16 +307,21 @@ class OnlineLatency:
         x0, x1 = unit_s * weight, predicted * weight
         # Covariance times x, and the gain that follows from it.
         p0, p1 = self._c00 * x0 + self._c01 * x1, self._c01 * x0 + self._c11 * x1
-        denominator = self._forgetting + x0 * p0 + x1 * p1
+        forgetting = max(_LEAST_FORGETTING, min(self._forgetting, math.exp(-predicted / _MEMORY_S)))
+        known = x0 * p0 + x1 * p1
+        if known <= 0.0:
+            return
         error = 1.0 - (self._offset_s * weight + self._scale * x1)
-        self._offset_s += p0 / denominator * error * unit_s
-        self._scale += p1 / denominator * error
-        c00 = max(0.0, self._c00 - p0 * p0 / denominator) / self._forgetting
-        c11 = max(0.0, self._c11 - p1 * p1 / denominator) / self._forgetting
-        c01 = (self._c01 - p0 * p1 / denominator) / self._forgetting
-        # Rounding must not make it the covariance of nothing that can be.
+        self._offset_s += p0 / (1.0 + known) * error * unit_s
+        self._scale += p1 / (1.0 + known) * error
+        # What the step tells is taken off the covariance, and what is forgotten is added in that direction
+        # alone: steps that are all alike say nothing of the other one.
+        change = ((1.0 / forgetting - 1.0) / known - 1.0) / (1.0 + known)
+        c00 = max(0.0, self._c00 + p0 * p0 * change)
+        c11 = max(0.0, self._c11 + p1 * p1 * change)
+        c01 = self._c01 + p0 * p1 * change
+        # Rounding must not make it the covariance of nothing that can be, nor absurd times one without end.
         most = math.sqrt(c00 * c11)
-        # Without news in one direction, forgetting alone would let the uncertainty there grow for ever.
         shrink = 1.0 / max(1.0, c00 + c11)
         self._c00, self._c11 = c00 * shrink, c11 * shrink
         self._c01 = min(max(c01, -most), most) * shrink

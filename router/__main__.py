@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,6 +25,9 @@ from router import garbage
 from router.app import Router
 from router.errors import AddressTakenError, SettingsError
 from router.settings import RouterSettings
+
+_FEW_DESCRIPTORS = 4096
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
+    _raise_descriptor_limit()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings))
@@ -63,6 +68,18 @@ async def _serve(settings: RouterSettings) -> None:
     threading.Thread(target=_wait_for_stdin_to_end, args=(loop, told_to_stop), daemon=True).start()
     await told_to_stop.wait()
     await router.stop()
+
+
+def _raise_descriptor_limit() -> None:
+    """Each connection takes one; when there are none left, newcomers wait."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < _FEW_DESCRIPTORS:
+        _log.warning(
+            "event=few_descriptors limit=%d message='with more connections than that, new ones wait: raise "
+            "it (ulimit -Hn)'",
+            hard,
+        )
 
 
 def _wait_for_stdin_to_end(loop: asyncio.AbstractEventLoop, told_to_stop: asyncio.Event) -> None:

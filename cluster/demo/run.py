@@ -95,6 +95,7 @@ async def _ask_all(ready: Ready, prompts: Sequence[DemoPrompt], console: Console
     together, in_turn = rest[:_NUM_TOGETHER], rest[_NUM_TOGETHER:]
     model = str(ready.config.model.name)
     answers = []
+    assert ready.addresses is not None
     async with DemoClients(ready.addresses.http, ready.addresses.grpc, model) as clients:
         for prompt in visible:
             typewriter = Typewriter(console)

@@ -12,10 +12,10 @@ from prelay.v1 import worker_pb2
 from cluster.config import ServeConfig
 from cluster.config_file import load_config, parse_assignment
 from cluster.errors import ConfigError
-from cluster.launch import router_settings
 from cluster.orders import Order
 from cluster.pool_changes import can_serve
 from cluster.preflight import check_model, token_nbytes, with_kv_sizes
+from cluster.router_config import router_settings
 from cluster.worker_specs import worker_specs
 from engine.config import ModelConfig
 

@@ -12,7 +12,7 @@ from prelay.v1 import worker_pb2
 from cluster.config import demo_model_path
 from cluster.demo.run import demo_config
 from cluster.errors import AddressInUseError, RouterError, WorkerError
-from cluster.launch import router_settings
+from cluster.router_config import router_settings
 from cluster.router_process import RouterProcess
 from router.settings import RouterSettings
 

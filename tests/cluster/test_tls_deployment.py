@@ -111,8 +111,12 @@ async def test_everything_is_encrypted_and_asks_for_certificates(
     code, written = await prelay(ready, "status", "--json", "--tls", str(inside))
     assert code == 0, written
     assert len(json.loads(written)["workers"]) == 2
-    assert (await prelay(ready, "status"))[0] == 1
-    assert (await prelay(ready, "status", "--tls", str(outside)))[0] == 1
+    code, written = await prelay(ready, "status")
+    assert code == 1
+    assert "does not take calls without TLS (--tls DIR gives certificates)" in written
+    code, written = await prelay(ready, "status", "--tls", str(outside))
+    assert code == 1
+    assert "does not take these certificates" in written
     code, written = await prelay(ready, "status", "--tls", str(tmp_path))
     assert code == 2, written
     assert "tls.crt cannot be read" in written

@@ -195,11 +195,34 @@ def test_corrections_are_those_of_recursive_least_squares() -> None:
         seconds = 1.3 * model.step_s(shape) * math.exp(dice.gauss(0, 0.2)) + 0.01
         online.observe(shape, seconds)
         row = np.array([unit_s, model.step_s(shape)]) / seconds
-        gain = covariance @ row / (0.99 + row @ covariance @ row)
+        gain = covariance @ row / (1 + row @ covariance @ row)
         parameters = parameters + gain * (1 - row @ parameters)
-        covariance = (covariance - np.outer(gain, row @ covariance)) / 0.99
+        covariance = covariance - np.outer(gain, row @ covariance)
+        # Forgetting, in the direction of the step alone.
+        forgetting = max(0.9, min(0.99, math.exp(-model.step_s(shape) / 10)))
+        along = covariance @ row
+        covariance = covariance + (1 / forgetting - 1) * np.outer(along, along) / (row @ along)
         covariance *= min(1.0, 1.0 / np.trace(covariance))
         assert online.expect_s(shape) == pytest.approx(parameters @ [unit_s, model.step_s(shape)], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (LatencyModel({"step": 0.005, "rows": 0.0008}), StepShape(((512, 0),))),
+        (LatencyModel({"step": 0.010, "decode_sequences": 0.001}), StepShape((), 5, 2500)),
+    ],
+)
+def test_a_machine_that_becomes_slower_is_followed_in_seconds(model: LatencyModel, shape: StepShape) -> None:
+    """Whether its steps are long or short, and although they have been alike for long."""
+    online, step_s = OnlineLatency(model), model.step_s(shape)
+    for _ in range(int(100 / step_s)):
+        online.observe(shape, step_s)
+    elapsed = 0.0
+    while elapsed < 15.0:
+        online.observe(shape, 1.5 * step_s)
+        elapsed += 1.5 * step_s
+    assert online.expect_s(shape) > 1.2 * step_s
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 5e-324, 1e9])
