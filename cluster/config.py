@@ -107,8 +107,8 @@ class ServeConfig(BaseModel):
         if len(self.router.external) > 1 and self.controller.mode != "none":
             raise ValueError(
                 f"controller.mode is {self.controller.mode}, but router.external names "
-                f"{len(self.router.external)} routers: the controller would know of the requests of one of them "
-                "only; set it to none"
+                f"{len(self.router.external)} routers: the controller would know of the requests of one of "
+                "them only; set it to none"
             )
         return self
 

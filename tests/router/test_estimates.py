@@ -133,7 +133,7 @@ def test_steps_correct_what_is_expected(scene, make_request):
         for new in (100, 256):
             scene.p.observe(StepShape(((new, 0),)), 2 * read_s(new))
     assert scene.estimates.prefill(scene.p, request, 0.0).compute_s == pytest.approx(
-        2 * read_s(200), rel=0.02
+        2 * read_s(200), rel=0.03
     )
 
 
