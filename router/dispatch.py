@@ -276,7 +276,7 @@ class Dispatcher:
             self._pool[link.worker_id].release(live.record.key)
             self._pump.soon()
         elif sequence.HasField("times") and not from_reader:
-            self._learning.handed_over(live, sequence.times)
+            self._learning.handed_over(live, sequence.times, now)
         previous = live.record.last_token_at
         delta = live.record.tokens(now, commands.token_batch(sequence, from_reader=from_reader))
         if delta is None:

@@ -68,13 +68,16 @@ class Learning:
         if delta.finish is not None:
             self._finished(live, delta.finish)
 
-    def handed_over(self, live: LiveRequest, times: worker_pb2.StageTimes) -> None:
+    def handed_over(self, live: LiveRequest, times: worker_pb2.StageTimes, now: float) -> None:
         """A decode worker has got a request, and says how long it waited for the last of its KV."""
         record = live.record
         pair = Pair(record.prefill_worker, record.decode_worker)
         self._estimates.transfers.observe(pair, live.travelling_tokens, times.transfer_s)
         if live.expected is not None:
             self._metrics.predicted("transfer", live.expected.transfer_s, times.transfer_s)
+            if record.last_token_at is not None:
+                gap_s = now - record.last_token_at - live.expected.tpot_s
+                self._estimates.transfers.observe_second_token(gap_s)
 
     def _finished(self, live: LiveRequest, finish: Finish) -> None:
         self._lengths.observe(live.request, finish.completion_tokens)

@@ -26,6 +26,10 @@ class TransferTimes:
         # Decayed sums of 1, n, s, n * n, n * s over hand-offs of n tokens that took s seconds.
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         self._alpha_s = self._beta_s = 0.0
+        self.second_token_s = 0.0
+        """By how much later than a decode step the second token of an answer comes that was handed over, all
+        told: what of the transfer is not hidden, the wait for a step, and messages. 0 while nothing is
+        known."""
 
     def __len__(self) -> int:
         """Pairs that are remembered."""
@@ -53,6 +57,11 @@ class TransferTimes:
         # Neither is negative: longer transfers do not take less.
         self._beta_s = min(max(0.0, beta), s / n) if n > 0 else 0.0
         self._alpha_s = max(0.0, (s - self._beta_s * n) / one)
+
+    def observe_second_token(self, seconds: float) -> None:
+        """It came so much later than a decode step."""
+        if seconds < float("inf"):
+            self.second_token_s += self._rate * (max(0.0, seconds) - self.second_token_s)
 
     def expect_s(self, pair: Pair, num_tokens: int) -> float:
         """How long a request of which so many tokens travel waits for them; 0 while nothing is known."""

@@ -12,8 +12,9 @@ scheduling by earliest completion, in the order of the gate.
 
 Conditional disaggregation follows from it: a mixed worker reads a prompt itself where it has the first token
 no later than any pair, be it for what it has cached or because prefill workers are busy, and the steps of
-those who decode there have room for it. If it would be in time there but on no pair, it is deflected.
-"""
+those who decode there have room for it. If it would be in time there but on no pair, it is deflected. Where
+its answer may be so short that the hand-off alone would make its tokens late on the average, it is read there
+even if a pair had the first token sooner."""
 
 from __future__ import annotations
 
@@ -148,7 +149,7 @@ class GoodputPlacement:
         pair = self._best_pair(search, readers, explores) if readers else None
         mixed = self._mixed.look(search.request, search.may_write)
         local = self._best_local(search, mixed, explores, has_readers=bool(readers)) if mixed else None
-        if local is None or (pair is not None and pair.ttft_s < local.ttft_s):
+        if local is None or (pair is not None and pair.keeps_tpot and pair.ttft_s < local.ttft_s):
             return pair
         return replace(local, kind=Kind.DEFLECTED) if readers and pair is None else local
 

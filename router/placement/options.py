@@ -39,7 +39,8 @@ USEFUL_CHUNK = 16
 @dataclass(frozen=True, slots=True)
 class Option:
     """prefill: None if `writer` reads the prompt itself. wait_s: until it begins to. ttft_s: until the first
-    token, from now on. decode: of the writer, when the answer gets there."""
+    token, from now on. decode: of the writer, when the answer gets there. keeps_tpot: whether the second
+    token of a short answer would not come too late because of the hand-off."""
 
     kind: Kind
     prefill: WorkerView | None
@@ -49,6 +50,7 @@ class Option:
     transfer_s: float
     decode: DecodeEstimate
     does_harm: bool
+    keeps_tpot: bool = True
 
     @property
     def reader(self) -> WorkerView:
@@ -102,7 +104,11 @@ class Options:
             or self._harms_batch(writer, decode)
             or self._is_held_up(writer, decode, ttft_s, transfer_s)
         )
-        return Option(Kind.DISAGGREGATED, reader, writer, wait_s, ttft_s, transfer_s, decode, does_harm)
+        second_s = max(transfer_s, self._estimates.transfers.second_token_s)
+        keeps_tpot = not self._tpot_counts or second_s <= max(0.0, self._affords_s(decode))
+        return Option(
+            Kind.DISAGGREGATED, reader, writer, wait_s, ttft_s, transfer_s, decode, does_harm, keeps_tpot
+        )
 
     def local(self, worker: WorkerView, booked_s: float, *, could_be_handed_over: bool) -> Option:
         """By a mixed worker that reads it itself. could_be_handed_over: a prefill worker could read it."""

@@ -353,6 +353,27 @@ def test_a_good_option_is_never_passed_over_for_one_that_is_not(data, make_reque
         )
 
 
+def test_short_answers_are_not_handed_over_where_that_alone_makes_them_late(make_request):
+    """A hand-off costs the second token 10 ms; a step takes 9.5 of the 15 that a token may."""
+    limits = SloLimits(2.0, 0.015)
+
+    def kind(answer_tokens: int, *, handoff_s: float = 0.010, others: int = 0) -> Kind:
+        fixture = Fixture("goodput", pool_of(1, 0, 1))
+        for _ in range(40):
+            fixture.lengths.observe(make_request(), answer_tokens)
+            fixture.estimates.transfers.observe_second_token(handoff_s)
+        writing(fixture, "m0", others, limits, make_request)
+        request = make_request("new", prompt_tokens=512, limits=limits)
+        first_half = replace(request, prompt_token_ids=request.prompt_token_ids[:256])
+        hold(fixture, "p0", first_half)  # it would have the first token sooner
+        return choose(fixture, request).kind
+
+    assert kind(2) is Kind.LOCAL
+    assert kind(40) is Kind.DISAGGREGATED
+    assert kind(2, handoff_s=0.001) is Kind.DISAGGREGATED
+    assert kind(2, others=3) is Kind.DISAGGREGATED, "others decode there, and have no room for a prompt"
+
+
 def test_a_late_one_whose_turn_it_is_need_not_leave_room(make_request):
     limits = SloLimits(2.0, 0.020)
     late = make_request("late", prompt_tokens=64, limits=limits)
