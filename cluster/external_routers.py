@@ -29,6 +29,8 @@ class ExternalRouters:
         """Made by `connect`."""
         self._routers = routers
         self._controller = ""
+        # The epoch of each worker that they were told of.
+        self._told: dict[str, int] = {}
 
     @classmethod
     async def connect(cls, addresses: Sequence[str], identity: Identity | None) -> Self:
@@ -51,12 +53,14 @@ class ExternalRouters:
             if self._controller:  # it may have been started anew
                 await router.controlled_at(self._controller)
 
+        self._told[info.worker_id] = info.epoch
         await self._any(one)
 
     async def lost(self, worker_id: str, epoch: int) -> None:
         await asyncio.gather(*(router.lost(worker_id, epoch) for router in self._routers))
 
     async def forget(self, worker_id: str, epoch: int) -> None:
+        self._told.pop(worker_id, None)
         await asyncio.gather(*(router.forget(worker_id, epoch) for router in self._routers))
 
     async def drain(self, worker_id: str, epoch: int, *, draining: bool) -> int:
@@ -95,7 +99,10 @@ class ExternalRouters:
         raise AssertionError
 
     async def stop(self) -> None:
-        """They go on: their workers end by themselves."""
+        """They go on, without the workers that they were told of."""
+        await asyncio.gather(
+            *(self.forget(worker_id, epoch) for worker_id, epoch in list(self._told.items()))
+        )
 
     async def _any(self, ask: Callable[[RouterAdmin], Awaitable[T]]) -> list[T]:
         """What those say that can. Raises the first error if nobody can."""

@@ -48,6 +48,8 @@ from router.workers import Workers
 
 _log = logging.getLogger(__name__)
 
+_MAX_PENDING_CALLS = 65_536
+
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
@@ -224,6 +226,10 @@ def _server_options(max_body_bytes: int) -> tuple[tuple[str, int], ...]:
     return (
         ("grpc.so_reuseport", 0),  # a second router on this port must fail, not share it
         ("grpc.max_receive_message_length", max_body_bytes),
+        # Calls of one burst that we have not got to yet: beyond, gRPC would cancel some by lot, without a
+        # word. It is admission that refuses, and says when to come again.
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
     )
 
 

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from prelay.v1 import admin_pb2, worker_pb2
 
 from cluster.demo.prompts import demo_prompts
-from cluster.errors import RouterError
+from cluster.errors import RouterError, WorkerError
 from cluster.external_routers import ExternalRouters
 from tests.cluster.asking import LENIENT, status_of, wrong_answers
 from tests.cluster.conftest import FREE_PORTS, STOP_LIMIT_S
@@ -86,8 +87,76 @@ async def test_any_router_answers_and_one_that_comes_back_gets_its_workers(
     server.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(server.process.wait, STOP_LIMIT_S) == 0
     assert second.poll() is None, "a router outlives the deployment"
+    assert not (await status_of(other)).workers
     second.send_signal(signal.SIGINT)
     assert second.wait(STOP_LIMIT_S) == 0
+
+
+class Admin:
+    """A RouterAdmin. gone: it does not answer."""
+
+    def __init__(self, *workers: tuple[str, int]) -> None:
+        self.address = "10.0.0.1:9091"
+        self.workers = set(workers)
+        self.log: list[str] = []
+        self.gone = False
+
+    async def status(self) -> admin_pb2.GetStatusResponse:
+        if self.gone:
+            raise WorkerError("it does not answer")
+        infos = [worker_pb2.WorkerInfo(worker_id=name, epoch=epoch) for name, epoch in self.workers]
+        return admin_pb2.GetStatusResponse(
+            workers=[admin_pb2.WorkerStatus(info=info, up=True) for info in infos]
+        )
+
+    async def register(self, info: worker_pb2.WorkerInfo, secret: str) -> None:
+        if self.gone:
+            raise WorkerError(f"{info.worker_id} cannot be used")
+        self.workers.add((info.worker_id, info.epoch))
+
+    async def drain(self, worker_id: str, epoch: int, *, draining: bool) -> int:
+        if self.gone:
+            raise WorkerError("it does not answer")
+        return 2
+
+    async def controlled_at(self, address: str) -> None:
+        if self.gone:
+            raise RouterError("it does not answer")
+        self.log.append(f"controlled at {address}")
+
+    async def forget(self, worker_id: str, epoch: int) -> None:
+        self.workers.discard((worker_id, epoch))
+
+
+async def test_one_that_is_gone_is_left_alone_and_told_anew_when_it_is_back() -> None:
+    first, second = Admin(("p0", 1)), Admin(("p0", 1))
+    routers = ExternalRouters(cast(Any, (first, second)))
+    await routers.controlled_at("10.0.0.9:1")
+    await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
+    assert await routers.attached() == {("p0", 1), ("d0", 1)}
+    assert await routers.drain("d0", 1, draining=True) == 4
+    first.gone = True
+    assert await routers.attached() == {("p0", 1), ("d0", 1)}
+    assert await routers.drain("d0", 1, draining=True) == 2
+    await routers.register(worker_pb2.WorkerInfo(worker_id="d1", epoch=1), "")
+    first.gone, first.workers = False, set()
+    assert await routers.attached() == set(), "so all of them are registered again"
+    first.log.clear()
+    await routers.register(worker_pb2.WorkerInfo(worker_id="d1", epoch=1), "")
+    assert (first.workers, first.log) == ({("d1", 1)}, ["controlled at 10.0.0.9:1"])
+    await routers.stop()
+    assert second.workers == {("p0", 1)}, "those that others told it of stay"
+
+
+async def test_when_all_are_gone_that_is_an_error() -> None:
+    router = Admin()
+    routers, router.gone = ExternalRouters(cast(Any, (router, router))), True
+    with pytest.raises(WorkerError, match="no router answers"):
+        await routers.attached()
+    with pytest.raises(WorkerError, match="d0 cannot be used"):
+        await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
+    with pytest.raises(RouterError, match="it does not answer"):
+        await routers.controlled_at("10.0.0.9:1")
 
 
 async def test_a_router_that_is_not_there_is_named() -> None:

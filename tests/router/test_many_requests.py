@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+from collections import Counter
 
 import aiohttp
 import grpc.aio
@@ -11,6 +13,27 @@ import pytest
 from prelay.v1 import inference_pb2, worker_pb2
 
 from router.fake_holds import Hold
+
+
+@pytest.mark.slow
+async def test_a_burst_of_thousands_is_refused_by_admission_or_not_at_all(start_cluster):
+    """gRPC would cancel some of more than a thousand calls that nobody has looked at yet."""
+    cluster = await start_cluster(max_gated_requests=1000)
+    sampling = inference_pb2.SamplingParams(max_tokens=1)
+    request = inference_pb2.GenerateRequest(text="tell me", sampling=sampling)
+    async with cluster.grpc() as stub:
+
+        async def code(call):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for _ in call:
+                    pass
+            return await call.code()
+
+        calls = [stub.Generate(request) for _ in range(2500)]
+        codes = Counter(await asyncio.gather(*map(code, calls)))
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert codes[grpc.StatusCode.OK] >= 1000
+    await cluster.settled()
 
 
 async def test_two_hundred_at_once_with_random_cancellations(start_cluster):
