@@ -35,8 +35,9 @@ def spoilt(dice: random.Random, message: Message) -> bytes:
     return bytes(data)
 
 
-async def say(address: str, method: str, messages: Sequence[bytes]) -> grpc.StatusCode:
-    """All of them on one stream, whose answers are thrown away; how it ended."""
+async def say(address: str, method: str, messages: Sequence[bytes]) -> int:
+    """All of them on one stream, whose answers are thrown away; how many there were."""
+    answers = 0
 
     async def requests() -> AsyncIterator[bytes]:
         for message in messages:
@@ -47,16 +48,16 @@ async def say(address: str, method: str, messages: Sequence[bytes]) -> grpc.Stat
         call = channel.stream_stream(method)(requests(), timeout=10)
 
         async def listen() -> None:
+            nonlocal answers
             with contextlib.suppress(grpc.aio.AioRpcError):
                 async for _ in call:
-                    pass
+                    answers += 1
 
         listening = asyncio.create_task(listen())
         await asyncio.wait([listening], timeout=0.3)  # a stream that is in order goes on until we end it
         call.cancel()
         await asyncio.gather(listening, return_exceptions=True)
-        code: grpc.StatusCode = await call.code()
-        return code
+    return answers
 
 
 def commands(dice: random.Random, peers: Sequence[worker_pb2.PeerRef]) -> list[worker_pb2.RouterMessage]:
@@ -122,9 +123,11 @@ async def test_a_peer_gone_mad(pair, make_router, sampling, seed: int) -> None:
     mad.CopyFrom(decode.info)
     mad.worker_id = "mad"
     right = our_handshake(mad, WorkerLayout.of(pair.layout), ["memory"], 1.0)
-    codes: set[grpc.StatusCode] = set()
+    pair.memories["mad"] = pair.memories["decode-0"]  # else it could not be linked at all
+    answers = 0
 
     async def rave() -> None:
+        nonlocal answers
         for _ in range(12):
             handshake = transfer_pb2.PullerMessage(handshake=right)
             # Of requests that are another's, too.
@@ -138,7 +141,7 @@ async def test_a_peer_gone_mad(pair, make_router, sampling, seed: int) -> None:
             ]
             first = spoilt(dice, handshake) if dice.random() < 0.7 else handshake.SerializeToString()
             said = [first, *(spoilt(dice, one) for one in dice.choices(messages, k=20))]
-            codes.add(await say(prefill.info.address, _LINK, said))
+            answers += await say(prefill.info.address, _LINK, said)
 
     raving = asyncio.create_task(rave())
     for number in range(6):
@@ -150,4 +153,4 @@ async def test_a_peer_gone_mad(pair, make_router, sampling, seed: int) -> None:
         assert answer.token_ids == fake_answer(prompt, wanted)
     await raving
     await all_free(pair, router)
-    assert grpc.StatusCode.FAILED_PRECONDITION in codes, "handshakes that do not fit are refused"
+    assert answers, "some were linked, and went mad after that"
