@@ -83,6 +83,8 @@ class Cover:
     async def look(self, now: float) -> None:
         """Once."""
         up = {life.worker_id: life for life in self._workers.lives if life.live is not None}
+        self._own |= self._reshape.left_mixed
+        self._reshape.left_mixed = {}
         # Whom an operator has given another role meanwhile stands in no longer.
         self._own = {
             worker_id: own

@@ -19,7 +19,8 @@ from engine.tls import Identity
 
 T = TypeVar("T")
 
-_LOOK_TIMEOUT_S = 3.0
+_TIMEOUT_S = 2.0
+"""One whose host is gone must not keep the others waiting."""
 
 
 class ExternalRouters:
@@ -29,59 +30,78 @@ class ExternalRouters:
         """Made by `connect`."""
         self._routers = routers
         self._controller = ""
-        # The epoch of each worker that they were told of.
+        # The epoch of each worker that they were told of, and of those that are to get nothing new.
         self._told: dict[str, int] = {}
+        self._drained: dict[str, int] = {}
+        # Those that did not answer when they were last asked.
+        self._silent: set[str] = set()
 
     @classmethod
     async def connect(cls, addresses: Sequence[str], identity: Identity | None) -> Self:
-        """addresses: HOST:PORT of their admin ports. Raises RouterError unless all of them answer."""
-        routers = [RouterAdmin(address, identity) for address in addresses]
-        found = await asyncio.gather(*(_looked(router) for router in routers))
-        silent = [router.address for router, status in zip(routers, found, strict=True) if status is None]
-        if silent:
+        """addresses: HOST:PORT of their admin ports. Raises RouterError if none of them answers."""
+        routers = cls([RouterAdmin(address, identity) for address in addresses])
+        if not await routers._looks():
             raise RouterError(
-                f"no router answers at {', '.join(silent)} (router.external): start it there with `prelay "
+                f"no router answers at {', '.join(addresses)} (router.external): start it there with `prelay "
                 "router`, or give the address that it shows as admin"
             )
-        return cls(routers)
+        return routers
 
     async def register(self, info: worker_pb2.WorkerInfo, secret: str) -> None:
-        """With all. Raises WorkerError if not one of them can attach it."""
+        """With all that answer. Raises WorkerError if one of these refuses it, or none answers."""
 
         async def one(router: RouterAdmin) -> None:
-            await router.register(info, secret)
+            try:
+                await router.register(info, secret)
+            except WorkerError as error:
+                raise WorkerError(f"{router.address}: {error}") from error
+            if self._drained.get(info.worker_id) == info.epoch:
+                await router.drain(info.worker_id, info.epoch, draining=True)
             if self._controller:  # it may have been started anew
                 await router.controlled_at(self._controller)
 
         self._told[info.worker_id] = info.epoch
-        await self._any(one)
+        there = [router for router, _ in await self._looks()]
+        if not there:
+            raise WorkerError("no router answers")
+        await asyncio.gather(*map(one, there))
 
     async def lost(self, worker_id: str, epoch: int) -> None:
-        await asyncio.gather(*(router.lost(worker_id, epoch) for router in self._routers))
+        await self._tell(lambda router: router.lost(worker_id, epoch))
 
     async def forget(self, worker_id: str, epoch: int) -> None:
         self._told.pop(worker_id, None)
-        await asyncio.gather(*(router.forget(worker_id, epoch) for router in self._routers))
+        self._drained.pop(worker_id, None)
+        await self._tell(lambda router: router.forget(worker_id, epoch))
 
     async def drain(self, worker_id: str, epoch: int, *, draining: bool) -> int:
-        """Of all together. Raises WorkerError when nobody has it."""
-        return sum(await self._any(lambda router: router.drain(worker_id, epoch, draining=draining)))
+        """Of all together; one that has just stopped to answer counts as if it still had something. Raises
+        WorkerError when nobody has it."""
+        if draining:
+            self._drained[worker_id] = epoch
+        else:
+            self._drained.pop(worker_id, None)
+        before = set(self._silent)
+        found = await self._tell(lambda router: router.drain(worker_id, epoch, draining=draining))
+        if not found:
+            raise WorkerError(f"no router has worker {worker_id}")
+        return sum(found) + len(self._silent - before)
 
     async def controlled_at(self, address: str) -> None:
         """Raises RouterError if not one of them hears it."""
         self._controller = address
-        await self._any(lambda router: router.controlled_at(address))
+        if not await self._tell(lambda router: router.controlled_at(address)):
+            raise RouterError("no router takes the controller's address")
 
     async def attached(self) -> set[tuple[str, int]]:
         """Those that every router has that answers. Raises WorkerError if none does."""
-        found = await asyncio.gather(*(_looked(router) for router in self._routers))
-        answered = [status for status in found if status is not None]
-        if not answered:
+        looks = await self._looks()
+        if not looks:
             raise WorkerError("no router answers")
         return set.intersection(
             *(
                 {(worker.info.worker_id, worker.info.epoch) for worker in status.workers if worker.up}
-                for status in answered
+                for _, status in looks
             )
         )
 
@@ -100,25 +120,28 @@ class ExternalRouters:
 
     async def stop(self) -> None:
         """They go on, without the workers that they were told of."""
-        await asyncio.gather(
-            *(self.forget(worker_id, epoch) for worker_id, epoch in list(self._told.items()))
-        )
+        told = list(self._told.items())
+        await asyncio.gather(*(self.forget(worker_id, epoch) for worker_id, epoch in told))
 
-    async def _any(self, ask: Callable[[RouterAdmin], Awaitable[T]]) -> list[T]:
-        """What those say that can. Raises the first error if nobody can."""
-        found = await asyncio.gather(*(ask(router) for router in self._routers), return_exceptions=True)
-        for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, WorkerError | RouterError):
-                raise one
-        said = [one for one in found if not isinstance(one, BaseException)]
-        if not said:
-            raise next(one for one in found if isinstance(one, BaseException))
-        return said
+    async def _looks(self) -> list[tuple[RouterAdmin, admin_pb2.GetStatusResponse]]:
+        """The status of each that answers: of all, so those that were silent count again when they do."""
+        found = await asyncio.gather(*(self._asked(router, router.status()) for router in self._routers))
+        return [(router, one) for router, said in zip(self._routers, found, strict=True) for one in said]
 
+    async def _tell(self, ask: Callable[[RouterAdmin], Awaitable[T]]) -> list[T]:
+        """What those say that are there: who was silent the last time is not waited for."""
+        there = [router for router in self._routers if router.address not in self._silent]
+        found = await asyncio.gather(*(self._asked(router, ask(router)) for router in there))
+        return [one for said in found for one in said]
 
-async def _looked(router: RouterAdmin) -> admin_pb2.GetStatusResponse | None:
-    """Its status; None if it does not answer."""
-    try:
-        return await asyncio.wait_for(router.status(), _LOOK_TIMEOUT_S)
-    except (WorkerError, TimeoutError):
-        return None
+    async def _asked(self, router: RouterAdmin, answer: Awaitable[T]) -> list[T]:
+        """What it says; nothing if it does not, or cannot."""
+        try:
+            said = await asyncio.wait_for(answer, _TIMEOUT_S)
+        except TimeoutError:
+            self._silent.add(router.address)
+            return []
+        except (WorkerError, RouterError):
+            return []
+        self._silent.discard(router.address)
+        return [said]

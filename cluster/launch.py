@@ -71,7 +71,7 @@ class Deployment:
         self._config = config
         self._reporter = reporter
         self._on_router_log = on_router_log
-        self._cluster = RayCluster(config.ray.address, config.num_cpus, run_directory)
+        self._cluster = RayCluster(config.ray.address, config.num_cpus, run_directory, config.ray.wait_s)
         self._router: RouterProcess | ExternalRouters | None = None
         self._lives: list[WorkerLife] = []
         self._control: ControlServer | None = None

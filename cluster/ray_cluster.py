@@ -66,8 +66,10 @@ class RayCluster:
     Ray's files.
     """
 
-    def __init__(self, address: str | None, num_cpus: int, directory: Path) -> None:
+    def __init__(self, address: str | None, num_cpus: int, directory: Path, wait_s: float = 0.0) -> None:
+        """wait_s: how long nodes of a cluster that is joined may take to come."""
         self.is_local = address is None
+        self._wait_s = wait_s
         self._address = address
         self._num_cpus = num_cpus
         self._directory = directory
@@ -97,7 +99,7 @@ class RayCluster:
             await self._check_address(self._address)
             what = f"join the Ray cluster at {self._address}"
             await self._init(what, _JOIN_TIMEOUT_S, address=self._address)
-            await self._call(self._check_room)
+            await self._wait_for_nodes()
 
     async def place(self, spec: HostSpec) -> Place:
         """Reserve CPUs for one worker. Raises RayError if they do not become free in time."""
@@ -119,14 +121,15 @@ class RayCluster:
     async def _wait_for_room(
         self, group: PlacementGroup, spec: HostSpec, bundle: Mapping[str, float]
     ) -> None:
-        deadline = time.monotonic() + _PLACE_TIMEOUT_S
+        timeout_s = max(_PLACE_TIMEOUT_S, self._wait_s)
+        deadline = time.monotonic() + timeout_s
         while not await self._call(group.wait, 1):
             if time.monotonic() >= deadline:
                 wanted = ", ".join(f"{name} {value:g}" for name, value in bundle.items())
                 wanted += "".join(f", {name}={value}" for name, value in spec.labels.items())
                 raise RayError(
                     f"no room for worker {spec.worker_id}: Ray found no node with free {wanted} "
-                    f"in {_PLACE_TIMEOUT_S:.0f} s"
+                    f"in {timeout_s:.0f} s"
                 )
 
     async def where(self, group: PlacementGroup, spec: HostSpec) -> Place:
@@ -249,6 +252,16 @@ class RayCluster:
             ) from error
         writer.close()
 
+    async def _wait_for_nodes(self) -> None:
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                return await self._call(self._check_room)
+            except RayError:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(1.0)
+
     def _check_room(self) -> None:
         there = math.fsum(
             float(node["Resources"].get("CPU", 0.0))
@@ -259,7 +272,7 @@ class RayCluster:
             raise RayError(
                 f"the workers need {self._num_cpus} CPUs, but the nodes of the Ray cluster at "
                 f"{self._address} have {there:g} together: lower replicas or threads of "
-                "the pools, or add a node"
+                "the pools, add a node, or wait for those that are to come (ray.wait_s)"
             )
 
 

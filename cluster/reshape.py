@@ -35,7 +35,7 @@ from cluster.pool_changes import (
 from cluster.roles import ROLE_NAMES
 from cluster.router_admin import Routers
 from cluster.worker_life import LiveWorker, WorkerLife
-from cluster.worker_specs import another_worker, in_role
+from cluster.worker_specs import another_worker, in_role, unmeasured
 
 _LOOK_S = 0.05
 
@@ -62,6 +62,9 @@ class Reshape:
         """Held by whoever changes something."""
         self.standing_in: frozenset[str] = frozenset()
         """Workers that have another role for the time being (cover.py)."""
+        self.left_mixed: dict[str, worker_pb2.Role] = {}
+        """Workers that stood in when an upgrade was broken off, and their own roles: for `Cover` to bring
+        back."""
         # The epoch of those that are kept empty.
         self._drained: dict[str, int] = {}
 
@@ -140,9 +143,13 @@ class Reshape:
             raise ConfigError(f"{', '.join(down)} is down: try again when all workers serve")
         roles = self._roles()
         steps = renewals(roles, worker_ids or list(roles))
-        async with aclosing(self._do_all(steps, drain_s, dry_run=dry_run)) as lines:
-            async for line in lines:
-                yield line
+        try:
+            async with aclosing(self._do_all(steps, drain_s, dry_run=dry_run)) as lines:
+                async for line in lines:
+                    yield line
+        finally:
+            now = self._roles()
+            self.left_mixed |= {one: role for one, role in roles.items() if now.get(one, role) != role}
 
     async def _do_all(
         self, steps: Sequence[Step], drain_s: float, *, dry_run: bool
@@ -182,7 +189,8 @@ class Reshape:
                     async for line in lines:
                         yield line
                 began = time.monotonic()
-                live = await asyncio.shield(asyncio.ensure_future(life.renew()))
+                template = unmeasured(self._config, life.template)
+                live = await asyncio.shield(asyncio.ensure_future(life.renew(template)))
                 yield (
                     f"{worker_id} serves with version {live.info.version} (epoch {live.info.epoch}, pid "
                     f"{live.info.pid}): away for {time.monotonic() - began:.1f} s"

@@ -9,6 +9,7 @@ import grpc
 from prelay.v1 import admin_pb2, admin_pb2_grpc, worker_pb2
 
 from cluster.errors import RouterError, WorkerError
+from engine.link_secret import proof_of
 from engine.tls import Identity, dial
 
 _TIMEOUT_S = 15.0
@@ -62,7 +63,7 @@ class RouterAdmin:
             epoch=info.epoch,
             role=info.role,
             address=info.address,
-            secret=secret,
+            proof=proof_of(secret, info.worker_id, info.epoch),
         )
         try:
             await self._ask("RegisterWorker", request)

@@ -308,6 +308,8 @@ class TlsSection(Section):
 
 
 class RaySection(Section):
-    """address: HOST:PORT of a running Ray cluster; None starts a private one on this machine."""
+    """address: HOST:PORT of a running Ray cluster; None starts a private one on this machine. wait_s: how
+    long to wait for nodes of a running one that are still to join it."""
 
     address: HostPort | None = None
+    wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

@@ -39,6 +39,7 @@ _POLL_S = 0.2
 _STOP_TIMEOUT_S = 4.0
 _ANSWER_TIMEOUT_S = 3.0
 _BECOME_TIMEOUT_S = 30.0
+_RENEW_TIMEOUT_S = 600.0
 """Of which a few seconds are for measuring steps, and the rest for a machine that is busy."""
 
 
@@ -153,21 +154,28 @@ class WorkerLife:
                     f"({why}): it is started anew in that role"
                 ) from error
 
-    async def renew(self) -> LiveWorker:
-        """End this life's process, and wait until the next one serves: `keep_alive` starts it. Drain it
-        before. Raises WorkerError if it is not up, or if the new process does not start; `keep_alive` goes on
-        trying."""
+    async def renew(self, template: HostSpec) -> LiveWorker:
+        """End this life's process, and wait until the next one serves, by `template`: `keep_alive` starts it.
+        Drain it before. Raises WorkerError if it is not up, or if the new process does not start;
+        `keep_alive` goes on trying."""
         async with self._between_lives:
             live, self.live = self.live, None
             if live is None:
                 raise WorkerError(f"worker {self.worker_id} is down: try again when it serves")
+            self.template = template
             await self._router.lost(self.worker_id, live.info.epoch)
             with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
                 await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
             renewed: asyncio.Future[LiveWorker] = asyncio.get_running_loop().create_future()
             self._renewed = renewed
             await self._cluster.kill(self._actor)
-        return await renewed
+        try:
+            return await asyncio.wait_for(renewed, _RENEW_TIMEOUT_S)
+        except TimeoutError:
+            raise WorkerError(
+                f"worker {self.worker_id} does not serve {_RENEW_TIMEOUT_S:.0f} s after its new process was "
+                "to start; it is waited for"
+            ) from None
 
     async def read_prompts(self, template: HostSpec) -> LiveWorker:
         """In the middle of a life: a decode worker is mixed from now on, or a mixed one decode, as `template`

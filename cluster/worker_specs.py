@@ -79,6 +79,13 @@ def worker_spec(config: ServeConfig, role: worker_pb2.Role, worker_id: str, slot
     )
 
 
+def unmeasured(config: ServeConfig, spec: HostSpec) -> HostSpec:
+    """The same worker, whose steps may take another time from now on: its next life measures them, unless
+    there is a profile."""
+    profile = config.model.profile
+    return replace(spec, latency={} if profile is None else dict(read_profile(profile).coefficients))
+
+
 def in_role(config: ServeConfig, spec: HostSpec, role: worker_pb2.Role) -> HostSpec:
     """The same worker in another role: with the limits of that pool, its own ranks and room for KV.
 

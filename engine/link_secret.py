@@ -1,8 +1,9 @@
 """Who may dial a worker: whoever knows the secret that its launcher has given to all workers and routers of
 one deployment.
 
-The secret itself does not travel: the metadata of each stream has a digest of it and of the life that is
-dialled, so whoever listens in can dial that life and no later one.
+Routers never get it, and no stream carries it: what they have is a digest of it and of the life that is
+dialled, so whoever listens in can dial that life and no later one. It travels once, to each worker's process,
+by way of Ray.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ _KEY = "x-prelay-proof"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-def metadata_of(secret: str, worker_id: str, epoch: int) -> tuple[tuple[str, str], ...]:
-    """For a call to that life of a worker; empty if there is no secret."""
-    return ((_KEY, _proof(secret, worker_id, epoch)),) if secret else ()
+def proof_of(secret: str, worker_id: str, epoch: int) -> str:
+    """For that life of a worker; empty if there is no secret."""
+    return _proof(secret, worker_id, epoch) if secret else ""
+
+
+def metadata_of(proof: str) -> tuple[tuple[str, str], ...]:
+    """For a call to the life of a worker that the proof is for; empty if there is none."""
+    return ((_KEY, proof),) if proof else ()
 
 
 class SecretInterceptor(grpc.aio.ServerInterceptor):

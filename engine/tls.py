@@ -155,6 +155,10 @@ class Identity:
                     f"{authorities} cannot be used: it has to hold certificates in PEM ({_reason(error)})"
                 ) from error
             context.verify_mode = ssl.CERT_REQUIRED
+            # A session that is resumed shows no certificate: who is not believed any more could go on with an
+            # old one. Before TLS 1.3 there is no way to do without.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
         return context
 
 

@@ -50,7 +50,7 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
             if role is None or not request.worker_id or not request.address:
                 raise InvalidRequestError("worker_id, role and address must be given")
             registration = Registration(
-                request.worker_id, request.epoch, role, request.address, request.secret
+                request.worker_id, request.epoch, role, request.address, request.proof
             )
             # A caller that hangs up must not leave half an attachment behind.
             await asyncio.shield(self._workers.register(registration))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
@@ -47,6 +48,7 @@ class HttpApi:
         self._started_at = started_at
         self._max_body_bytes = max_body_bytes
         self._tenants = tenants
+        self._openapi_body = json.dumps(openapi()).encode()
 
     def application(self) -> web.Application:
         """The aiohttp application; run it with handler_cancellation, or nobody notices clients that leave."""
@@ -150,7 +152,7 @@ class HttpApi:
         return web.json_response({"version": version("prelay")})
 
     async def _openapi(self, http: web.Request) -> web.Response:
-        return web.json_response(openapi())
+        return web.Response(body=self._openapi_body, content_type="application/json")
 
 
 async def _add_request_id(http: web.Request, response: web.StreamResponse) -> None:

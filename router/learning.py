@@ -76,8 +76,9 @@ class Learning:
         if live.expected is not None:
             self._metrics.predicted("transfer", live.expected.transfer_s, times.transfer_s)
             if record.last_token_at is not None:
-                gap_s = now - record.last_token_at - live.expected.tpot_s
-                self._estimates.transfers.observe_second_token(gap_s)
+                step_s = live.expected.tpot_s
+                gap_s = now - record.last_token_at - step_s
+                self._estimates.transfers.observe_second_token(gap_s, step_s)
 
     def _finished(self, live: LiveRequest, finish: Finish) -> None:
         self._lengths.observe(live.request, finish.completion_tokens)

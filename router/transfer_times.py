@@ -12,6 +12,7 @@ from collections import OrderedDict
 from router.pair_table import Pair
 
 _LEAST_S = 1e-6
+_MOST_STEPS = 4
 
 
 class TransferTimes:
@@ -58,10 +59,11 @@ class TransferTimes:
         self._beta_s = min(max(0.0, beta), s / n) if n > 0 else 0.0
         self._alpha_s = max(0.0, (s - self._beta_s * n) / one)
 
-    def observe_second_token(self, seconds: float) -> None:
-        """It came so much later than a decode step."""
-        if seconds < float("inf"):
-            self.second_token_s += self._rate * (max(0.0, seconds) - self.second_token_s)
+    def observe_second_token(self, seconds: float, step_s: float) -> None:
+        """It came so much later than a decode step, which takes step_s. Of what is beyond a few steps a
+        hand-off is not the reason."""
+        seconds = min(max(0.0, seconds), _MOST_STEPS * step_s)
+        self.second_token_s += self._rate * (seconds - self.second_token_s)
 
     def expect_s(self, pair: Pair, num_tokens: int) -> float:
         """How long a request of which so many tokens travel waits for them; 0 while nothing is known."""

@@ -44,13 +44,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What the launcher announced: the life to talk to, where, and the secret that opens its door."""
+    """What the launcher announced: the life to talk to, where, and the proof that opens its door."""
 
     worker_id: str
     epoch: int
     role: Role
     address: str
-    secret: str = ""
+    proof: str = ""
 
 
 class WorkerLink:
@@ -160,8 +160,8 @@ async def connect(
     channel = dial(registration.address, identity, _CHANNEL_OPTIONS)
     try:
         async with asyncio.timeout(timeout_s):
-            proof = metadata_of(registration.secret, registration.worker_id, registration.epoch)
-            call = worker_pb2_grpc.WorkerStub(channel).Attach(metadata=proof)
+            metadata = metadata_of(registration.proof)
+            call = worker_pb2_grpc.WorkerStub(channel).Attach(metadata=metadata)
             hello = worker_pb2.RouterHello(
                 router_id=router_id,
                 protocol_version=worker_pb2.PROTOCOL_VERSION_CURRENT,

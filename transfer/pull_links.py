@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from prelay.v1 import transfer_pb2, transfer_pb2_grpc
 
-from engine.link_secret import metadata_of
+from engine.link_secret import metadata_of, proof_of
 from engine.sequence import RequestKey
 from engine.tls import Identity, dial
 from transfer.base import Backend, KvMemory, Pull
@@ -217,8 +217,8 @@ class PullLinks:
 
         Raises PeerMismatchError or PeerUnreachableError.
         """
-        proof = metadata_of(self._secret, peer.worker_id, peer.epoch)
-        call = transfer_pb2_grpc.KvTransferStub(channel).Link(metadata=proof)
+        proof = proof_of(self._secret, peer.worker_id, peer.epoch)
+        call = transfer_pb2_grpc.KvTransferStub(channel).Link(metadata=metadata_of(proof))
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 await call.write(transfer_pb2.PullerMessage(handshake=self._handshake))

@@ -180,7 +180,7 @@ class _Offer:
         self._group: PairGroup | None = None
         self._ended = False
         meeting = _open_store(host)
-        # Not to be guessed: who knows it may join.
+        # That links do not meet by mistake; it keeps nobody out who reaches the port (docs/security.md).
         prefix = secrets.token_hex(16)
         self._store = PrefixStore(prefix, meeting)
         self.endpoint = transfer_pb2.TorchDistEndpoint(

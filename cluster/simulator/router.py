@@ -246,8 +246,9 @@ class Router:
             pair = Pair(live.decision.prefill, live.decision.decode)
             self._estimates.transfers.observe(pair, live.travelling_tokens, token.transfer_s)
             if live.decision.expected is not None and live.first_at is not None:
-                gap_s = self._clock.now - live.first_at - live.decision.expected.tpot_s
-                self._estimates.transfers.observe_second_token(gap_s)
+                step_s = live.decision.expected.tpot_s
+                gap_s = self._clock.now - live.first_at - step_s
+                self._estimates.transfers.observe_second_token(gap_s, step_s)
         live.stages.report(Stage.TRANSFER, token.transfer_s)
         live.stages.report(Stage.DECODE_QUEUE, token.decode_queue_s or 0.0)
 

@@ -149,7 +149,10 @@ class GoodputPlacement:
         pair = self._best_pair(search, readers, explores) if readers else None
         mixed = self._mixed.look(search.request, search.may_write)
         local = self._best_local(search, mixed, explores, has_readers=bool(readers)) if mixed else None
-        if local is None or (pair is not None and pair.keeps_tpot and pair.ttft_s < local.ttft_s):
+        if local is None:
+            return pair
+        # Those that explore go by pairs, too, or it would never be learned that hand-offs have become faster.
+        if pair is not None and (pair.keeps_tpot or explores) and pair.ttft_s < local.ttft_s:
             return pair
         return replace(local, kind=Kind.DEFLECTED) if readers and pair is None else local
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from prelay.v1 import admin_pb2, worker_pb2
 
+from cluster import external_routers
 from cluster.demo.prompts import demo_prompts
 from cluster.errors import RouterError, WorkerError
 from cluster.external_routers import ExternalRouters
@@ -99,11 +100,13 @@ class Admin:
         self.address = "10.0.0.1:9091"
         self.workers = set(workers)
         self.log: list[str] = []
-        self.gone = False
+        self.gone = self.refuses = self.hangs = False
 
     async def status(self) -> admin_pb2.GetStatusResponse:
         if self.gone:
             raise WorkerError("it does not answer")
+        if self.hangs:
+            await asyncio.Event().wait()
         infos = [worker_pb2.WorkerInfo(worker_id=name, epoch=epoch) for name, epoch in self.workers]
         return admin_pb2.GetStatusResponse(
             workers=[admin_pb2.WorkerStatus(info=info, up=True) for info in infos]
@@ -112,11 +115,16 @@ class Admin:
     async def register(self, info: worker_pb2.WorkerInfo, secret: str) -> None:
         if self.gone:
             raise WorkerError(f"{info.worker_id} cannot be used")
+        if self.refuses:
+            raise WorkerError("another model")
         self.workers.add((info.worker_id, info.epoch))
 
     async def drain(self, worker_id: str, epoch: int, *, draining: bool) -> int:
         if self.gone:
             raise WorkerError("it does not answer")
+        if self.hangs:
+            await asyncio.Event().wait()
+        self.log.append(f"{'drain' if draining else 'undrain'} {worker_id}")
         return 2
 
     async def controlled_at(self, address: str) -> None:
@@ -130,11 +138,13 @@ class Admin:
 
 async def test_one_that_is_gone_is_left_alone_and_told_anew_when_it_is_back() -> None:
     first, second = Admin(("p0", 1)), Admin(("p0", 1))
+    second.address = "10.0.0.2:9091"
     routers = ExternalRouters(cast(Any, (first, second)))
     await routers.controlled_at("10.0.0.9:1")
     await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
     assert await routers.attached() == {("p0", 1), ("d0", 1)}
     assert await routers.drain("d0", 1, draining=True) == 4
+    await routers.drain("d0", 1, draining=False)
     first.gone = True
     assert await routers.attached() == {("p0", 1), ("d0", 1)}
     assert await routers.drain("d0", 1, draining=True) == 2
@@ -144,6 +154,11 @@ async def test_one_that_is_gone_is_left_alone_and_told_anew_when_it_is_back() ->
     first.log.clear()
     await routers.register(worker_pb2.WorkerInfo(worker_id="d1", epoch=1), "")
     assert (first.workers, first.log) == ({("d1", 1)}, ["controlled at 10.0.0.9:1"])
+    # What was to be kept empty is so for who is back, too.
+    await routers.drain("d1", 1, draining=True)
+    first.log.clear()
+    await routers.register(worker_pb2.WorkerInfo(worker_id="d1", epoch=1), "")
+    assert first.log == ["drain d1", "controlled at 10.0.0.9:1"]
     await routers.stop()
     assert second.workers == {("p0", 1)}, "those that others told it of stay"
 
@@ -153,10 +168,29 @@ async def test_when_all_are_gone_that_is_an_error() -> None:
     routers, router.gone = ExternalRouters(cast(Any, (router, router))), True
     with pytest.raises(WorkerError, match="no router answers"):
         await routers.attached()
-    with pytest.raises(WorkerError, match="d0 cannot be used"):
+    with pytest.raises(WorkerError, match="no router answers"):
         await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
-    with pytest.raises(RouterError, match="it does not answer"):
+    with pytest.raises(RouterError, match="no router takes the controller's address"):
         await routers.controlled_at("10.0.0.9:1")
+
+
+async def test_who_refuses_a_worker_is_not_passed_over() -> None:
+    """As one with another model would be without workers for ever, and nobody would know."""
+    one, other = Admin(), Admin()
+    other.refuses = True
+    routers = ExternalRouters(cast(Any, (one, other)))
+    with pytest.raises(WorkerError, match=r"10\.0\.0\.1:9091: another model"):
+        await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
+
+
+async def test_one_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external_routers, "_TIMEOUT_S", 0.05)
+    one, other = Admin(("d0", 1)), Admin(("d0", 1))
+    other.address, other.hangs = "10.0.0.2:9091", True
+    routers = ExternalRouters(cast(Any, (one, other)))
+    assert await routers.drain("d0", 1, draining=True) == 3, "it may still have something there"
+    assert await routers.drain("d0", 1, draining=True) == 2
+    assert await routers.attached() == {("d0", 1)}
 
 
 async def test_a_router_that_is_not_there_is_named() -> None:

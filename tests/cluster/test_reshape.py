@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from prelay.v1 import worker_pb2
 
 from cluster.config import ServeConfig
 from cluster.config_file import load_config, parse_assignment
+from cluster.cover import Cover
 from cluster.errors import ConfigError, UnknownWorkerError, WorkerError
 from cluster.host_spec import HostSpec
 from cluster.preflight import check_model
@@ -51,7 +53,8 @@ class Life:
         self.template = template
         return cast(LiveWorker, self.live)
 
-    async def renew(self) -> LiveWorker:
+    async def renew(self, template: HostSpec) -> LiveWorker:
+        assert template.latency == {}, "it measures again"
         self._log.append(f"{self.worker_id} is replaced")
         if self.error is not None:
             raise self.error
@@ -238,12 +241,26 @@ async def test_where_nobody_can_do_without_a_worker_another_stands_in() -> None:
     ]  # fmt: skip
 
 
+async def test_who_stood_in_is_not_forgotten_when_an_upgrade_breaks_off() -> None:
+    world = World()
+    world.lives[1].error = WorkerError("does not start anew")
+    with pytest.raises(WorkerError, match="does not start anew"):
+        await all_of(world.reshape.renew(["decode-0"], 30.0))
+    assert world.lives[0].role == M
+    assert world.reshape.left_mixed == {"prefill-0": P}
+    cover = Cover(cast(Any, world), world.reshape, cast(Any, SimpleNamespace(event=world.log.append)))
+    world.lives[1].error = None
+    await cover.look(0.0)
+    assert world.lives[0].role == P, "it goes back to its own role when the others can serve"
+
+
 async def test_a_process_that_does_not_start_ends_the_replacement() -> None:
     world = World("decode.replicas=2")
     world.lives[1].error = WorkerError("does not start anew")
     with pytest.raises(WorkerError, match="does not start anew"):
         await all_of(world.reshape.renew(["decode-0", "decode-1"], 30.0))
     assert world.log[-1] == "decode-0 is replaced", "the others were left alone"
+    assert world.reshape.left_mixed == {}
     with pytest.raises(UnknownWorkerError, match="no worker 'decode-7'"):
         await all_of(world.reshape.renew(["decode-7"], 30.0))
     world.lives[0].live = None

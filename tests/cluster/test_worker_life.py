@@ -345,15 +345,16 @@ async def test_a_new_process_takes_the_place_of_one_that_serves() -> None:
     await life.start()
     keeping = asyncio.create_task(life.keep_alive())
     actor = await world.lives.get()
-    renewing = asyncio.create_task(life.renew())
+    renewing = asyncio.create_task(life.renew(replace(life.template, latency={})))
     while "kill 7" not in world.log:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert world.log == ["register 7", "lost 7", "stop", "kill 7"], "it may end its streams first"
     with pytest.raises(WorkerError, match="is down"):
-        await life.renew()
+        await life.renew(life.template)
     actor.died.set()
     live = await renewing
     assert (live.info.epoch, life.live) == (8, live)
+    assert (await world.lives.get()).spec.latency == {}, "what is installed now may take another time"
     assert not [line for line in world.log if "died" in line], "nobody has died"
     keeping.cancel()
     await asyncio.wait([keeping])
@@ -366,7 +367,7 @@ async def test_a_new_process_that_does_not_start_is_told_and_tried_again() -> No
     keeping = asyncio.create_task(life.keep_alive())
     actor = await world.lives.get()
     world.start_errors = [RayActorError()]
-    renewing = asyncio.create_task(life.renew())
+    renewing = asyncio.create_task(life.renew(life.template))
     while "kill 7" not in world.log:  # noqa: ASYNC110
         await asyncio.sleep(0)
     actor.died.set()

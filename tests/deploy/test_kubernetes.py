@@ -94,6 +94,7 @@ def test_each_pool_has_its_group_of_pods() -> None:
         pool, parameters = config.pools[name], group["rayStartParams"]
         (resources,) = shlex.split(parameters["resources"])  # it stands in a command line
         assert json.loads(resources) == {name: 1000}
+        assert group["replicas"] >= 2, "or the budget of disruptions lets none of them go"
         assert pool.resources == {name: 1.0}
         cpus = int(parameters["num-cpus"])
         assert group["replicas"] * (cpus // (pool.num_ranks * pool.threads)) >= pool.replicas
@@ -125,6 +126,45 @@ def test_ports_are_those_that_the_router_listens_on() -> None:
             assert ports[port["targetPort"]] == port["port"]
     for probe in ("readinessProbe", "livenessProbe"):
         assert container_of(pods()["router"])[probe]["httpGet"]["port"] in ports
+
+
+def test_names_are_those_that_a_ray_cluster_names() -> None:
+    """kustomize rewrites a generated name in kinds that it knows, of which RayCluster is none."""
+    found = yaml.safe_load((HERE / "kustomization.yaml").read_text())
+    assert found["generatorOptions"] == {"disableNameSuffixHash": True}
+    named = {
+        volume["configMap"]["name"]
+        for template in pods().values()
+        for volume in template["spec"]["volumes"]
+        if "configMap" in volume
+    }
+    assert named == {one["name"] for one in found["configMapGenerator"]}
+
+
+def test_nodes_are_waited_for() -> None:
+    config = load_config(HERE / "prelay.yaml", [])
+    assert config.ray.wait_s >= 300, "images are pulled while the head waits"
+
+
+@pytest.mark.parametrize("component", ["prefill", "decode"])
+def test_a_worker_pod_starts_ray_with_quoted_words(component: str, tmp_path: Path) -> None:
+    script = tmp_path / "ray"
+    script.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    script.chmod(0o755)
+    container = container_of(pods()[component])
+    (cluster,) = objects("RayCluster")
+    (group,) = [one for one in cluster["spec"]["workerGroupSpecs"] if one["groupName"] == component]
+    start = f"ray start --address=head:6379 --resources={group['rayStartParams']['resources']} --block"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KUBERAY_GEN_RAY_START_CMD": start}
+    done = subprocess.run(
+        [*container["command"], *container["args"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.splitlines()
+    assert words == ["start", "--address=head:6379", f'--resources={{"{component}": 1000}}', "--block"]
 
 
 def test_every_component_has_its_budget_and_one_policy_covers_all() -> None:
@@ -175,7 +215,7 @@ def head(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     container = container_of(pods()["router"])
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "POD_IP": "10.1.2.3",
-        "KUBERAY_GEN_RAY_START_CMD": "ray start --head --block",
+        "KUBERAY_GEN_RAY_START_CMD": "ray start --head --resources='{\"a\": 1}' --block",
     }  # fmt: skip
     process = subprocess.Popen(
         [*container["command"], *container["args"]], env=environment, start_new_session=True
@@ -193,7 +233,7 @@ def test_the_head_starts_ray_then_prelay_and_passes_the_end_on(
         assert head.poll() is None
         time.sleep(0.02)
     assert calls.read_text().splitlines() == [
-        "ray start --head --block",
+        'ray start --head --resources={"a": 1} --block',
         "prelay serve /etc/prelay/prelay.yaml --ray-address 10.1.2.3:6379",
     ]
     assert (tmp_path / "asked").exists(), "not before Ray is healthy"

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from prelay.v1 import worker_pb2, worker_pb2_grpc
 
-from engine.link_secret import SecretInterceptor, metadata_of
+from engine.link_secret import SecretInterceptor, metadata_of, proof_of
 
 
 class Worker(worker_pb2_grpc.WorkerServicer):
@@ -26,11 +26,11 @@ class Worker(worker_pb2_grpc.WorkerServicer):
 @pytest.mark.parametrize(
     ("metadata", "is_let_in"),
     [
-        (metadata_of("the secret", "decode-0", 7), True),
-        (metadata_of("another", "decode-0", 7), False),
-        (metadata_of("the secret", "decode-0", 6), False),
-        (metadata_of("the secret", "decode-1", 7), False),
-        (metadata_of("", "decode-0", 7), False),
+        (metadata_of(proof_of("the secret", "decode-0", 7)), True),
+        (metadata_of(proof_of("another", "decode-0", 7)), False),
+        (metadata_of(proof_of("the secret", "decode-0", 6)), False),
+        (metadata_of(proof_of("the secret", "decode-1", 7)), False),
+        (metadata_of(proof_of("", "decode-0", 7)), False),
         ((("x-prelay-proof", ""),), False),
         ((("x-prelay-proof", "the secret"),), False),
     ],

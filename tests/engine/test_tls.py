@@ -196,6 +196,38 @@ async def test_http_takes_what_is_replaced(ours: Path, others: Path) -> None:
         assert await hello(address, others, former) is None
 
 
+async def test_a_session_from_before_does_not_go_on_after_its_authority(ours: Path, others: Path) -> None:
+    former = ours.with_name("former")
+    shutil.copytree(ours, former)
+    context = ssl.create_default_context(cafile=former / "ca.crt")
+    context.load_verify_locations(others / "ca.crt")
+    context.load_cert_chain(former / "tls.crt", former / "tls.key")
+
+    def ask(address: str, session: ssl.SSLSession | None) -> tuple[bool, ssl.SSLSession | None]:
+        """Whether we are let in, and what could be resumed."""
+        host, port = address.split(":")
+        with (
+            socket.create_connection((host, int(port))) as plain,
+            context.wrap_socket(plain, server_hostname=host, session=session) as connection,
+        ):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            try:
+                return connection.recv(100).startswith(b"HTTP/1.1 200"), connection.session
+            except (ssl.SSLError, ConnectionError):
+                return False, None
+
+    async with serving_http(Identity(ours)) as address:
+        is_in, session = await asyncio.to_thread(ask, address, None)
+        assert is_in
+        for name in ("tls.key", "tls.crt", "ca.crt"):
+            shutil.copy(others / name, ours / name)
+        is_in, _ = await asyncio.to_thread(ask, address, session)
+        assert not is_in
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # which knows no way to do without sessions
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.to_thread(ask, address, None)
+
+
 async def test_authorities_are_needed_only_for_those_who_ask(ours: Path) -> None:
     (ours / "ca.crt").unlink()
     Identity(ours, asks_clients=False)

@@ -361,7 +361,7 @@ def test_short_answers_are_not_handed_over_where_that_alone_makes_them_late(make
         fixture = Fixture("goodput", pool_of(1, 0, 1))
         for _ in range(40):
             fixture.lengths.observe(make_request(), answer_tokens)
-            fixture.estimates.transfers.observe_second_token(handoff_s)
+            fixture.estimates.transfers.observe_second_token(handoff_s, 0.0095)
         writing(fixture, "m0", others, limits, make_request)
         request = make_request("new", prompt_tokens=512, limits=limits)
         first_half = replace(request, prompt_token_ids=request.prompt_token_ids[:256])
