@@ -71,13 +71,13 @@ async def _serve(settings: RouterSettings) -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    """Each connection takes one; when there are none left, newcomers wait."""
+    """Each connection takes one; when there are none left, newcomers are turned away."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard < _FEW_DESCRIPTORS:
         _log.warning(
-            "event=few_descriptors limit=%d message='with more connections than that, new ones wait: raise "
-            "it (ulimit -Hn)'",
+            "event=few_descriptors limit=%d message='with more connections than that, new ones are turned "
+            "away: raise it (ulimit -Hn)'",
             hard,
         )
 
