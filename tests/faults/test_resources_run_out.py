@@ -86,7 +86,7 @@ async def attached_workers(admin: str) -> list[LeanWorker]:
 
 
 async def answered(http: str, model: str) -> str:
-    """The answer, as soon as one who asks again and again gets one: whoever is turned away hears it at once."""
+    """The answer that one who asks again and again gets: whoever is turned away hears it at once."""
     async with asyncio.timeout(30):
         while True:
             try:
