@@ -23,7 +23,14 @@ Exit codes:
 
 
 @click.command(epilog=_EXIT_CODES)
-@click.option("--streams", type=click.IntRange(2, 8192), default=5000, show_default=True, metavar="N")
+@click.option(
+    "--streams",
+    type=click.IntRange(2, 8192),
+    default=5000,
+    show_default=True,
+    metavar="N",
+    help="Open at once.",
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(1.0),

@@ -53,12 +53,12 @@ class ExternalRouters:
         async def one(router: RouterAdmin) -> None:
             try:
                 await router.register(info, secret)
-            except WorkerError as error:
+                if self._drained.get(info.worker_id) == info.epoch:
+                    await router.drain(info.worker_id, info.epoch, draining=True)
+                if self._controller:  # it may have been started anew
+                    await router.controlled_at(self._controller)
+            except (WorkerError, RouterError) as error:
                 raise WorkerError(f"{router.address}: {error}") from error
-            if self._drained.get(info.worker_id) == info.epoch:
-                await router.drain(info.worker_id, info.epoch, draining=True)
-            if self._controller:  # it may have been started anew
-                await router.controlled_at(self._controller)
 
         self._told[info.worker_id] = info.epoch
         there = [router for router, _ in await self._looks()]

@@ -38,8 +38,8 @@ from engine.errors import EngineError
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 4.0
 _ANSWER_TIMEOUT_S = 3.0
-_BECOME_TIMEOUT_S = 30.0
 _RENEW_TIMEOUT_S = 600.0
+_BECOME_TIMEOUT_S = 30.0
 """Of which a few seconds are for measuring steps, and the rest for a machine that is busy."""
 
 

@@ -100,7 +100,7 @@ class Admin:
         self.address = "10.0.0.1:9091"
         self.workers = set(workers)
         self.log: list[str] = []
-        self.gone = self.refuses = self.hangs = False
+        self.gone = self.refuses = self.hangs = self.dies_early = False
 
     async def status(self) -> admin_pb2.GetStatusResponse:
         if self.gone:
@@ -128,7 +128,7 @@ class Admin:
         return 2
 
     async def controlled_at(self, address: str) -> None:
-        if self.gone:
+        if self.gone or self.dies_early:
             raise RouterError("it does not answer")
         self.log.append(f"controlled at {address}")
 
@@ -180,6 +180,16 @@ async def test_who_refuses_a_worker_is_not_passed_over() -> None:
     other.refuses = True
     routers = ExternalRouters(cast(Any, (one, other)))
     with pytest.raises(WorkerError, match=r"10\.0\.0\.1:9091: another model"):
+        await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
+
+
+async def test_one_that_dies_while_it_is_told_is_an_error_of_that_worker() -> None:
+    """Which is tried again; an error of the router would end the deployment."""
+    router = Admin()
+    routers = ExternalRouters(cast(Any, (router,)))
+    await routers.controlled_at("10.0.0.9:1")
+    router.dies_early = True
+    with pytest.raises(WorkerError, match="it does not answer"):
         await routers.register(worker_pb2.WorkerInfo(worker_id="d0", epoch=1), "")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -15,7 +15,8 @@ from google.protobuf.message import Message
 from prelay.v1 import transfer_pb2, worker_pb2
 
 from engine.fake import fake_answer
-from engine.sequence import RequestKey
+from engine.sequence import RequestKey, TokenSampling
+from tests.decode_worker.pair_client import Router
 from tests.decode_worker.test_pair_faults import all_free, started
 from transfer.handshake import our_handshake
 from transfer.layout import WorkerLayout
@@ -58,6 +59,17 @@ async def say(address: str, method: str, messages: Sequence[bytes]) -> int:
         call.cancel()
         await asyncio.gather(listening, return_exceptions=True)
     return answers
+
+
+async def right_answers(router: Router, sampling: Callable[..., TokenSampling]) -> None:
+    """For whoever is in their senses."""
+    for number in range(6):
+        prompt, wanted = [number + 1] * 9, sampling(6, seed=number)
+        answer = await router.submit(RequestKey(f"sane{number}", 0), prompt, wanted)
+        async with asyncio.timeout(30):
+            await answer.done.wait()
+        assert answer.failed is None, answer.failed
+        assert answer.token_ids == fake_answer(prompt, wanted)
 
 
 def commands(dice: random.Random, peers: Sequence[worker_pb2.PeerRef]) -> list[worker_pb2.RouterMessage]:
@@ -104,13 +116,7 @@ async def test_a_router_gone_mad(pair, make_router, sampling, seed: int, is_mixe
             )
 
     raving = asyncio.gather(rave(prefill), rave(decode))
-    for number in range(6):
-        prompt, wanted = [number + 1] * 9, sampling(6, seed=number)
-        answer = await router.submit(RequestKey(f"sane{number}", 0), prompt, wanted)
-        async with asyncio.timeout(30):
-            await answer.done.wait()
-        assert answer.failed is None, answer.failed
-        assert answer.token_ids == fake_answer(prompt, wanted)
+    await right_answers(router, sampling)
     await raving
     await all_free(pair, router)
 
@@ -144,13 +150,7 @@ async def test_a_peer_gone_mad(pair, make_router, sampling, seed: int) -> None:
             answers += await say(prefill.info.address, _LINK, said)
 
     raving = asyncio.create_task(rave())
-    for number in range(6):
-        prompt, wanted = [number + 1] * 9, sampling(6, seed=number)
-        answer = await router.submit(RequestKey(f"sane{number}", 0), prompt, wanted)
-        async with asyncio.timeout(30):
-            await answer.done.wait()
-        assert answer.failed is None, answer.failed
-        assert answer.token_ids == fake_answer(prompt, wanted)
+    await right_answers(router, sampling)
     await raving
     await all_free(pair, router)
     assert answers, "some were linked, and went mad after that"

@@ -252,7 +252,7 @@ def test_the_head_ends_when_prelay_does(head: subprocess.Popen[bytes], tmp_path:
         if pid.isdigit() and _command_of(pid).endswith("--ray-address\0" + "10.1.2.3:6379\0")
     ]
     os.kill(pid, signal.SIGTERM)
-    head.wait(timeout=10)
+    assert head.wait(timeout=10) == 0, "with prelay's exit code"
 
 
 def _command_of(pid: str) -> str:
