@@ -3,7 +3,8 @@
 1. What requests of every workload take alone, on the two smallest deployments: gives the limits.
 2. Round by round, workload by workload: every deployment is started once, in an order that changes from round
    to round, measured at one rate after the other, and stopped. So what drifts hits all alike. A round has a
-   seed of its own: arrivals and lengths depend on it and the rate alone, the same for all deployments.
+   seed of its own: arrivals and lengths depend on it and the rate alone, the same for all deployments, and
+   as many arrive as the rate says.
    The first deployment begins at a rate that follows from what a request takes alone, the others where the
    best so far is.
 3. Of the values that a deployment has to try, each begins in the first round at the rate that the best before

@@ -157,7 +157,9 @@ async def run_at(
     duration_s = window_s(measure, rate)
     # Served twice, a prompt would be found in a cache: what it says depends on where and when, too.
     spec = spec_of(source, visit.vocabulary, visit.served.grpc, seed, rate)
-    jobs = workload(spec, seed, rate, duration_s=measure.warmup_s + duration_s)
+    # As many as the rate says, wherever chance puts them: a point whose draw is denser than the rate that it
+    # stands for would bend the curve.
+    jobs = workload(spec, seed, rate, count=max(1, round(rate * (measure.warmup_s + duration_s))))
     first = bisect_left(jobs, measure.warmup_s, key=lambda job: job.arrival_s)
     if first == len(jobs):
         raise MeasurementError(f"{source.name}: at {rate:.3g}/s nothing arrives within {duration_s:g} s")

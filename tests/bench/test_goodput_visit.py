@@ -90,6 +90,18 @@ async def test_only_what_arrives_after_the_warm_up_is_judged(counters: list[dict
     assert set(target.told) == {None}, "the limits are those of the deployment's class"
 
 
+@pytest.mark.parametrize("number", range(3))
+async def test_as_many_arrive_as_the_rate_says(counters: list[dict[str, float]], number: int) -> None:
+    source = Source("w", Synthetic((8, 8), (2, 2)), Arrivals.parse("poisson"), Slo.fixed(1.0, 1.0))
+    measure, target = MeasurePart(seconds=0.5, warmup_s=0.25, min_requests=1), AtOnce()
+    one = await up(target)
+    try:
+        await run_at(one, source, 40.0, number, LIMITS, measure, lambda text: None)
+    finally:
+        await end(one)
+    assert len(target.jobs) == 30
+
+
 async def test_no_request_is_given_up_that_might_still_be_good(
     counters: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
