@@ -149,6 +149,18 @@ class Estimates:
             limit_s /= PROMPTS_BESIDE
         return DecodeEstimate(expected_s, limit_s, batch, context)
 
+    def outgrows(self, writer: WorkerView, request: Request) -> bool:
+        """Whether the answers of a decode or mixed worker are expected to need more blocks than there are if
+        the request's is written there, too: somebody would have to give way, and be computed again. While
+        nothing is known of lengths nothing is expected."""
+        if not len(writer.writing) or not self.lengths.knows(request):
+            return False
+        capacity = writer.capacity
+        reserved = capacity.reserved_blocks(request.num_tokens, request.tokens_left)
+        free_tokens = (writer.free_blocks - reserved) * capacity.block_size
+        _, middle, high = self.lengths.quantiles(request)
+        return writer.writing.outgrows(free_tokens, request.num_tokens, middle, high)
+
     def transfer_s(self, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> float:
         """How long after its first token a request of which so many tokens travel can decode at the earliest:
         what of the hand-off is not hidden behind the prefill. `transfers` learns it."""
@@ -203,6 +215,7 @@ class Estimates:
             outputs=self.lengths.quantiles(request),
             most_outputs=request.tokens_left,
             tpot_s=request.slo.limits.tpot_s,
+            are_learned=self.lengths.knows(request),
         )
 
     def _need_not_be_read(self, worker: WorkerView, request: Request) -> int:

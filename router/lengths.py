@@ -114,6 +114,10 @@ class OutputLengths:
             self._last = request, self._look_up(request)
         return self._last[1]
 
+    def knows(self, request: Request) -> bool:
+        """Whether `quantiles` says more than what the request allows."""
+        return self._known(request).total > 0 or request.sampling.min_tokens >= request.sampling.max_tokens
+
     def _look_up(self, request: Request) -> tuple[int, int, int]:
         left = request.tokens_left
         emitted = len(request.answered)

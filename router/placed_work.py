@@ -13,8 +13,9 @@ class PlacedWork:
     its first token has to be there; -inf if its answer has begun, as nothing is more urgent; inf if it is
     late already, as everything is. priority: the greater goes first. joins_at: when it is expected to join
     the batch of who writes the answer. is_local: whether that is who reads the prompt. context: tokens before
-    the first one to come. outputs: p10, p50, p90 of the tokens to come. most_outputs: they are never more.
-    tpot_s: limit on the average time between them.
+    the first one to come. outputs: p10, p50, p90 of the tokens to come; are_learned: of answers that were
+    seen, where they are most_outputs otherwise, which they never exceed. tpot_s: limit on the average time
+    between them.
     """
 
     at: float
@@ -27,3 +28,4 @@ class PlacedWork:
     outputs: tuple[int, int, int]
     most_outputs: int
     tpot_s: float
+    are_learned: bool = True

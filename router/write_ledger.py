@@ -25,6 +25,7 @@ from enum import Enum, auto
 from itertools import accumulate
 
 from engine.sequence import RequestKey
+from router.kv_growth import peak_growth
 from router.placed_work import PlacedWork
 
 _MORE_TOKENS = 16
@@ -64,6 +65,7 @@ class WriteLedger:
         self._step = 0
         self._num_decoding = self._num_moving = 0
         self._context = self._moving_context = 0  # of those that decode, that move
+        self._most_growth = 0
         self._others = Batch(0, 0)
         # Limits of all, of those that are not in a snapshot's least limit; how many have each.
         self._limits: Counter[float] = Counter()
@@ -84,6 +86,7 @@ class WriteLedger:
     def add(self, key: RequestKey, work: PlacedWork) -> None:
         """An answer will be written here."""
         self._answers[key] = _Answer(work, _State.COMING, work.context)
+        self._most_growth += work.outputs[2] if work.are_learned else 0
         self._limits[work.tpot_s] += 1
         self._new_limits[work.tpot_s] += 1
         self._sorted = False
@@ -122,6 +125,7 @@ class WriteLedger:
         if answer is None:
             return
         self._leave(answer, 0)
+        self._most_growth -= answer.work.outputs[2] if answer.work.are_learned else 0
         _take(self._limits, answer.work.tpot_s)
         self._tell(answer)
         self._sorted = False
@@ -160,6 +164,17 @@ class WriteLedger:
             going_on + joined + self._others.size,
             context + self._join_sums[joined] + self._others.context,
         )
+
+    def outgrows(self, free_tokens: int, context: int, middle: int, high: int) -> bool:
+        """Whether the KV of those here, of those who come and of another answer will need more than
+        `free_tokens` of new room before some have ended. context: tokens that the other one holds already;
+        middle, high: p50 and p90 of those that it will write. Other routers' answers, and those whose length
+        nobody can tell, take as much as they give back."""
+        if self._most_growth + high <= free_tokens:
+            return False
+        known = (answer for answer in self._answers.values() if answer.work.are_learned)
+        answers = [(_growth(answer), answer.context) for answer in known]
+        return peak_growth([*answers, (middle, context)]) > free_tokens
 
     def limit_s(self, least_s: float) -> float:
         """The tightest limit that somebody has on the time for each token to come; inf if nobody has one.
@@ -212,6 +227,12 @@ def _tokens_more(answer: _Answer) -> int:
     high = answer.work.outputs[2]
     more = high - answer.emitted if answer.emitted < high else answer.emitted // 2 + _MORE_TOKENS
     return max(1, min(more, answer.work.most_outputs - answer.emitted))
+
+
+def _growth(answer: _Answer) -> int:
+    """Tokens that it is expected to write yet: up to its p50, then up to its p90; then any is the last."""
+    _, middle, high = answer.work.outputs
+    return max(1, (middle if answer.emitted < middle else high) - answer.emitted)
 
 
 def _take(counter: Counter[float], value: float) -> None:

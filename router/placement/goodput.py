@@ -158,7 +158,8 @@ class GoodputPlacement:
 
     def _best_pair(self, search: _Search, readers: Sequence[WorkerView], explores: bool) -> Option | None:
         """Of the first prefill worker, by the time of the first token, that has good writers: the one of
-        these with the shortest steps."""
+        these with the shortest time per token, the hand-off spread over the answer. So where steps are alike
+        a near writer goes before one behind a slower link."""
         writers = self._writers.look(search.request, search.may_write)
         if not writers:
             return None
@@ -180,9 +181,7 @@ class GoodputPlacement:
             )
             good = [pair for pair in pairs if search.is_good(pair)]
             if good:
-                return min(
-                    good, key=lambda pair: self._key(pair.decode.step_s, pair.writer.requests, explores)
-                )
+                return min(good, key=lambda pair: self._key(pair.tpot_s, pair.writer.requests, explores))
         return None
 
     def _best_local(

@@ -11,6 +11,8 @@ itself. An option does harm if
 
     (by today's batch load would swing: Qin et al. 2024, Mooncake). A worker that will be empty then can harm
     nobody;
+  - the answers there, this one too, are expected to outgrow the blocks of KV before some of them have ended,
+    so that somebody would be preempted (unless it is late, and its turn at the gate);
   - it is lost, and the batch could not grow to twice its size after it. An answer holds its place for many
     times as long as a TTFT limit, so one that can no longer be good would make several others late: late ones
     leave half of the room free (trunk reservation, as in telephone networks), unless it is their turn at the
@@ -39,8 +41,9 @@ USEFUL_CHUNK = 16
 @dataclass(frozen=True, slots=True)
 class Option:
     """prefill: None if `writer` reads the prompt itself. wait_s: until it begins to. ttft_s: until the first
-    token, from now on. decode: of the writer, when the answer gets there. keeps_tpot: whether the second
-    token of a short answer would not come too late because of the hand-off."""
+    token, from now on. decode: of the writer, when the answer gets there. tpot_s: on the average over the
+    answer, the wait for the hand-off included. keeps_tpot: whether the second token of a short answer would
+    not come too late because of the hand-off."""
 
     kind: Kind
     prefill: WorkerView | None
@@ -49,6 +52,7 @@ class Option:
     ttft_s: float
     transfer_s: float
     decode: DecodeEstimate
+    tpot_s: float
     does_harm: bool
     keeps_tpot: bool = True
 
@@ -85,7 +89,7 @@ class Options:
         self._is_lost = is_lost
         self._leaves_room = leaves_room
         self._tpot_s = request.slo.limits.tpot_s
-        self._least_tokens, _, _ = estimates.lengths.quantiles(request)
+        self._least_tokens, self._usual_tokens, _ = estimates.lengths.quantiles(request)
         idle = None if is_lost else estimates.idle(request)
         self._tpot_counts = not is_lost and (idle is None or idle[1] <= self._tpot_s)
 
@@ -106,8 +110,18 @@ class Options:
         )
         second_s = max(transfer_s, self._estimates.transfers.second_token_s)
         keeps_tpot = not self._tpot_counts or second_s <= max(0.0, self._affords_s(decode))
+        tpot_s = decode.step_s + transfer_s / max(1, self._usual_tokens - 1)
         return Option(
-            Kind.DISAGGREGATED, reader, writer, wait_s, ttft_s, transfer_s, decode, does_harm, keeps_tpot
+            Kind.DISAGGREGATED,
+            reader,
+            writer,
+            wait_s,
+            ttft_s,
+            transfer_s,
+            decode,
+            tpot_s,
+            does_harm,
+            keeps_tpot,
         )
 
     def local(self, worker: WorkerView, booked_s: float, *, could_be_handed_over: bool) -> Option:
@@ -126,7 +140,7 @@ class Options:
                     and self._stall_s(worker, read.compute_s) > self._affords_s(decode)
                 )
             )
-        return Option(Kind.LOCAL, None, worker, wait_s, ttft_s, 0.0, decode, does_harm)
+        return Option(Kind.LOCAL, None, worker, wait_s, ttft_s, 0.0, decode, decode.step_s, does_harm)
 
     def _is_held_up(
         self, writer: WorkerView, decode: DecodeEstimate, ttft_s: float, transfer_s: float
@@ -164,6 +178,9 @@ class Options:
         return step_s <= _others_limit_s(writer, decode)
 
     def _harms_batch(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
+        has_turn = self._is_lost and not self._leaves_room  # or small ones would pass it for ever
+        if decode.batch > 1 and not has_turn and self._estimates.outgrows(writer, self._request):
+            return True
         if self._leaves_room and decode.batch > 1:
             return not self._has_room_for_as_many(writer, decode)
         if decode.is_feasible or decode.batch == 1:

@@ -87,6 +87,41 @@ def test_it_says_how_long_time_alone_changes_nothing(make_request):
     assert fixture.policy.retry_s() == pytest.approx(goodput.RETRY_SHARE * 2.0)
 
 
+def long_answer(make_request, name, limits=LOOSE):
+    """A prompt takes 32 blocks of 256, an answer 64 at most."""
+    return make_request(name, prompt_tokens=512, limits=limits, max_tokens=1024)
+
+
+def with_two_long_answers(make_request, seen):
+    """seen: answers of 1,000 tokens, of which lengths are known."""
+    fixture = Fixture("goodput", pool_of(1, 1))
+    for _ in range(seen):
+        fixture.lengths.observe(long_answer(make_request, "seen"), 1000)
+    for name in "ab":
+        place(fixture, long_answer(make_request, name), "p0", "d0", tokens=2)
+    return fixture
+
+
+def test_an_answer_waits_for_the_room_that_it_is_expected_to_need(make_request):
+    """Three would be 3 * (32 + 63) blocks. As long as nothing is known of lengths it goes ahead."""
+    third = long_answer(make_request, "c")
+    assert choose(with_two_long_answers(make_request, seen=0), third) is not None
+    fixture = with_two_long_answers(make_request, seen=30)
+    assert choose(fixture, third) is None
+    assert fixture.policy.retry_s() <= goodput.RETRY_SHARE * LOOSE.ttft_s
+    fixture.pool["d0"].release(RequestKey("b", 1))
+    assert choose(fixture, third) is not None
+
+
+def test_who_is_late_waits_for_room_until_its_turn(make_request):
+    """Or small ones would pass a large one for ever."""
+    fixture = with_two_long_answers(make_request, seen=30)
+    late = long_answer(make_request, "late", limits=SloLimits(0.1, 0.1))
+    assert choose(fixture, late, now=5.0) is None
+    fixture.policy.placement._is_its_turn = {"late"}.__contains__
+    assert choose(fixture, late, now=5.0) is not None
+
+
 def test_the_first_token_decides_between_prefill_workers(make_request):
     fixture = Fixture("goodput", pool_of(2, 1))
     place(fixture, make_request("a", prompt_tokens=64, limits=LOOSE), "p0", "d0")

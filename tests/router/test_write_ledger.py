@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.sequence import RequestKey
+from router.kv_growth import peak_growth
 from router.placed_work import PlacedWork
 from router.write_ledger import Batch, WriteLedger
 
@@ -138,6 +140,17 @@ class WritingMachine(RuleBasedStateMachine):
         # Nobody can be helped who needs steps that are faster than any.
         assert self.ledger.limit_s(0.04) == min(limits, default=math.inf)
 
+    @invariant()
+    def room_is_known(self):
+        live = (self.coming | self.moving | self.decoding).values()
+        answers = [
+            (max(1, placed.outputs[1] - emitted), placed.context + emitted) for placed, emitted in live
+        ]
+        for context, tokens in ((5, 1), (30, 12)):
+            grown = peak_growth([*answers, (tokens, context)])
+            assert self.ledger.outgrows(grown - 1, context, tokens, tokens)
+            assert not self.ledger.outgrows(grown, context, tokens, tokens)
+
 
 TestWriting = WritingMachine.TestCase
 TestWriting.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
@@ -165,6 +178,25 @@ def test_who_outlives_what_was_expected_goes_on():
     ledger.emitted(key, 26)  # never beyond the longest possible answer
     assert ledger.after(13.0, 1.0, 0.0).size == 1
     assert ledger.after(14.0, 1.0, 0.0).size == 0
+
+
+def test_room_is_kept_up_to_the_p50_and_then_up_to_the_p90():
+    ledger = WriteLedger()
+    key = decoding(ledger, "long", work(context=100, outputs=(2, 10, 40), most=60))
+    # Two of ten are written; until the other one gives its 50 back, each takes 4.
+    assert (ledger.outgrows(7, 50, 4, 4), ledger.outgrows(8, 50, 4, 4)) == (True, False)
+    ledger.emitted(key, 8)
+    assert (ledger.outgrows(59, 50, 30, 30), ledger.outgrows(60, 50, 30, 30)) == (True, False)
+    ledger.emitted(key, 40)  # beyond it, any token may be the last: 100 and more come back then
+    assert (ledger.outgrows(1, 50, 4, 4), ledger.outgrows(2, 50, 4, 4)) == (True, False)
+
+
+def test_no_room_is_kept_for_answers_whose_length_nobody_can_tell():
+    ledger = WriteLedger()
+    ledger.add(RequestKey("r", 1), replace(work(outputs=(500, 500, 500), most=500), are_learned=False))
+    assert (ledger.outgrows(3, 50, 4, 4), ledger.outgrows(4, 50, 4, 4)) == (True, False)
+    ledger.remove(RequestKey("r", 1))
+    assert not ledger.outgrows(4, 50, 4, 4)
 
 
 def test_who_is_held_is_still_there():
