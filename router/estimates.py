@@ -158,8 +158,8 @@ class Estimates:
         capacity = writer.capacity
         reserved = capacity.reserved_blocks(request.num_tokens, request.tokens_left)
         free_tokens = (writer.free_blocks - reserved) * capacity.block_size
-        _, middle, high = self.lengths.quantiles(request)
-        return writer.writing.outgrows(free_tokens, request.num_tokens, middle, high)
+        _, _, high = self.lengths.quantiles(request)
+        return writer.writing.outgrows(free_tokens, request.num_tokens, high)
 
     def transfer_s(self, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> float:
         """How long after its first token a request of which so many tokens travel can decode at the earliest:

@@ -165,16 +165,16 @@ class WriteLedger:
             context + self._join_sums[joined] + self._others.context,
         )
 
-    def outgrows(self, free_tokens: int, context: int, middle: int, high: int) -> bool:
+    def outgrows(self, free_tokens: int, context: int, tokens: int) -> bool:
         """Whether the KV of those here, of those who come and of another answer will need more than
-        `free_tokens` of new room before some have ended. context: tokens that the other one holds already;
-        middle, high: p50 and p90 of those that it will write. Other routers' answers, and those whose length
-        nobody can tell, take as much as they give back."""
-        if self._most_growth + high <= free_tokens:
+        `free_tokens` of new room before some have ended, if each writes the p90 of what is expected of it.
+        context: tokens that the other one holds already; tokens: that it will write. Other routers' answers,
+        and those whose length nobody can tell, take as much as they give back."""
+        if self._most_growth + tokens <= free_tokens:
             return False
-        known = (answer for answer in self._answers.values() if answer.work.are_learned)
-        answers = [(_growth(answer), answer.context) for answer in known]
-        return peak_growth([*answers, (middle, context)]) > free_tokens
+        known = (one for one in self._answers.values() if one.work.are_learned)
+        answers = [(max(1, one.work.outputs[2] - one.emitted), one.context) for one in known]
+        return peak_growth([*answers, (tokens, context)]) > free_tokens
 
     def limit_s(self, least_s: float) -> float:
         """The tightest limit that somebody has on the time for each token to come; inf if nobody has one.
@@ -227,12 +227,6 @@ def _tokens_more(answer: _Answer) -> int:
     high = answer.work.outputs[2]
     more = high - answer.emitted if answer.emitted < high else answer.emitted // 2 + _MORE_TOKENS
     return max(1, min(more, answer.work.most_outputs - answer.emitted))
-
-
-def _growth(answer: _Answer) -> int:
-    """Tokens that it is expected to write yet: up to its p50, then up to its p90; then any is the last."""
-    _, middle, high = answer.work.outputs
-    return max(1, (middle if answer.emitted < middle else high) - answer.emitted)
 
 
 def _take(counter: Counter[float], value: float) -> None:
