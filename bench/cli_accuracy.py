@@ -117,7 +117,7 @@ async def _measure(
     experiment: Experiment, rates: Rates, traces: Path, target: Path, folder: Path, teller: Teller
 ) -> list[Compare]:
     from bench.accuracy.run import measure_accuracy, profile_of
-    from bench.goodput.plan import pace_of, plan_of
+    from bench.goodput.plan import machine_of, plan_of
     from bench.goodput.record import Record
 
     end_on_sigterm()
@@ -126,8 +126,8 @@ async def _measure(
     teller.expect(1)
     with teller.part("profile") as tell:
         profile = await profile_of(plan.references[0].config, record, tell)
-    async with pace_of(plan, record) as pace:
-        return await measure_accuracy(plan, profile, rates, record, teller, pace)
+    async with machine_of(plan, record) as machine:
+        return await measure_accuracy(plan, profile, rates, record, teller, machine)
 
 
 def _experiment(chosen: dict[str, Any]) -> Experiment:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ from bench.cli_parts import (
     wide_console,
 )
 from bench.errors import MeasurementError
+from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
 
 if TYPE_CHECKING:
     from bench.goodput.experiment import Experiment
     from bench.goodput.teller import Teller
+    from engine.latency import LatencyModel
 
 _SHAPES = Path(__file__).parent / "shapes"
 _EXIT_CODES = """
@@ -67,6 +70,13 @@ Exit codes:
 @click.option(
     "--map", "as_map", is_flag=True, help="Instead, the plane of limits (the part map of FILE.yaml)."
 )
+@click.option(
+    "--simulate",
+    is_flag=False,
+    flag_value="",
+    metavar="[PROFILE.json]",
+    help="In virtual time, with step times of `prelay profile --json` (default: those of model.profile).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Draw the result.")
 @click.option(
@@ -87,6 +97,7 @@ def goodput(as_json: bool, plot: Path | None, resume: Path | None, **chosen: Any
       prelay bench goodput --config deploy/bench/two-cores.yaml --traces ~/traces --plot all.png
       prelay bench goodput --config deploy/bench/two-cores.yaml --resume chat.json --overload --json
       prelay bench goodput --config deploy/bench/large-pools.yaml --rounds 1 --seconds 20
+      prelay bench goodput --config deploy/bench/two-cores.yaml --map --simulate core.json --plot map.png
     """
     need_matplotlib(plot)
     need_directory("--resume", resume)
@@ -96,7 +107,7 @@ def goodput(as_json: bool, plot: Path | None, resume: Path | None, **chosen: Any
         experiment = _experiment(chosen)
         with tempfile.TemporaryDirectory(prefix="prelay-bench-") as folder, telling("goodput") as teller:
             result = asyncio.run(_measure(experiment, chosen, target, Path(folder), teller, plot))
-    except BadInputError as error:
+    except (BadInputError, SimulationError) as error:
         raise click.UsageError(str(error)) from error
     except MeasurementError as error:
         raise MeasurementError(f"{error}\n{kept_in(target)}") from error
@@ -119,54 +130,77 @@ async def _measure(
     teller: Teller,
     plot: Path | None,
 ) -> dict[str, Any]:
-    from bench.goodput.plan import pace_of, plan_of
+    from bench.goodput.overload import measure_overload
+    from bench.goodput.plan import machine_of, plan_of
+    from bench.goodput.plane import map_plan, measure_map
     from bench.goodput.record import Record
     from bench.goodput.report import result_of
     from bench.goodput.run import measure_rounds
+    from bench.goodput.simulated import Simulator
+    from bench.goodput.venue import ThisMachine
 
     end_on_sigterm()
-    about = {"about": about_machine(), "measure": experiment.measure.model_dump(mode="json")}
+    profile = _profile(experiment, chosen, folder)
+    about: dict[str, Any] = {
+        "about": about_machine(),
+        "measure": experiment.measure.model_dump(mode="json"),
+        "simulated": None if profile is None else profile.to_json(),
+    }
     traces = chosen["traces"] or chosen["config_file"].absolute().parent
     if chosen["as_map"]:
-        return await _measure_map(experiment, target, folder, teller, plot, about)
-    plan = plan_of(experiment, _SHAPES, traces, folder)
-    record = Record.open(target, experiment, about["about"])
-    async with pace_of(plan, record) as pace:
-        curves = await measure_rounds(plan, record, teller, pace)
-        result = result_of(curves, record, about)
-        if chosen["overload"]:
-            from bench.goodput.overload import measure_overload
-
-            result["overload"] = await measure_overload(plan, curves, record, teller, pace)
+        if experiment.map is None:
+            raise BadInputError("--map: the experiment has no part `map`")
+        plan = map_plan(experiment, _SHAPES, folder)
+    else:
+        plan = plan_of(experiment, _SHAPES, traces, folder)
+    simulated = None if profile is None else json.dumps(profile.to_json(), sort_keys=True)
+    record = Record.open(target, experiment, about["about"], simulated)
+    async with nullcontext(Simulator(profile)) if profile else machine_of(plan, record) as venue:
+        if chosen["as_map"]:
+            result = {**about, "map": await measure_map(plan, record, teller, venue)}
+        else:
+            curves = await measure_rounds(plan, record, teller, venue)
+            result = result_of(curves, record, about)
+            if chosen["overload"]:
+                assert isinstance(venue, ThisMachine)
+                overload = await measure_overload(plan, curves, record, teller, venue.pace)
+                result["overload"] = overload
     if plot is not None:
-        from bench.goodput.plots import draw_goodput, draw_overload
-
-        draw_goodput(result, plot)
-        if chosen["overload"]:
-            draw_overload(result["overload"], plot.with_stem(f"{plot.stem}-overload"))
+        _draw(result, plot)
     return result
 
 
-async def _measure_map(
-    experiment: Experiment,
-    target: Path,
-    folder: Path,
-    teller: Teller,
-    plot: Path | None,
-    about: dict[str, Any],
-) -> dict[str, Any]:
-    from bench.goodput.plane import measure_map
-    from bench.goodput.record import Record
+def _draw(result: dict[str, Any], plot: Path) -> None:
+    from bench.goodput.plots import draw_goodput, draw_map, draw_overload
 
-    if experiment.map is None:
-        raise BadInputError("--map: the experiment has no part `map`")
-    record = Record.open(target, experiment, about["about"])
-    result = {**about, "map": await measure_map(experiment, _SHAPES, folder, record, teller)}
-    if plot is not None:
-        from bench.goodput.plots import draw_map
-
+    if "map" in result:
         draw_map(result["map"], plot)
-    return result
+        return
+    draw_goodput(result, plot)
+    if "overload" in result:
+        draw_overload(result["overload"], plot.with_stem(f"{plot.stem}-overload"))
+
+
+def _profile(experiment: Experiment, chosen: dict[str, Any], folder: Path) -> LatencyModel | None:
+    """To simulate with; None to measure. Raises BadInputError."""
+    from bench.goodput.checkpoint import profile_of
+    from cluster.errors import ConfigError
+    from cluster.latency_profile import read_profile
+
+    if chosen["simulate"] is None:
+        return None
+    if chosen["overload"]:
+        raise BadInputError("--overload is measured on this machine; leave --simulate away")
+    given = Path(chosen["simulate"]) if chosen["simulate"] else profile_of(experiment.model, folder)
+    if given is None:
+        raise BadInputError(
+            "--simulate: the experiment's model has no profile; give one, as `prelay profile --shape NAME "
+            "--threads 1 --json` writes it"
+        )
+    try:
+        return read_profile(given)
+    except ConfigError as error:
+        raise BadInputError(f"--simulate: {error}") from error
 
 
 def _experiment(chosen: dict[str, Any]) -> Experiment:

@@ -292,7 +292,7 @@ def key(tenant: str) -> int:
     return 0
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
 @click.argument("names", nargs=-1, metavar="[HOST...]")
 @click.option(

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.simulate.twin import Correction
 from cluster.workload.jobs import Row, Status
 from router.requests import Stage
 
@@ -19,19 +20,6 @@ _LEAST_MESSAGE_S = 1e-5
 _MOST = 5.0
 
 _BEFORE_READING = (Stage.GATE.value, Stage.PREFILL_QUEUE.value, Stage.PREFILL.value)
-
-
-@dataclass(frozen=True, slots=True)
-class Correction:
-    """reading, writing: how many times as long as in the profile the steps of workers last that read
-    prompts, and that write answers. message_s: of a message one way."""
-
-    reading: float = 1.0
-    writing: float = 1.0
-    message_s: float = 0.0005
-
-    def to_json(self) -> dict[str, float]:
-        return {"reading": self.reading, "writing": self.writing, "message_s": self.message_s}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.accuracy.case import Case, seed_of
-from bench.accuracy.correction import Correction
-from bench.goodput.pace import Pace
 from bench.goodput.points import Point
 from bench.goodput.record import Record
 from bench.goodput.run import Plan, measure_idle_times
 from bench.goodput.teller import Teller
-from bench.goodput.visit import run_at, visiting
+from bench.goodput.venue import Venue
 from bench.processes import Remote
+from bench.simulate.twin import Correction
 from cluster.config import ServeConfig
 from cluster.latency_profile import read_profile
 from cluster.workload.errors import BadInputError
@@ -83,10 +82,10 @@ class Compare:
 
 
 async def measure_accuracy(
-    plan: Plan, profile: LatencyModel, rates: Rates, record: Record, teller: Teller, pace: Pace
+    plan: Plan, profile: LatencyModel, rates: Rates, record: Record, teller: Teller, venue: Venue
 ) -> list[Compare]:
     """Of a deployment with values to try, the first is taken. Raises BadInputError, MeasurementError."""
-    idles = await measure_idle_times(plan.references, plan.sources, record, teller, pace)
+    idles = await measure_idle_times(plan.references, plan.sources, record, teller, venue)
     measure = plan.experiment.measure
     cases = [
         Case(source, variants[0], idles[source.name].limits(source.slo), measure, profile)
@@ -97,7 +96,7 @@ async def measure_accuracy(
     learned: list[_Learned] = []
     for case in cases:
         with teller.part(f"{case.source.name}, {case.variant.deployment}") as tell:
-            learned.append(await _measure(case, rates, record, teller.line, tell, pace))
+            learned.append(await _measure(case, rates, record, teller.line, tell, venue))
     return [_compared(case, one, record) for case, one in zip(cases, learned, strict=True)]
 
 
@@ -107,21 +106,21 @@ async def _measure(
     record: Record,
     line: Callable[[str], None],
     tell: Callable[[str], None],
-    pace: Pace,
+    venue: Venue,
 ) -> _Learned:
     """Whatever of it is not in the record. Raises BadInputError, MeasurementError."""
     learned = _learned(case, rates, record)
     todo = _missing(case, rates, record, learned)
     if todo:
-        async with visiting(case.variant.under(case.limits), tell, pace) as visit:
+        async with venue.visiting(case.variant.under(case.limits), tell) as visit:
             while todo:
                 (number, rate), *todo = todo
 
                 def show(said: str, rate: float = rate) -> None:
                     tell(f"{rate:.3g}/s: {said}")
 
-                duration_s, rows, said = await run_at(
-                    visit, case.source, rate, seed_of(number), case.limits, case.measure, show
+                duration_s, rows, said = await visit.run_at(
+                    case.source, rate, seed_of(number), case.limits, case.measure, show
                 )
                 point = Point(case.setting, number, 0, rate, case.limits, duration_s, rows, said)
                 record.add_point(point)

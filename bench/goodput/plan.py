@@ -8,24 +8,25 @@ from pathlib import Path
 
 from bench.goodput.checkpoint import checkpoint_of, profile_of
 from bench.goodput.experiment import Experiment
-from bench.goodput.pace import STEADY, Pace, machine_pace
+from bench.goodput.pace import machine_pace
 from bench.goodput.record import Record
 from bench.goodput.run import Plan
 from bench.goodput.sources import source_of
 from bench.goodput.variants import references, variants_of
+from bench.goodput.venue import THIS_MACHINE, ThisMachine
 from cluster.errors import ModelError
 from cluster.workload.errors import BadInputError
 
 
 @asynccontextmanager
-async def pace_of(plan: Plan, record: Record) -> AsyncIterator[Pace]:
-    """What the experiment wants to be followed. Raises MeasurementError."""
+async def machine_of(plan: Plan, record: Record) -> AsyncIterator[ThisMachine]:
+    """This one, its pace followed if the experiment wants that. Raises MeasurementError."""
     if not plan.experiment.measure.follow_pace:
-        yield STEADY
+        yield THIS_MACHINE
         return
     num_cores = max(one.devices for some in plan.variants.values() for one in some)
     async with machine_pace(plan.references[0].config, num_cores, record) as pace:
-        yield pace
+        yield ThisMachine(pace)
 
 
 def plan_of(experiment: Experiment, shapes: Path, traces: Path, folder: Path) -> Plan:

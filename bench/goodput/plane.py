@@ -18,27 +18,32 @@ from rich.table import Table
 from bench.goodput.curves import Curve
 from bench.goodput.experiment import Experiment, MapPart
 from bench.goodput.limits import Idle
-from bench.goodput.plan import pace_of, plan_of
+from bench.goodput.plan import plan_of
 from bench.goodput.points import Point
 from bench.goodput.record import Record
 from bench.goodput.run import TARGETS, Plan, measure_idle_times, measure_visit
 from bench.goodput.sources import Source, source_of_ratio
 from bench.goodput.teller import Teller
+from bench.goodput.venue import Venue
 from cluster.workload.slo import Slo
 
 TARGET = TARGETS[0]
 
 
-async def measure_map(
-    experiment: Experiment, shapes: Path, folder: Path, record: Record, teller: Teller
-) -> dict[str, Any]:
-    """Raises BadInputError, MeasurementError."""
-    part = experiment.map
-    assert part is not None
-    only = {name: experiment.deployments[name] for name in part.deployments}
-    plan = plan_of(
+def map_plan(experiment: Experiment, shapes: Path, folder: Path) -> Plan:
+    """Of an experiment with a part `map`; arguments as of `plan_of`. Raises BadInputError."""
+    assert experiment.map is not None
+    only = {name: experiment.deployments[name] for name in experiment.map.deployments}
+    return plan_of(
         experiment.model_copy(update={"workloads": {}, "deployments": only}), shapes, folder, folder
     )
+
+
+async def measure_map(plan: Plan, record: Record, teller: Teller, venue: Venue) -> dict[str, Any]:
+    """Of a plan by `map_plan`. Raises BadInputError, MeasurementError."""
+    experiment = plan.experiment
+    part = experiment.map
+    assert part is not None
     longest = plan.references[0].config.model.max_model_len
     assert longest is not None
     cells = [(ttft, tpot, Slo.parse(f"ttft={ttft},tpot={tpot}")) for ttft in part.ttft for tpot in part.tpot]
@@ -46,18 +51,17 @@ async def measure_map(
     visits = sum(len(cells) if one.sees_limits else 1 for some in plan.variants.values() for one in some)
     rounds = experiment.measure.rounds
     teller.expect(len(plan.references) + rounds * len(sources) * visits)
-    async with pace_of(plan, record) as pace:
-        idles = await measure_idle_times(plan.references, sources, record, teller, pace)
-        curves = {source.name: _curves(plan, source, idles[source.name], cells) for source in sources}
-        for number in range(rounds):
-            for source in sources:
-                rng = random.Random(f"map {number} {source.name}")
-                for group in rng.sample(curves[source.name], len(curves[source.name])):
-                    name = group[0].variant.name
-                    with teller.part(f"map, round {number + 1} of {rounds}, {source.name}, {name}") as tell:
-                        await measure_visit(
-                            group, number, experiment, record, teller.line, tell, (TARGET,), pace=pace
-                        )
+    idles = await measure_idle_times(plan.references, sources, record, teller, venue)
+    curves = {source.name: _curves(plan, source, idles[source.name], cells) for source in sources}
+    for number in range(rounds):
+        for source in sources:
+            rng = random.Random(f"map {number} {source.name}")
+            for group in rng.sample(curves[source.name], len(curves[source.name])):
+                name = group[0].variant.name
+                with teller.part(f"map, round {number + 1} of {rounds}, {source.name}, {name}") as tell:
+                    await measure_visit(
+                        group, number, experiment, record, teller.line, tell, (TARGET,), venue=venue
+                    )
     return map_result(part, cells, sources, curves, record.points)
 
 

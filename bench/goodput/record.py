@@ -30,14 +30,17 @@ class Record:
             raise BadInputError(f"--resume {path}: a point in it cannot be read ({error!r})") from error
 
     @classmethod
-    def open(cls, path: Path, experiment: Experiment, about: Mapping[str, Any]) -> Record:
-        """Begins the file if it is not there. about: machine and versions. Raises BadInputError if it is of
-        something else."""
+    def open(
+        cls, path: Path, experiment: Experiment, about: Mapping[str, Any], simulated: str | None = None
+    ) -> Record:
+        """Begins the file if it is not there. about: machine and versions. simulated: what names the profile,
+        if nothing is measured. Raises BadInputError if it is of something else."""
         head = {
             "kind": "experiment",
             "version": _VERSION,
             "experiment": experiment.model_dump(mode="json"),
             "about": about,
+            "simulated": simulated,
         }
         if not path.exists() or not path.read_text().strip():
             path.write_text(json.dumps(head) + "\n")
@@ -45,6 +48,11 @@ class Record:
         lines = list(_lines(path))
         if not lines or lines[0].get("kind") != "experiment" or lines[0].get("version") != _VERSION:
             raise BadInputError(f"--resume {path}: it is not a file that `prelay bench goodput` has written")
+        if lines[0].get("simulated") != simulated:
+            raise BadInputError(
+                f"--resume {path}: what is in it was measured where this is simulated, or the other way round, or "
+                "with another profile; give another file"
+            )
         _check_same(path, lines[0]["experiment"], experiment)
         return cls(path, lines)
 

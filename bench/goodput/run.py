@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from bench.goodput.curves import Curve
 from bench.goodput.experiment import Experiment
 from bench.goodput.limits import Idle, Typical
-from bench.goodput.pace import STEADY, Pace
 from bench.goodput.points import Point
 from bench.goodput.record import Record
 from bench.goodput.search import Grid
 from bench.goodput.sources import Source
 from bench.goodput.teller import Teller
 from bench.goodput.variants import Variant
-from bench.goodput.visit import idle_times, run_at, typical_of, visiting
+from bench.goodput.venue import THIS_MACHINE, Venue
+from bench.goodput.visit import typical_of
 from cluster.workload.slo import IdlePoint, IdleTimes
 
 TARGETS = (0.9, 0.99)
@@ -47,13 +47,13 @@ class Plan:
 
 
 async def measure_rounds(
-    plan: Plan, record: Record, teller: Teller, pace: Pace = STEADY
+    plan: Plan, record: Record, teller: Teller, venue: Venue = THIS_MACHINE
 ) -> dict[str, list[Curve]]:
     """The curves by workload, all measured. Raises MeasurementError."""
     rounds = plan.experiment.measure.rounds
     targets = TARGETS if plan.experiment.measure.search_99 else TARGETS[:1]
     teller.expect(len(plan.references) + rounds * len(plan.sources) * len(plan.variants))
-    idles = await measure_idle_times(plan.references, plan.sources, record, teller, pace)
+    idles = await measure_idle_times(plan.references, plan.sources, record, teller, venue)
     curves = {source.name: curves_of(plan, source, idles[source.name]) for source in plan.sources}
     for number in range(rounds):
         for source in plan.sources:
@@ -74,7 +74,7 @@ async def measure_rounds(
                             targets,
                             rival_rate=rival,
                             start_rate=_start_rate(curves[source.name], record.points),
-                            pace=pace,
+                            venue=venue,
                         )
     return curves
 
@@ -114,7 +114,7 @@ async def measure_idle_times(
     sources: Sequence[Source],
     record: Record,
     teller: Teller,
-    pace: Pace = STEADY,
+    venue: Venue = THIS_MACHINE,
 ) -> dict[str, Idle]:
     """By workload. Raises MeasurementError."""
     typicals: dict[str, Typical] = {source.name: typical_of(source) for source in sources}
@@ -131,10 +131,10 @@ async def measure_idle_times(
         ]
         with teller.part(f"requests alone, {reference.deployment}") as tell:
             if missing:
-                async with visiting(reference.config, tell, pace) as visit:
+                async with venue.visiting(reference.config, tell) as visit:
                     for source in missing:
                         typical = typicals[source.name]
-                        times = await idle_times(visit, source, typical, tell)
+                        times = await visit.idle_times(source, typical, tell)
                         line = {
                             "workload": source.name,
                             "reference": reference.deployment,
@@ -172,7 +172,7 @@ async def measure_visit(
     targets: Sequence[float] = TARGETS,
     rival_rate: float | None = None,
     start_rate: float | None = None,
-    pace: Pace = STEADY,
+    venue: Venue = THIS_MACHINE,
 ) -> None:
     """One round of one variant, for all of the curves: of one workload, and of a policy that does not look at
     limits if they have several. rival_rate, start_rate: see
@@ -197,7 +197,7 @@ async def measure_visit(
         return
     first = curves[0]
     variant, limits = first.variant, first.limits
-    async with visiting(variant.under(limits), tell, pace) as visit:
+    async with venue.visiting(variant.under(limits), tell) as visit:
         while (found := missing()) is not None:
             _, place = found
             rate = Grid(measure.step).rate(place)
@@ -205,7 +205,7 @@ async def measure_visit(
             def show(said: str, rate: float = rate) -> None:
                 tell(f"{variant.setting or variant.policy}, {rate:.3g}/s: {said}")
 
-            duration_s, rows, said = await run_at(visit, first.source, rate, number, limits, measure, show)
+            duration_s, rows, said = await visit.run_at(first.source, rate, number, limits, measure, show)
             point = Point(first.setting, number, place, rate, limits, duration_s, rows, said)
             record.add_point(point)
             line(

@@ -54,6 +54,39 @@ class Visit:
     def vocabulary(self) -> range:
         return vocabulary_of(self.info.vocab_size)
 
+    async def idle_times(self, source: Source, typical: Typical, show: Show) -> IdleTimes:
+        """What requests of a workload take alone here, nominally."""
+        dilation = await self.dilation(source)
+        key = zlib.crc32(source.name.encode())
+        work = measure_idle(
+            self.target,
+            sorted(set(typical.lengths)),
+            typical.answer,
+            self.vocabulary,
+            key,
+            _IDLE_REPEATS,
+            lambda done, said: show(f"{source.name}: {said}"),
+        )
+        return dilation.idle(await self.served.while_up(work))
+
+    async def run_at(
+        self, source: Source, rate: float, seed: int, limits: Limits, measure: MeasurePart, show: Show
+    ) -> tuple[float, list[Row], dict[str, Any]]:
+        """Seconds that were judged, the rows of these, and what is to be said of them; all nominal."""
+        duration_s = window_s(measure, rate)
+        # Served twice, a prompt would be found in a cache: what it says depends on where and when, too.
+        spec = spec_of(source, self.vocabulary, self.served.grpc, seed, rate)
+        jobs = workload(spec, seed, rate, count=num_requests(measure, rate))
+        first = bisect_left(jobs, measure.warmup_s, key=lambda job: job.arrival_s)
+        if first == len(jobs):
+            raise MeasurementError(f"{source.name}: at {rate:.3g}/s nothing arrives within {duration_s:g} s")
+        dilation = await self.dilation(source)
+        sent = await send(self, jobs, limits, measure.timeout_s, show, dilation)
+        rows = [replace(row, arrival_s=row.arrival_s - measure.warmup_s) for row in sent.rows[first:]]
+        judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
+        said = {**judged.to_json(), "counted": sent.counted, "client": sent.client, "pace": dilation.pace}
+        return duration_s, rows, said
+
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -93,25 +126,15 @@ def typical_of(source: Source) -> Typical:
     return Typical.of(workload(spec, 0, 1.0, count=SAMPLE))
 
 
-async def idle_times(visit: Visit, source: Source, typical: Typical, show: Show) -> IdleTimes:
-    """What requests of a workload take alone here, nominally."""
-    dilation = await visit.dilation(source)
-    key = zlib.crc32(source.name.encode())
-    work = measure_idle(
-        visit.target,
-        sorted(set(typical.lengths)),
-        typical.answer,
-        visit.vocabulary,
-        key,
-        _IDLE_REPEATS,
-        lambda done, said: show(f"{source.name}: {said}"),
-    )
-    return dilation.idle(await visit.served.while_up(work))
-
-
 def window_s(measure: MeasurePart, rate: float) -> float:
     """How long a rate is judged."""
     return min(max(measure.seconds, measure.min_requests / rate), _MAX_STRETCH * measure.seconds)
+
+
+def num_requests(measure: MeasurePart, rate: float) -> int:
+    """That arrive in the warm-up and the window, as many as the rate says, wherever chance puts them: a point
+    whose draw is denser than the rate that it stands for would bend the curve."""
+    return max(1, round(rate * (measure.warmup_s + window_s(measure, rate))))
 
 
 def least_rate(measure: MeasurePart) -> float:
@@ -148,24 +171,3 @@ async def send(
     after = await read_counters(visit.served.metrics)
     client = meter.use(rows).to_json()
     return Sent([dilation.row(row) for row in rows], counted_between(before, after), client)
-
-
-async def run_at(
-    visit: Visit, source: Source, rate: float, seed: int, limits: Limits, measure: MeasurePart, show: Show
-) -> tuple[float, list[Row], dict[str, Any]]:
-    """Seconds that were judged, the rows of these, and what is to be said of them; all nominal."""
-    duration_s = window_s(measure, rate)
-    # Served twice, a prompt would be found in a cache: what it says depends on where and when, too.
-    spec = spec_of(source, visit.vocabulary, visit.served.grpc, seed, rate)
-    # As many as the rate says, wherever chance puts them: a point whose draw is denser than the rate that it
-    # stands for would bend the curve.
-    jobs = workload(spec, seed, rate, count=max(1, round(rate * (measure.warmup_s + duration_s))))
-    first = bisect_left(jobs, measure.warmup_s, key=lambda job: job.arrival_s)
-    if first == len(jobs):
-        raise MeasurementError(f"{source.name}: at {rate:.3g}/s nothing arrives within {duration_s:g} s")
-    dilation = await visit.dilation(source)
-    sent = await send(visit, jobs, limits, measure.timeout_s, show, dilation)
-    rows = [replace(row, arrival_s=row.arrival_s - measure.warmup_s) for row in sent.rows[first:]]
-    judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
-    said = {**judged.to_json(), "counted": sent.counted, "client": sent.client, "pace": dilation.pace}
-    return duration_s, rows, said

@@ -124,7 +124,7 @@ def _with_idle(plan: SimulatePlan, requests: Sequence[Arrival]) -> Slo:
     points = []
     for length in probes:
         [row] = plan.undisturbed([Arrival(0.0, Shape(length, answer))], _NO_LIMITS, 0).rows
-        points.append(_point(row))
+        points.append(idle_point(row))
     idle = IdleTimes(points)
     for name, limit, alone_s in (
         ("ttft", plan.slo.ttft, min(point.ttft_s for point in points)),
@@ -138,7 +138,8 @@ def _with_idle(plan: SimulatePlan, requests: Sequence[Arrival]) -> Slo:
     return plan.slo.with_idle(idle) if plan.slo.is_relative else plan.slo
 
 
-def _point(row: Row) -> IdlePoint:
+def idle_point(row: Row) -> IdlePoint:
+    """Of a request that was alone. Raises SimulationError."""
     if row.status is not Status.COMPLETE or row.ttft_s is None or row.tpot_s is None:
         raise SimulationError(f"a request of {row.prompt_tokens} tokens, alone, is {row.status}: {row.error}")
     return IdlePoint(row.prompt_tokens, row.ttft_s, row.tpot_s)

@@ -47,3 +47,7 @@ class HeardLedger(WriteLedger):
     def limit_s(self, least_s: float) -> float:
         self._hear()
         return super().limit_s(least_s)
+
+    def outgrows(self, free_tokens: int, context: int, tokens: int) -> bool:
+        self._hear()
+        return super().outgrows(free_tokens, context, tokens)

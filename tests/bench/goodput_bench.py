@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench.goodput import run
 from bench.goodput.experiment import Experiment, MeasurePart
-from bench.goodput.pace import Pace
 from bench.goodput.sources import Source
 from bench.goodput.teller import Teller
+from bench.goodput.venue import ThisMachine
 from bench.goodput.visit import window_s
 from cluster.config import ServeConfig
 from cluster.workload.jobs import Row, Status
@@ -51,35 +50,38 @@ def experiment(demo: Path, **changes: Any) -> Experiment:
 class PaperBench:
     """knee: the rate up to which a deployment with this configuration serves all in time; from there on
     attainment falls to nothing at twice the rate. ttft_s: of those in time, so that tighter limits can be
-    judged. started: policy and chunk size of every start. fails_after: points that are measured before the
-    deployment is lost."""
+    judged; alone_s: of a request alone. started: policy and chunk size of every start. fails_after: points
+    that are measured before the deployment is lost."""
 
     knee: Callable[[ServeConfig], float]
     ttft_s: float = 0.1
+    alone_s: float = 0.1
     started: list[tuple[str, int]] = field(default_factory=list)
     measured: list[tuple[str, float, int]] = field(default_factory=list)
     fails_after: int | None = None
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Instead of real deployments."""
-        patch.setattr(run, "visiting", self._visiting)
-        patch.setattr(run, "run_at", self._run_at)
-        patch.setattr(run, "idle_times", self._idle_times)
+        patch.setattr(ThisMachine, "visiting", lambda machine, config, show: self.visiting(config, show))
 
     @asynccontextmanager
-    async def _visiting(
-        self, config: ServeConfig, show: Callable[[str], None], pace: Pace
-    ) -> AsyncIterator[ServeConfig]:
+    async def visiting(self, config: ServeConfig, show: Callable[[str], None]) -> AsyncIterator[PaperVisit]:
         show("starting")
         self.started.append((config.router.policy, config.mixed.max_batch_tokens))
-        yield config
+        yield PaperVisit(self, config)
 
-    async def _idle_times(self, config: ServeConfig, source: Source, *_: object) -> IdleTimes:
-        return IdleTimes([IdlePoint(64, self.ttft_s, 0.01 if config.prefill.replicas else 0.02)])
 
-    async def _run_at(
+@dataclass
+class PaperVisit:
+    bench: PaperBench
+    config: ServeConfig
+
+    async def idle_times(self, source: Source, *_: object) -> IdleTimes:
+        tpot_s = 0.01 if self.config.prefill.replicas else 0.02
+        return IdleTimes([IdlePoint(64, self.bench.alone_s, tpot_s)])
+
+    async def run_at(
         self,
-        config: ServeConfig,
         source: Source,
         rate: float,
         seed: int,
@@ -87,16 +89,17 @@ class PaperBench:
         measure: MeasurePart,
         show: Callable[[str], None],
     ) -> tuple[float, list[Row], dict[str, Any]]:
-        if self.fails_after is not None and len(self.measured) >= self.fails_after:
+        bench, config = self.bench, self.config
+        if bench.fails_after is not None and len(bench.measured) >= bench.fails_after:
             raise KeyboardInterrupt
-        self.measured.append((config.router.policy, rate, seed))
-        duration_s, knee = window_s(measure, rate), self.knee(config)
+        bench.measured.append((config.router.policy, rate, seed))
+        duration_s, knee = window_s(measure, rate), bench.knee(config)
         count, good_share = round(rate * duration_s), min(1.0, max(0.0, 2 - rate / knee))
         good = round(count * good_share)
         rows = [
             Row(index / rate, index / rate, 64, 2, Status.COMPLETE, first_s, first_s + 0.001)
             for index in range(count)
-            for first_s in [self.ttft_s if index < good else 1000.0]
+            for first_s in [bench.ttft_s if index < good else 1000.0]
         ]
         judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
         said = {

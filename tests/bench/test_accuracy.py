@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.accuracy.case import Case, seed_of, twin_of
-from bench.accuracy.correction import Correction, Spent, correct
+from bench.accuracy.case import Case, seed_of
+from bench.accuracy.correction import Spent, correct
 from bench.accuracy.report import table, to_json
 from bench.accuracy.run import Compare, Compared
 from bench.goodput.experiment import load_experiment
 from bench.goodput.plan import plan_of
 from bench.goodput.points import Point
+from bench.simulate.twin import Correction, Twin
 from cluster.workload.errors import BadInputError
 from cluster.workload.judge import judge
 from cluster.workload.slo import Limits
@@ -66,14 +67,14 @@ def test_corrections_stay_within_reason() -> None:
 
 
 def test_the_twin_has_what_the_deployment_has(cases: dict[str, Case]) -> None:
-    cluster = twin_of(cases["disaggregated"].variant.config, PROFILE, Correction(2.0, 3.0, 0.001), 60.0)
+    cluster = Twin(cases["disaggregated"].variant.config, PROFILE, Correction(2.0, 3.0, 0.001)).cluster(60.0)
     reader, writer = cluster.workers
     assert (reader.role, writer.role, cluster.policy) == (Role.PREFILL, Role.DECODE, "goodput")
     assert (reader.kv_tokens, writer.kv_tokens) == (32768, 65536)
     assert reader.kv_bytes == 2 * 30 * 3 * 64 * 2
     assert reader.latency.prefill_s(512) == pytest.approx(2 * PROFILE.prefill_s(512))
     assert writer.latency.decode_s(4, 2000) == pytest.approx(3 * PROFILE.decode_s(4, 2000))
-    mixed = twin_of(cases["colocated"].variant.config, PROFILE, Correction(), 60.0)
+    mixed = Twin(cases["colocated"].variant.config, PROFILE, Correction()).cluster(60.0)
     assert [(one.role, one.max_num_seqs, one.max_batch_tokens) for one in mixed.workers] == [
         (Role.MIXED, 32, 512)
     ] * 2
@@ -83,7 +84,7 @@ def test_room_that_is_left_open_is_refused(cases: dict[str, Case]) -> None:
     config = cases["disaggregated"].variant.config
     pool = config.prefill.model_copy(update={"kv_cache_tokens": None})
     with pytest.raises(BadInputError, match=r"prefill\.kv_cache_tokens is not given"):
-        twin_of(config.model_copy(update={"prefill": pool}), PROFILE, Correction(), 60.0)
+        Twin(config.model_copy(update={"prefill": pool}), PROFILE, Correction()).cluster(60.0)
 
 
 @pytest.mark.slow

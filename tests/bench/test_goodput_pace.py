@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from bench.goodput.experiment import MeasurePart
 from bench.goodput.pace import SAMPLES, Dilation, MachinePace, machine_pace
-from bench.goodput.plan import pace_of, plan_of
+from bench.goodput.plan import machine_of, plan_of
 from bench.goodput.record import Record
 from bench.goodput.sources import Source
-from bench.goodput.visit import Visit, run_at
+from bench.goodput.visit import Visit
 from cluster.config import demo_model_path
 from cluster.workload.arrivals import Arrivals
 from cluster.workload.datasets import Synthetic
@@ -103,7 +103,7 @@ async def test_only_limits_in_multiples_follow_the_machine(
     visit = Visit(one.served, one.target, one.info, half)
     try:
         limits = Limits(3.0, 2.0)
-        duration_s, rows, said = await run_at(visit, source, 20.0, 0, limits, measure, lambda text: None)
+        duration_s, rows, said = await visit.run_at(source, 20.0, 0, limits, measure, lambda text: None)
     finally:
         await end(one)
     assert (duration_s, len(rows), said["pace"]) == (0.4, 8, pace)
@@ -136,6 +136,6 @@ async def test_real_steps_are_timed_and_their_processes_end(tmp_path: Path) -> N
 async def test_nothing_is_timed_unless_asked_for(tmp_path: Path) -> None:
     plan = plan_of(experiment(demo_model_path()), SHAPES, tmp_path, tmp_path)
     record = Record.open(tmp_path / "record.json", plan.experiment, {})
-    async with pace_of(plan, record) as pace:
-        assert await pace.now() == 1.0
+    async with machine_of(plan, record) as machine:
+        assert await machine.pace.now() == 1.0
     assert record.others("pace") == []

@@ -11,11 +11,12 @@ import pytest
 
 from bench.goodput.experiment import Experiment
 from bench.goodput.plan import plan_of
-from bench.goodput.plane import map_tables, measure_map
+from bench.goodput.plane import map_plan, map_tables, measure_map
 from bench.goodput.plots import draw_goodput, draw_map
 from bench.goodput.record import Record
 from bench.goodput.report import result_of, tables
 from bench.goodput.run import measure_rounds
+from bench.goodput.venue import THIS_MACHINE
 from cluster.config import ServeConfig, demo_model_path
 from cluster.workload.errors import BadInputError
 from tests.bench.goodput_bench import PaperBench, experiment, quiet
@@ -217,7 +218,7 @@ def test_a_map_judges_again_what_does_not_look_at_limits(bench: PaperBench, tmp_
     record = Record.open(tmp_path / "record.json", one, ABOUT)
     work = tmp_path / "work"
     work.mkdir()
-    result = asyncio.run(measure_map(one, SHAPES, work, record, quiet()))
+    result = asyncio.run(measure_map(map_plan(one, SHAPES, work), record, quiet(), THIS_MACHINE))
     json.dumps(result, allow_nan=False)
     assert [plane["name"] for plane in result["planes"]] == ["64:4", "32:32"]
     starts = [policy for policy, _ in bench.started[2:]]
@@ -240,14 +241,12 @@ def test_limits_that_nobody_meets_leave_a_cell_empty(
     bench: PaperBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone a request takes 0.1 s, under any load 0.2 s: the limit of 1x is out of reach."""
-    slow = PaperBench(knee, ttft_s=0.2)
-    slow.install(monkeypatch)
-    monkeypatch.setattr("bench.goodput.run.idle_times", PaperBench(knee, ttft_s=0.1)._idle_times)
+    PaperBench(knee, ttft_s=0.2, alone_s=0.1).install(monkeypatch)
     one = experiment(demo_model_path(), map=MAP, measure={"rounds": 1, "seconds": 100.0, "min_requests": 1})
     record = Record.open(tmp_path / "record.json", one, ABOUT)
     work = tmp_path / "work"
     work.mkdir()
-    result = asyncio.run(measure_map(one, SHAPES, work, record, quiet()))
+    result = asyncio.run(measure_map(map_plan(one, SHAPES, work), record, quiet(), THIS_MACHINE))
     wide, tight = result["planes"][0]["cells"]
     assert wide["ratio"] == pytest.approx(2.0, rel=0.03)
     assert (tight["best"], tight["ratio"]) == (None, None)

@@ -15,7 +15,7 @@ from bench.goodput.counters import counted_between, parse_counters
 from bench.goodput.experiment import MeasurePart
 from bench.goodput.serving import Served
 from bench.goodput.sources import Source
-from bench.goodput.visit import Visit, least_rate, run_at, send, window_s
+from bench.goodput.visit import Visit, least_rate, send, window_s
 from bench.load.answer import Answer
 from bench.load.target import Call, ServerInfo
 from cluster.workload.arrivals import Arrivals
@@ -79,7 +79,7 @@ async def test_only_what_arrives_after_the_warm_up_is_judged(counters: list[dict
     measure, target = MeasurePart(seconds=0.5, warmup_s=0.25, min_requests=1), AtOnce()
     one = await up(target)
     try:
-        duration_s, rows, said = await run_at(one, source, 40.0, 0, LIMITS, measure, lambda text: None)
+        duration_s, rows, said = await one.run_at(source, 40.0, 0, LIMITS, measure, lambda text: None)
     finally:
         await end(one)
     assert (duration_s, len(target.jobs), len(rows)) == (0.5, 30, 20)
@@ -96,7 +96,7 @@ async def test_as_many_arrive_as_the_rate_says(counters: list[dict[str, float]],
     measure, target = MeasurePart(seconds=0.5, warmup_s=0.25, min_requests=1), AtOnce()
     one = await up(target)
     try:
-        await run_at(one, source, 40.0, number, LIMITS, measure, lambda text: None)
+        await one.run_at(source, 40.0, number, LIMITS, measure, lambda text: None)
     finally:
         await end(one)
     assert len(target.jobs) == 30
