@@ -174,7 +174,7 @@ def _draw(result: dict[str, Any], plot: Path) -> None:
     from bench.goodput.plots import draw_goodput, draw_map, draw_overload
 
     if "map" in result:
-        draw_map(result["map"], plot)
+        draw_map(result["map"], plot, is_simulated=result["simulated"] is not None)
         return
     draw_goodput(result, plot)
     if "overload" in result:

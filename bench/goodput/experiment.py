@@ -101,8 +101,8 @@ class RatioPart(_Section):
 
 
 class MapPart(_Section):
-    """The plane of limits: every ttft with every tpot (as in 3x, or 60ms) for every pair of lengths. The
-    first of the deployments is compared with the best of the others."""
+    """The plane of limits: every ttft with every tpot (as in 3x, or 60ms) for every pair of lengths. The best
+    of the deployments that have the first one's policy is compared with the best of the others."""
 
     lengths: Annotated[list[RatioPart], Field(min_length=1)]
     ttft: Annotated[list[str], Field(min_length=1)]

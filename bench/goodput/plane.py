@@ -25,6 +25,7 @@ from bench.goodput.run import TARGETS, Plan, measure_idle_times, measure_visit
 from bench.goodput.sources import Source, source_of_ratio
 from bench.goodput.teller import Teller
 from bench.goodput.venue import Venue
+from cluster.workload.errors import BadInputError
 from cluster.workload.slo import Slo
 
 TARGET = TARGETS[0]
@@ -34,9 +35,14 @@ def map_plan(experiment: Experiment, shapes: Path, folder: Path) -> Plan:
     """Of an experiment with a part `map`; arguments as of `plan_of`. Raises BadInputError."""
     assert experiment.map is not None
     only = {name: experiment.deployments[name] for name in experiment.map.deployments}
-    return plan_of(
+    plan = plan_of(
         experiment.model_copy(update={"workloads": {}, "deployments": only}), shapes, folder, folder
     )
+    if len({variant.policy for variants in plan.variants.values() for variant in variants}) == 1:
+        raise BadInputError(
+            "map.deployments: all have the same policy; name one with another to compare with"
+        )
+    return plan
 
 
 async def measure_map(plan: Plan, record: Record, teller: Teller, venue: Venue) -> dict[str, Any]:
@@ -86,7 +92,8 @@ def map_result(
     curves: Mapping[str, Sequence[Sequence[Curve]]],
     points: Sequence[Point],
 ) -> dict[str, Any]:
-    """ratio: goodput of the first deployment over that of the best other one; null where that has none."""
+    """ratio: goodput of the best deployment with the policy of the first, over that of the best other one;
+    null where that has none."""
     planes = []
     for source, ratio in zip(sources, part.lengths, strict=True):
         every = [curve for group in curves[source.name] for curve in group]
@@ -94,8 +101,8 @@ def map_result(
         for ttft, tpot, slo in cells:
             here = [curve for curve in every if curve.source.slo == slo]
             served = [_served(name, here, points) for name in part.deployments]
-            values = [one["goodput_per_device_90"] for one in served]
-            rival = max(values[1:])
+            ours, rivals = sides(served)
+            own, rival = greatest(ours), greatest(rivals)
             found.append(
                 {
                     "ttft": ttft,
@@ -103,8 +110,8 @@ def map_result(
                     "ttft_s": here[0].limits.ttft_s,
                     "tpot_s": here[0].limits.tpot_s,
                     "deployments": served,
-                    "best": None if not max(values) else part.deployments[values.index(max(values))],
-                    "ratio": values[0] / rival if rival else None,
+                    "best": winner(served) if max(own, rival) else None,
+                    "ratio": own / rival if rival else None,
                 }
             )
         planes.append({"name": source.name, **ratio.model_dump(), "cells": found})
@@ -118,6 +125,7 @@ def _served(name: str, curves: Sequence[Curve], points: Sequence[Point]) -> dict
     figure, setting = max(figures, key=lambda one: one[0].value)
     return {
         "name": name,
+        "policy": mine[0].variant.policy,
         "setting": setting,
         "goodput_per_device_90": figure.value,
         "ci90": None if figure.interval is None else list(figure.interval),
@@ -125,15 +133,41 @@ def _served(name: str, curves: Sequence[Curve], points: Sequence[Point]) -> dict
     }
 
 
+def sides(served: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Of a cell: the deployments with the policy of the first, whatever their roles, and the others."""
+    policy = served[0]["policy"]
+    return [one for one in served if one["policy"] == policy], [
+        one for one in served if one["policy"] != policy
+    ]
+
+
+def against(result: Mapping[str, Any]) -> str:
+    """Who is compared with whom."""
+    ours, rivals = (
+        ", ".join(str(one["name"]) for one in side)
+        for side in sides(result["planes"][0]["cells"][0]["deployments"])
+    )
+    return f"the best of {ours} over the best of {rivals}"
+
+
+def winner(served: Sequence[Mapping[str, Any]]) -> str:
+    """The best of them."""
+    return str(max(served, key=lambda one: float(one["goodput_per_device_90"]))["name"])
+
+
+def greatest(served: Sequence[Mapping[str, Any]]) -> float:
+    """Goodput per device of the best of them."""
+    return max(float(one["goodput_per_device_90"]) for one in served)
+
+
 def map_tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """For each pair of lengths, goodput per device of the first and of the best other one, and their
-    ratio."""
+    """For each pair of lengths, goodput per device of the best on either side, and their ratio."""
     for plane in result["planes"]:
         table = Table(
             "TTFT \\ TPOT",
             *result["tpot"],
             title=f"prompts of {plane['prompt']}, answers of {plane['answer']}: requests/s and device at "
-            f"90 %, {result['deployments'][0]} against the best of {', '.join(result['deployments'][1:])}",
+            f"90 %, {against(result)}",
         )
         for ttft in result["ttft"]:
             cells = [cell for cell in plane["cells"] if cell["ttft"] == ttft]
@@ -142,6 +176,6 @@ def map_tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _cell(cell: Mapping[str, Any]) -> str:
-    values = [one["goodput_per_device_90"] for one in cell["deployments"]]
+    ours, rivals = sides(cell["deployments"])
     ratio = "" if cell["ratio"] is None else f" ({cell['ratio']:.2f}x)"
-    return f"{values[0]:.3g} : {max(values[1:]):.3g}{ratio}"
+    return f"{greatest(ours):.3g} : {greatest(rivals):.3g}{ratio}"

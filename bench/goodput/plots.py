@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from bench.goodput.plane import against, greatest, sides, winner
+
 _COLORS = ("#1f6f8b", "#c8553d", "#588157", "#c8a45c", "#8d6a9f", "#606060", "#9cc5d3", "#e3b7a0")
 _STAGES = (
     "#d9d9d9", "#c8a45c", "#1f6f8b", "#588157", "#8d6a9f", "#e3b7a0", "#9cc5d3", "#c8553d", "#606060",
@@ -103,8 +105,9 @@ def _draw_stages(axis: Axes, deployments: Sequence[Mapping[str, Any]]) -> None:
     axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 
 
-def draw_map(result: Mapping[str, Any], target: Path) -> None:
-    """A panel for each pair of lengths; blue where the first deployment serves more, red where another."""
+def draw_map(result: Mapping[str, Any], target: Path, *, is_simulated: bool = False) -> None:
+    """A panel for each pair of lengths; blue where the policy of the first deployment serves more, red where
+    another does."""
     planes = result["planes"]
     figure, axes = pyplot.subplots(
         1, len(planes), figsize=(5.2 * len(planes), 4.8), layout="constrained", squeeze=False
@@ -124,8 +127,8 @@ def draw_map(result: Mapping[str, Any], target: Path) -> None:
     assert image is not None
     bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1])
     bar.set_ticklabels(["half", "equal", "twice"])
-    first, *others = result["deployments"]
-    figure.suptitle(f"Goodput per device at 90 %: {first} over the best of {', '.join(others)}")
+    how = ", simulated" if is_simulated else ""
+    figure.suptitle(f"Goodput per device at 90 %{how}: {against(result)}")
     _save(figure, target)
 
 
@@ -141,8 +144,10 @@ def _shade(cell: Mapping[str, Any]) -> float:
 def _words(cell: Mapping[str, Any]) -> str:
     if cell["best"] is None:
         return "none"
+    ours, rivals = sides(cell["deployments"])
     ratio = "only the first" if cell["ratio"] is None else f"{cell['ratio']:.2f}x"
-    return "\n".join([ratio, *(f"{one['goodput_per_device_90']:.2f}" for one in cell["deployments"])])
+    lines = [ratio, f"{greatest(ours):.2f} : {greatest(rivals):.2f}"]
+    return "\n".join(lines if len(ours) == 1 else [*lines, winner(ours)])
 
 
 def draw_overload(results: Sequence[Mapping[str, Any]], target: Path) -> None:

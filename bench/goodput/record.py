@@ -50,7 +50,7 @@ class Record:
             raise BadInputError(f"--resume {path}: it is not a file that `prelay bench goodput` has written")
         if lines[0].get("simulated") != simulated:
             raise BadInputError(
-                f"--resume {path}: what is in it was measured where this is simulated, or the other way round, or "
+                f"--resume {path}: what is in it was measured where this is simulated, or the reverse, or "
                 "with another profile; give another file"
             )
         _check_same(path, lines[0]["experiment"], experiment)
