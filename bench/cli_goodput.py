@@ -200,7 +200,7 @@ def _profile(experiment: Experiment, chosen: dict[str, Any], folder: Path) -> La
     try:
         return read_profile(given)
     except ConfigError as error:
-        raise BadInputError(f"--simulate: {error}") from error
+        raise BadInputError(str(error).replace("model.profile", "--simulate", 1)) from error
 
 
 def _experiment(chosen: dict[str, Any]) -> Experiment:

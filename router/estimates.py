@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.sequence import RequestKey
+from router.kv_growth import room_tokens
 from router.lengths import OutputLengths
 from router.pair_table import Pair
 from router.placed_work import PlacedWork
@@ -158,8 +159,8 @@ class Estimates:
         capacity = writer.capacity
         reserved = capacity.reserved_blocks(request.num_tokens, request.tokens_left)
         free_tokens = (writer.free_blocks - reserved) * capacity.block_size
-        _, _, high = self.lengths.quantiles(request)
-        return writer.writing.outgrows(free_tokens, request.num_tokens, high)
+        tokens = room_tokens(self.lengths.quantiles(request))
+        return writer.writing.outgrows(free_tokens, request.num_tokens, tokens)
 
     def transfer_s(self, prefill: WorkerView, decode: WorkerView, num_tokens: int) -> float:
         """How long after its first token a request of which so many tokens travel can decode at the earliest:

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def room_tokens(outputs: tuple[int, int, int]) -> int:
+    """Of p10, p50 and p90 of an answer's tokens: for how many it is to have room, halfway between the median
+    and the p90. By the median half of all outgrow their room; by the p90 batches stay too small where clients
+    do not say how much they want."""
+    _, middle, high = outputs
+    return (middle + high) // 2
+
+
 def peak_growth(answers: Iterable[tuple[int, int]]) -> int:
     """The most tokens by which what the answers hold together will have grown; 0 if it only shrinks.
 

@@ -116,7 +116,10 @@ class OutputLengths:
 
     def knows(self, request: Request) -> bool:
         """Whether `quantiles` says more than what the request allows."""
-        return self._known(request).total > 0 or request.sampling.min_tokens >= request.sampling.max_tokens
+        sampling = request.sampling
+        if sampling.min_tokens >= sampling.max_tokens:
+            return True
+        return self._known(request).quantiles(len(request.answered)) is not None
 
     def _look_up(self, request: Request) -> tuple[int, int, int]:
         left = request.tokens_left

@@ -25,7 +25,7 @@ from enum import Enum, auto
 from itertools import accumulate
 
 from engine.sequence import RequestKey
-from router.kv_growth import peak_growth
+from router.kv_growth import peak_growth, room_tokens
 from router.placed_work import PlacedWork
 
 _MORE_TOKENS = 16
@@ -86,7 +86,7 @@ class WriteLedger:
     def add(self, key: RequestKey, work: PlacedWork) -> None:
         """An answer will be written here."""
         self._answers[key] = _Answer(work, _State.COMING, work.context)
-        self._most_growth += work.outputs[2] if work.are_learned else 0
+        self._most_growth += room_tokens(work.outputs) if work.are_learned else 0
         self._limits[work.tpot_s] += 1
         self._new_limits[work.tpot_s] += 1
         self._sorted = False
@@ -125,7 +125,7 @@ class WriteLedger:
         if answer is None:
             return
         self._leave(answer, 0)
-        self._most_growth -= answer.work.outputs[2] if answer.work.are_learned else 0
+        self._most_growth -= room_tokens(answer.work.outputs) if answer.work.are_learned else 0
         _take(self._limits, answer.work.tpot_s)
         self._tell(answer)
         self._sorted = False
@@ -167,13 +167,13 @@ class WriteLedger:
 
     def outgrows(self, free_tokens: int, context: int, tokens: int) -> bool:
         """Whether the KV of those here, of those who come and of another answer will need more than
-        `free_tokens` of new room before some have ended, if each writes the p90 of what is expected of it.
-        context: tokens that the other one holds already; tokens: that it will write. Other routers' answers,
+        `free_tokens` of new room before some have ended, if each writes its `room_tokens`. context: tokens
+        that the other one holds already; tokens: that it will write. Other routers' answers,
         and those whose length nobody can tell, take as much as they give back."""
         if self._most_growth + tokens <= free_tokens:
             return False
         known = (one for one in self._answers.values() if one.work.are_learned)
-        answers = [(max(1, one.work.outputs[2] - one.emitted), one.context) for one in known]
+        answers = [(max(1, room_tokens(one.work.outputs) - one.emitted), one.context) for one in known]
         return peak_growth([*answers, (tokens, context)]) > free_tokens
 
     def limit_s(self, least_s: float) -> float:

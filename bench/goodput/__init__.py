@@ -5,5 +5,6 @@ how to look for the rate at which attainment falls below 90 % and 99 %, and how 
 requests are sent and judged (`bench.load`), or what a deployment is inside (`cluster`).
 
 Start reading at `run.py` (what is measured in which order). `search.py` says which rate comes next,
-`figures.py` what came out, `visit.py` what happens between the start and the end of a deployment.
+`figures.py` what came out, `visit.py` what happens between the start and the end of a deployment, `venue.py`
+where it is started: on this machine, or in virtual time (`simulated.py`).
 """

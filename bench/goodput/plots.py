@@ -119,7 +119,8 @@ def draw_map(result: Mapping[str, Any], target: Path, *, is_simulated: bool = Fa
         image = axis.imshow(shades, cmap="RdBu", vmin=-1.5, vmax=1.5, aspect="auto")
         for number, cell in enumerate(plane["cells"]):
             row, column = divmod(number, shape[1])
-            axis.text(column, row, _words(cell), ha="center", va="center", fontsize="small")
+            color = "white" if abs(_shade(cell)) > 1 else "black"
+            axis.text(column, row, _words(cell), ha="center", va="center", fontsize="small", color=color)
         axis.set_xticks(range(shape[1]), result["tpot"])
         axis.set_yticks(range(shape[0]), result["ttft"])
         axis.set(xlabel="TPOT limit", ylabel="TTFT limit")
@@ -145,9 +146,9 @@ def _words(cell: Mapping[str, Any]) -> str:
     if cell["best"] is None:
         return "none"
     ours, rivals = sides(cell["deployments"])
-    ratio = "only the first" if cell["ratio"] is None else f"{cell['ratio']:.2f}x"
+    ratio = "only these" if cell["ratio"] is None else f"{cell['ratio']:.2f}x"
     lines = [ratio, f"{greatest(ours):.2f} : {greatest(rivals):.2f}"]
-    return "\n".join(lines if len(ours) == 1 else [*lines, winner(ours)])
+    return "\n".join([*lines, winner(ours)] if len(ours) > 1 and greatest(ours) else lines)
 
 
 def draw_overload(results: Sequence[Mapping[str, Any]], target: Path) -> None:

@@ -15,7 +15,8 @@ from bench.goodput.experiment import Experiment, MeasurePart
 from bench.goodput.points import Point
 from cluster.workload.errors import BadInputError
 
-_VERSION = 1
+_VERSION = 2
+"""1 had as many requests at a point as chance gave it."""
 
 
 class Record:
@@ -47,7 +48,9 @@ class Record:
             return cls(path, [])
         lines = list(_lines(path))
         if not lines or lines[0].get("kind") != "experiment" or lines[0].get("version") != _VERSION:
-            raise BadInputError(f"--resume {path}: it is not a file that `prelay bench goodput` has written")
+            raise BadInputError(
+                f"--resume {path}: it is not a file that this version of `prelay bench goodput` has written"
+            )
         if lines[0].get("simulated") != simulated:
             raise BadInputError(
                 f"--resume {path}: what is in it was measured where this is simulated, or the reverse, or "

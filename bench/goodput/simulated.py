@@ -30,6 +30,8 @@ from engine.latency import LatencyModel
 
 IDS = range(100, 200)
 _UNLIMITED_S = 1e6
+_PAUSE_S = 0.001
+"""In which Ctrl-C comes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,9 @@ class SimulatedVisit:
     async def idle_times(self, source: Source, typical: Typical, show: Show) -> IdleTimes:
         """What requests of a workload take alone. Raises SimulationError."""
         slo, points = Slo.fixed(_UNLIMITED_S, _UNLIMITED_S), []
+        cluster = Twin(self.config, self.profile, Correction()).cluster(_UNLIMITED_S)
         for length in sorted(set(typical.lengths)):
-            cluster = Twin(self.config, self.profile, Correction()).cluster(_UNLIMITED_S)
+            await asyncio.sleep(_PAUSE_S)
             [row] = simulate(cluster, [Arrival(0.0, Shape(length, typical.answer))], slo, 0).rows
             points.append(idle_point(row))
         return IdleTimes(points)
@@ -67,7 +70,7 @@ class SimulatedVisit:
         """Seconds that were judged, the rows of these, and what is to be said of them. Raises
         MeasurementError, SimulationError."""
         show("simulated")
-        await asyncio.sleep(0)  # Ctrl-C comes in here
+        await asyncio.sleep(_PAUSE_S)
         twin = Twin(self.config, self.profile, Correction())
         rows, outcome = simulated_at(twin, source, rate, seed, limits, measure)
         duration_s, slo = window_s(measure, rate), Slo.fixed(limits.ttft_s, limits.tpot_s)

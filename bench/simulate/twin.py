@@ -38,8 +38,13 @@ class Twin:
 
     def cluster(self, timeout_s: float) -> ClusterSpec:
         """timeout_s: after which clients give up. Raises BadInputError if the configuration leaves open how
-        much a worker holds."""
+        much a worker holds, or if one profile cannot be that of all workers."""
         router = self.config.router
+        used = [pool for pool in self.config.pools.values() if pool.replicas]
+        if len({(pool.num_ranks, pool.threads) for pool in used}) > 1:
+            raise BadInputError(
+                "workers of different numbers of ranks or threads cannot be simulated with one profile"
+            )
         return ClusterSpec(
             list(self._workers()),
             router.policy,

@@ -38,6 +38,7 @@ class Writers:
         return any(
             may_write(one, request)
             and self._estimates.decode(one, request, 0.0, now).step_s <= request.slo.limits.tpot_s
+            and not self._estimates.outgrows(one, request)
             for one in self._some()
         )
 

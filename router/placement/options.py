@@ -92,6 +92,9 @@ class Options:
         self._least_tokens, self._usual_tokens, _ = estimates.lengths.quantiles(request)
         idle = None if is_lost else estimates.idle(request)
         self._tpot_counts = not is_lost and (idle is None or idle[1] <= self._tpot_s)
+        # A late one whose turn it is goes in all the same, or small ones would pass a large one for ever.
+        self._heeds_room = not is_lost or leaves_room
+        self._outgrown: dict[str, bool] = {}
 
     def read(self, worker: WorkerView) -> PrefillEstimate:
         """By a prefill worker."""
@@ -110,7 +113,9 @@ class Options:
         )
         second_s = max(transfer_s, self._estimates.transfers.second_token_s)
         keeps_tpot = not self._tpot_counts or second_s <= max(0.0, self._affords_s(decode))
-        tpot_s = decode.step_s + transfer_s / max(1, self._usual_tokens - 1)
+        tpot_s = decode.step_s
+        if writer.latency.model.is_known:  # or steps take no time, and load decides
+            tpot_s += transfer_s / max(1, self._usual_tokens - 1)
         return Option(
             Kind.DISAGGREGATED,
             reader,
@@ -141,6 +146,13 @@ class Options:
                 )
             )
         return Option(Kind.LOCAL, None, worker, wait_s, ttft_s, 0.0, decode, decode.step_s, does_harm)
+
+    def _outgrows(self, writer: WorkerView) -> bool:
+        """Of the same writer several readers ask."""
+        found = self._outgrown.get(writer.worker_id)
+        if found is None:
+            found = self._outgrown[writer.worker_id] = self._estimates.outgrows(writer, self._request)
+        return found
 
     def _is_held_up(
         self, writer: WorkerView, decode: DecodeEstimate, ttft_s: float, transfer_s: float
@@ -178,8 +190,7 @@ class Options:
         return step_s <= _others_limit_s(writer, decode)
 
     def _harms_batch(self, writer: WorkerView, decode: DecodeEstimate) -> bool:
-        has_turn = self._is_lost and not self._leaves_room  # or small ones would pass it for ever
-        if decode.batch > 1 and not has_turn and self._estimates.outgrows(writer, self._request):
+        if decode.batch > 1 and self._heeds_room and self._outgrows(writer):
             return True
         if self._leaves_room and decode.batch > 1:
             return not self._has_room_for_as_many(writer, decode)

@@ -34,6 +34,7 @@ class Situation:
         self.gate = GoodputGateQueue(Readers(self.pool, self, PrefixIndex(self.pool)))
         self.admission = GoodputAdmission(self.pool, self.gate, self, max_gated_requests, retry_after_s=1.0)
         self.known = True
+        self.outgrown = False
         self.cached_tokens = 0
         self.wait_s = 0.0
         self.tpot_s = {0.0: 0.02}  # by when the request would join
@@ -43,6 +44,9 @@ class Situation:
 
     def prefill(self, worker, request, now):
         return PrefillEstimate(self.wait_s, self.read_s(request) - TOKEN_S * self.cached_tokens, 0)
+
+    def outgrows(self, worker, request):
+        return self.outgrown
 
     def local(self, worker, request, now):
         return LocalEstimate(self.wait_s, self.read_s(request), 0.02, 512, 0)

@@ -92,3 +92,13 @@ def test_tenants_are_bounded(make_request):
     for index in range(500):
         seen.observe(of(request, f"tenant-{index}"), 10)
     assert len(seen) == 50
+
+
+def test_what_is_known_is_said(make_request):
+    seen, request = OutputLengths(), make_request(max_tokens=70)
+    assert not seen.knows(request)
+    assert seen.knows(make_request(max_tokens=70, min_tokens=70)), "the request itself says so"
+    seen.observe(request, 20)
+    assert seen.knows(request)
+    outlived = replace(request, answered=tuple(range(40)))
+    assert (seen.knows(outlived), seen.quantiles(outlived)) == (False, (30, 30, 30))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine.prefix_digests import prefix_digests, short
 from engine.sequence import RequestKey
+from router.pair_table import Pair
 from router.placement import goodput
 from router.placement.base import Decision, Kind
 from router.placement.least_loaded import LeastLoadedPlacement
@@ -120,6 +121,27 @@ def test_who_is_late_waits_for_room_until_its_turn(make_request):
     assert choose(fixture, late, now=5.0) is None
     fixture.policy.placement._is_its_turn = {"late"}.__contains__
     assert choose(fixture, late, now=5.0) is not None
+
+
+def test_a_near_writer_goes_before_one_behind_a_slow_link(make_request):
+    fixture = Fixture("goodput", pool_of(1, 2))
+    for _ in range(40):
+        fixture.estimates.transfers.observe(Pair("p0", "d0"), 512, 0.5)
+        fixture.estimates.transfers.observe(Pair("p0", "d1"), 512, 0.005)
+    request = make_request(prompt_tokens=512, limits=LOOSE)
+    assert {choose(fixture, request).decode for _ in range(20)} == {"d1"}
+    # Where it has a shorter step all the same, the far one: half a second over 100 tokens is 5 ms.
+    writing(fixture, "d1", 6, LOOSE, make_request)
+    assert choose(fixture, make_request("b", prompt_tokens=512, limits=LOOSE), now=60.0).decode == "d0"
+
+
+def test_where_nobody_knows_how_long_steps_take_loads_decide(make_request):
+    fixture = Fixture("goodput", pool_of(1, 2, model=None))
+    for _ in range(40):
+        fixture.estimates.transfers.observe(Pair("p0", "d0"), 512, 0.5)
+        fixture.estimates.transfers.observe(Pair("p0", "d1"), 512, 0.005)
+    place(fixture, make_request("a", prompt_tokens=16, limits=LOOSE), "p0", "d1", tokens=2)
+    assert choose(fixture, make_request("b", prompt_tokens=16, limits=LOOSE), now=9.0).decode == "d0"
 
 
 def test_the_first_token_decides_between_prefill_workers(make_request):

@@ -180,9 +180,9 @@ def test_who_outlives_what_was_expected_goes_on():
     assert ledger.after(14.0, 1.0, 0.0).size == 0
 
 
-def test_room_is_kept_up_to_the_p90():
+def test_room_is_kept_between_p50_and_p90():
     ledger = WriteLedger()
-    key = decoding(ledger, "long", work(context=100, outputs=(2, 5, 10), most=60))
+    key = decoding(ledger, "long", work(context=100, outputs=(2, 6, 14), most=60))
     # Two of ten are written; until the other one gives its 50 back, each takes 4.
     assert (ledger.outgrows(7, 50, 4), ledger.outgrows(8, 50, 4)) == (True, False)
     ledger.emitted(key, 18)  # beyond it, any token may be the last: more than 100 come back then
