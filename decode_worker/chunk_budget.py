@@ -31,9 +31,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.latency import OnlineLatency, StepShape
-
-SPEND_TOKENS = 4
-"""What an answer is ahead is spent as if so many tokens were left of it."""
+from engine.urgency import SPEND_TOKENS
 
 CATCH_UP_TOKENS = 8
 

@@ -396,4 +396,5 @@ class DecodeRole:
             decoding,
             context,
             (scheduler.least_tpot_s or 0.0) if decoding else 0.0,
+            scheduler.ahead_s if decoding else 0.0,
         )

@@ -55,9 +55,10 @@ class DecodeScheduler:
         self._num_paused = 0
         self._num_chunked_steps = 0
         self._all_decode = False
-        # When a step last began or ended, and what could be afforded then: None until somebody asks.
+        # When a step last began or ended, and what could be afforded then (for each token to come, and once):
+        # None until somebody asks.
         self._seen_at = 0.0
-        self._least_tpot_s: float | None = None
+        self._affordable: tuple[float, float] | None = None
         # Prompt tokens of the last step that had any.
         self._chunk_tokens = max_batch_tokens
         # Of the step under way: the sequence and the number of tokens of each chunk.
@@ -90,11 +91,23 @@ class DecodeScheduler:
         """What the tightest of those who decode can afford for each token to come, as of the last step that
         began or ended; None if none has a limit that it can keep. What one is ahead is not counted: it is
         spent once."""
-        if self._least_tpot_s is None:
+        least_tpot_s, _ = self._afford()
+        return None if math.isinf(least_tpot_s) else least_tpot_s
+
+    @property
+    def ahead_s(self) -> float:
+        """How far the same one is ahead of its limit: a part of it is spent on each step that reads."""
+        return self._afford()[1]
+
+    def _afford(self) -> tuple[float, float]:
+        if self._affordable is None:
             decoding = [sequence for sequence in self._places.running if sequence.decodes]
             tightest = self._tightest(decoding, self._seen_at)
-            self._least_tpot_s = math.inf if tightest is None else tightest.sustained_s
-        return None if math.isinf(self._least_tpot_s) else self._least_tpot_s
+            if tightest is None:
+                self._affordable = math.inf, 0.0
+            else:
+                self._affordable = tightest.sustained_s, max(0.0, tightest.ahead_s)
+        return self._affordable
 
     @property
     def num_blocks(self) -> int:
@@ -140,7 +153,7 @@ class DecodeScheduler:
 
     def plan(self, now: float) -> bool:
         """Decides on the next step; False if there is nothing that can be done now."""
-        self._seen_at, self._least_tpot_s = now, None
+        self._seen_at, self._affordable = now, None
         self._places.fill(now)
         self._num_paused = 0
         decoding: list[DecodeSequence] = []
@@ -184,7 +197,7 @@ class DecodeScheduler:
             if (result.token_id is None) != (count < sequence.num_left):
                 raise ValueError(f"the runner drew {result.token_id} after {count} tokens of {sequence.key}")
         self._latency.observe(self.shape, now - began_s)
-        self._seen_at, self._least_tpot_s = now, None
+        self._seen_at, self._affordable = now, None
         batch, self._batch = self._batch, []
         decoded: list[Decoded] = []
         for (sequence, count), result in zip(batch, results, strict=True):
@@ -225,7 +238,7 @@ class DecodeScheduler:
             shape.decode_batch, shape.decode_context, (ended_s - began_s for began_s, ended_s in steps)
         )
         now, count, decoded = steps[-1][1], len(steps), []
-        self._seen_at, self._least_tpot_s = now, None
+        self._seen_at, self._affordable = now, None
         for sequence, _ in self._batch:
             is_first = count == 1 and sequence.num_output_tokens == sequence.num_given
             sequence.append_drawn(count)

@@ -80,6 +80,7 @@ class Load:
     free_blocks: what a new request can have, cached_blocks of them held by the prefix cache.
     decoding_requests: of running_requests, those that decode; decode_context: their tokens together.
     least_tpot_s: the tightest of what they can still afford for each token to come; 0 if none has a limit.
+    ahead_s: how far that one is ahead of its limit, which is spent once.
     """
 
     running_requests: int
@@ -92,6 +93,7 @@ class Load:
     decoding_requests: int = 0
     decode_context: int = 0
     least_tpot_s: float = 0.0
+    ahead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

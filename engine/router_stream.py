@@ -205,6 +205,7 @@ class RouterStreams(worker_pb2_grpc.WorkerServicer):
                 decoding_requests=load.decoding_requests,
                 decode_context=load.decode_context,
                 least_tpot_s=load.least_tpot_s,
+                ahead_s=load.ahead_s,
                 steps=stream.steps.take(),
             )
         )

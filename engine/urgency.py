@@ -21,6 +21,10 @@ from typing import TypeAlias
 FAIR_STEPS = 32
 """In overload a thirty-second of the work is the price of it that nobody waits for ever."""
 
+SPEND_TOKENS = 4
+"""What an answer is ahead of its limit is spent on steps that read prompts, as if so many tokens were left
+of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Urgency:

@@ -135,6 +135,7 @@ def load(snapshot: worker_pb2.Snapshot) -> Load:
         decoding_requests=snapshot.decoding_requests,
         decode_context=snapshot.decode_context,
         least_tpot_s=snapshot.least_tpot_s,
+        ahead_s=snapshot.ahead_s,
     )
 
 

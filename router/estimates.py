@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.sequence import RequestKey
+from engine.urgency import SPEND_TOKENS
 from router.kv_growth import room_tokens
 from router.lengths import OutputLengths
 from router.pair_table import Pair
@@ -20,9 +21,10 @@ from router.placed_work import PlacedWork
 from router.placement.base import Decision
 from router.pool_view import READERS, WRITERS, PoolView, Role, WorkerView
 from router.prefix_index import PrefixIndex
-from router.reading_time import reading_s, slack_tokens
+from router.reading_time import reading_s, slack_tokens, spending_chunk
 from router.requests import Request
 from router.transfer_times import TransferTimes
+from router.write_ledger import Batch
 
 MIN_CHUNK = 4
 """A mixed worker is taken to read at least so many tokens in a step while a prompt waits. It may read as few
@@ -33,6 +35,7 @@ PROMPTS_BESIDE = 1.1
 """How many times as long the steps of a mixed worker are taken to last for the prompts that it reads beside:
 its TPOT limits are that much tighter for whoever would join."""
 
+_LEAST_S = 1e-9
 _USUAL_PROMPT = 1024
 _ASKED_ANEW = 1000
 
@@ -127,11 +130,26 @@ class Estimates:
             alone_s = latency.corrected_s(latency.model.decode_s(1, batch.context // batch.size))
             slack = slack_tokens(latency, batch, cached, worker.writing.limit_s(alone_s), most)
         chunk = max(slack, min(MIN_CHUNK, most)) if told else most
-        read_s, steps = reading_s(latency, request.num_tokens - cached, cached, chunk, batch)
+        unread = request.num_tokens - cached
+        if chunk < min(most, unread) and not len(worker.reading):  # or who is before it has spent that
+            chunk = min(most, self._spending(worker, batch, unread, chunk))
+        read_s, steps = reading_s(latency, unread, cached, chunk, batch)
         wait_s, spare_s = _wait(worker, request, now, read_s, told)
         if batch.size > 0 and wait_s == 0.0:  # the step under way
             wait_s = latency.corrected_s(latency.model.decode_s(batch.size, batch.context)) / 2
         return LocalEstimate(wait_s, read_s, read_s / steps, slack, cached, spare_s)
+
+    def _spending(self, worker: WorkerView, batch: Batch, tokens: int, chunk: int) -> int:
+        """The average chunk if steps also take of what those who decode are ahead of their limits."""
+        ahead_s = worker.writing.ahead_s
+        if ahead_s <= 0:
+            return chunk
+        model, latency = worker.latency.model, worker.latency
+        least_s, most_s = (
+            latency.corrected_s(model.mixed_s(batch.size, batch.context, new, 0)) for new in (chunk, tokens)
+        )
+        token_s = max(_LEAST_S, (most_s - least_s) / (tokens - chunk))
+        return spending_chunk(tokens, chunk, ahead_s / token_s, 1 / SPEND_TOKENS)
 
     def decode(self, worker: WorkerView, request: Request, in_s: float, now: float) -> DecodeEstimate:
         """Of a decode or mixed worker, if the request joins its batch `in_s` from now. Of the prompts that a

@@ -85,7 +85,7 @@ class Load:
     """One snapshot. requests: running and queued ones. queue_tokens: prompt tokens not yet computed. seq: its
     number, 0 if it has none. decoding_requests: of `requests`, those that decode; decode_context: tokens of
     context that they have together. least_tpot_s: the tightest of what they can still afford for each token
-    to come; 0 if the worker knows of no limit."""
+    to come; 0 if the worker knows of no limit. ahead_s: how far that one is ahead of its limit."""
 
     commands_seen: int
     requests: int
@@ -95,6 +95,7 @@ class Load:
     decoding_requests: int = 0
     decode_context: int = 0
     least_tpot_s: float = 0.0
+    ahead_s: float = 0.0
 
 
 class WorkerView:
@@ -247,7 +248,8 @@ class WorkerView:
         seen = self._ledger.snapshot(load.commands_seen)
         token_s = self.latency.corrected_s(self.latency.model.prefill_s(_USUAL_CHUNK)) / _USUAL_CHUNK
         self.reading.snapshot(load.queue_tokens, seen, token_s, self._reading_step_s, now)
-        self.writing.snapshot(Batch(load.decoding_requests, load.decode_context), load.least_tpot_s)
+        batch = Batch(load.decoding_requests, load.decode_context)
+        self.writing.snapshot(batch, load.least_tpot_s, load.ahead_s)
 
     def _changed(self) -> None:
         if self._on_change is not None:

@@ -10,6 +10,8 @@ from engine.latency import OnlineLatency
 from router.write_ledger import Batch
 
 ALONE = Batch(0, 0)
+_MOST_SPENDING = 16
+"""Steps after which, at a quarter each, a hundredth is left."""
 
 
 def reading_s(
@@ -27,6 +29,17 @@ def reading_s(
     first_s, last_s = step_s(chunk, cached), step_s(chunk, cached + (full - 1) * chunk)
     rest_s = step_s(tokens - full * chunk, cached + full * chunk)
     return full * (first_s + last_s) / 2 + rest_s, steps
+
+
+def spending_chunk(tokens: int, chunk: int, ahead_tokens: float, spends: float) -> int:
+    """The average chunk of a prompt of `tokens` tokens, of which steps take `chunk` each and besides, step
+    after step, the share `spends` of what is left of `ahead_tokens`."""
+    kept = 1.0
+    for steps in range(1, _MOST_SPENDING + 1):
+        kept *= 1 - spends
+        if steps * chunk + ahead_tokens * (1 - kept) >= tokens:
+            return -(-tokens // steps)
+    return chunk
 
 
 def slack_tokens(latency: OnlineLatency, batch: Batch, cached: int, limit_s: float, most: int) -> int:

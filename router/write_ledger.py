@@ -71,7 +71,7 @@ class WriteLedger:
         self._limits: Counter[float] = Counter()
         self._new_limits: Counter[float] = Counter()
         self._joined: list[_Answer] = []  # since the last snapshot
-        self._least_tpot_s = 0.0
+        self._least_tpot_s = self._ahead_s = 0.0
         # As `_sort` left it: when those that decode end, and what the contexts of the first i of them add up
         # to, had they been there from step 0 on; when the others join, and with how much context.
         self._sorted = True
@@ -130,8 +130,9 @@ class WriteLedger:
         self._tell(answer)
         self._sorted = False
 
-    def snapshot(self, batch: Batch, least_tpot_s: float) -> None:
-        """What the worker says of who decodes there; 0 if there is no limit that it knows of."""
+    def snapshot(self, batch: Batch, least_tpot_s: float, ahead_s: float = 0.0) -> None:
+        """What the worker says of who decodes there: the tightest of what they can afford for each token to
+        come, 0 if there is no limit that it knows of, and how far that one is ahead of it."""
         for answer in self._joined:
             self._tell(answer)
         self._joined.clear()
@@ -142,6 +143,7 @@ class WriteLedger:
         context = max(0, batch.context - own_context) if others else 0
         self._others = Batch(others, context)
         self._least_tpot_s = least_tpot_s
+        self._ahead_s = ahead_s
 
     @property
     def now(self) -> Batch:
@@ -150,6 +152,12 @@ class WriteLedger:
             self._num_decoding + self._num_moving + self._others.size,
             self._context + self._moving_context + self._others.context,
         )
+
+    @property
+    def ahead_s(self) -> float:
+        """What those who decode are ahead of their limits, as of the last snapshot: who has joined since, or
+        is on the way, is not."""
+        return 0.0 if self._joined or self._num_moving else self._ahead_s
 
     def after(self, in_s: float, step_s: float, now: float) -> Batch:
         """Who will decode `in_s` from now, if each step takes `step_s`."""

@@ -65,6 +65,7 @@ def test_router_takes_only_the_torch_free_part_of_the_engine():
         "engine.sequence",
         "engine.tls",
         "engine.tokenizer",
+        "engine.urgency",
     }
     used = {module for path in modules_of("router") for _, module in imported_modules(path)}
     assert {module for module in used if module.startswith("engine")} <= allowed

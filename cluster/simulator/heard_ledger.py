@@ -31,14 +31,19 @@ class HeardLedger(WriteLedger):
         self._hear()
         super().remove(key)
 
-    def snapshot(self, batch: Batch, least_tpot_s: float) -> None:
+    def snapshot(self, batch: Batch, least_tpot_s: float, ahead_s: float = 0.0) -> None:
         self._hear()
-        super().snapshot(batch, least_tpot_s)
+        super().snapshot(batch, least_tpot_s, ahead_s)
 
     @property
     def now(self) -> Batch:
         self._hear()
         return super().now
+
+    @property
+    def ahead_s(self) -> float:
+        self._hear()
+        return super().ahead_s
 
     def after(self, in_s: float, step_s: float, now: float) -> Batch:
         self._hear()

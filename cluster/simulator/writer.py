@@ -116,6 +116,7 @@ class Writer(Worker):
             decoding_requests=decoding,
             decode_context=context,
             least_tpot_s=(least_tpot_s or 0.0) if decoding else 0.0,
+            ahead_s=scheduler.ahead_s if decoding else 0.0,
         )
 
     def _begin(self) -> bool:

@@ -175,6 +175,8 @@ def test_who_is_ahead_spends_a_quarter_of_it() -> None:
     bench.step(0.110)
     assert sizes(bench.chunks) == [1, pytest.approx(33, abs=2)]
     assert bench.scheduler.least_tpot_s == pytest.approx(0.0205)
+    # That step has taken as long as it was allowed to; three quarters are left for the next ones.
+    assert bench.scheduler.ahead_s == pytest.approx(0.75 * 0.095, abs=0.001)
 
 
 def test_who_can_afford_nothing_lets_a_few_tokens_pass() -> None:
@@ -193,7 +195,7 @@ def test_a_limit_of_who_is_held_does_not_count_and_is_forgiven() -> None:
     bench.read("reads", [3] * 100, limited(9), urgency=Urgency(9.0))
     bench.step(0.011, 0.085)
     assert sizes(bench.chunks) == [64]
-    assert bench.scheduler.least_tpot_s is None
+    assert (bench.scheduler.least_tpot_s, bench.scheduler.ahead_s) == (None, 0.0)
     bench.scheduler.hold(key("slow"), is_held=False, now=5.0)
     bench.step(5.0, 5.02)
     assert bench.scheduler.least_tpot_s == pytest.approx(0.020)

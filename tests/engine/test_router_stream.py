@@ -172,11 +172,12 @@ async def test_a_snapshot_tells_of_decoding_and_of_the_steps_since_the_last_one(
     await worker.owner(router)
     outbox = Outbox()
     outbox.stepped(StepShape(((5, 16),), 2, 90), 0.5)
-    busy = replace(BUSY, decoding_requests=2, decode_context=90, least_tpot_s=0.125)
+    busy = replace(BUSY, decoding_requests=2, decode_context=90, least_tpot_s=0.125, ahead_s=0.5)
     worker.streams.deliver(outbox.take(busy))
     while not (now := await router.read("snapshot")).steps:
         pass
-    assert (now.decoding_requests, now.decode_context, now.least_tpot_s) == (2, 90, 0.125)
+    assert (now.decoding_requests, now.decode_context) == (2, 90)
+    assert (now.least_tpot_s, now.ahead_s) == (0.125, 0.5)
     (step,) = now.steps
     assert (list(step.new_tokens), list(step.cached_tokens), step.seconds) == ([5], [16], 0.5)
     assert not (await router.read("snapshot")).steps

@@ -141,6 +141,7 @@ class ModelWorker:
                 decoding_requests=len(self.writing),
                 decode_context=sum(_context(job) for job in self.writing),
                 least_tpot_s=0.0 if tightest is None else tightest.sustained_s,
+                ahead_s=0.0 if tightest is None else max(0.0, tightest.ahead_s),
             ),
             self.pools.now,
         )

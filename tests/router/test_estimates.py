@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -216,6 +217,26 @@ def test_a_mixed_worker_reads_what_its_steps_have_room_for(scene, make_request):
     # Who is not told of limits reads as much as a step takes.
     at_once = scene.estimates.local(scene.m, request, 0.0, told=False)
     assert at_once.compute_s == pytest.approx(decode_s(4, 400) + ROW * 100, rel=0.01)
+
+
+def test_a_mixed_worker_spends_what_its_answers_are_ahead(scene, make_request):
+    decoding(scene, make_request, 4, tpot_s=0.01)
+    request = make_request(prompt_tokens=200)
+
+    snapshots = itertools.count(1)
+
+    def estimate(ahead_s):
+        scene.m.snapshot(Load(9, 4, 0, 900, next(snapshots), 4, 400, 0.01, ahead_s), 0.0)
+        return scene.estimates.local(scene.m, request, 0.0)
+
+    nothing, something, plenty = (estimate(ahead_s) for ahead_s in (0.0, 100 * ROW, 1000 * ROW))
+    assert nothing.compute_s > something.compute_s > plenty.compute_s
+    at_once = scene.estimates.local(scene.m, request, 0.0, told=False)
+    assert plenty.compute_s == pytest.approx(at_once.compute_s)
+    assert plenty.slack_tokens == nothing.slack_tokens, "which is what each step has room for"
+    # Whose prompt goes before it has spent that.
+    scene.place(limits(make_request("before", 100), 9.0, 1.0), prefill=None, decode="m")
+    assert estimate(1000 * ROW).compute_s == pytest.approx(nothing.compute_s, rel=0.01)
 
 
 def test_without_room_prompts_progress_a_little(scene, make_request):

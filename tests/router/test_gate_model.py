@@ -76,6 +76,9 @@ class ModelEstimates:
     def decode(self, worker, request, in_s, now):
         return DecodeEstimate(0.01, 0.1, 1, request.num_tokens)
 
+    def outgrows(self, worker, request):
+        return False
+
 
 class Model:
     """Runs arrivals through gate, admission and readers."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.latency import LatencyModel, OnlineLatency, StepShape
-from router.reading_time import reading_s, slack_tokens
+from router.reading_time import reading_s, slack_tokens, spending_chunk
 from router.write_ledger import Batch
 
 MODEL = LatencyModel.from_coefficients(
@@ -65,3 +65,16 @@ def test_who_says_nothing_of_its_steps_takes_no_time():
     latency = OnlineLatency(LatencyModel.unknown())
     assert reading_s(latency, 1000, 0, 100) == (0.0, 10)
     assert slack_tokens(latency, Batch(3, 100), 0, 0.01, 512) == 512
+
+
+@given(tokens=st.integers(1, 2000), chunk=st.integers(1, 300), ahead=st.floats(0, 3000))
+def test_what_is_spent_is_a_share_of_what_is_left_each_step(tokens, chunk, ahead):
+    left, done, steps = ahead, 0.0, 0
+    while done < tokens and steps < 16:
+        done, left, steps = done + chunk + left / 4, left * 3 / 4, steps + 1
+    found = spending_chunk(tokens, chunk, ahead, 1 / 4)
+    if done > tokens + 1e-6:
+        assert -(-tokens // found) <= steps, "as few steps, or fewer by rounding"
+        assert found >= -(-tokens // steps)
+    elif done < tokens - 1e-6:
+        assert found == chunk

@@ -215,6 +215,22 @@ def test_who_was_held_and_goes_on_does_not_turn_time_back():
     assert ledger.after(2.0, 1.0, 0.0).size == 1
 
 
+def test_what_all_are_ahead_who_has_just_joined_is_not():
+    ledger = WriteLedger()
+    decoding(ledger, "first", work(tokens=30))
+    ledger.snapshot(Batch(1, 12), 0.05, 0.4)
+    assert ledger.ahead_s == 0.4
+    key = RequestKey("second", 1)
+    ledger.add(key, work(tokens=30))
+    assert ledger.ahead_s == 0.4, "its prompt is not read yet"
+    ledger.emitted(key, 1)  # on its way
+    assert ledger.ahead_s == 0.0
+    ledger.emitted(key, 1)
+    assert ledger.ahead_s == 0.0
+    ledger.snapshot(Batch(2, 24), 0.05, 0.01)
+    assert ledger.ahead_s == 0.01
+
+
 def test_a_worker_is_believed_of_those_that_it_knows():
     """Who is ahead of its limit can afford more than that."""
     ledger = WriteLedger()

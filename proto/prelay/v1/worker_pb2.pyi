@@ -397,7 +397,7 @@ class Failed(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[FailureReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("seq", "commands_seen", "running_requests", "queue_requests", "queue_tokens", "free_blocks", "owned_blocks", "leased_blocks", "cached_blocks", "decoding_requests", "decode_context", "least_tpot_s", "steps")
+    __slots__ = ("seq", "commands_seen", "running_requests", "queue_requests", "queue_tokens", "free_blocks", "owned_blocks", "leased_blocks", "cached_blocks", "decoding_requests", "decode_context", "least_tpot_s", "steps", "ahead_s")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     COMMANDS_SEEN_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -411,6 +411,7 @@ class Snapshot(_message.Message):
     DECODE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     LEAST_TPOT_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_S_FIELD_NUMBER: _ClassVar[int]
     seq: int
     commands_seen: int
     running_requests: int
@@ -424,7 +425,8 @@ class Snapshot(_message.Message):
     decode_context: int
     least_tpot_s: float
     steps: _containers.RepeatedCompositeFieldContainer[StepTime]
-    def __init__(self, seq: _Optional[int] = ..., commands_seen: _Optional[int] = ..., running_requests: _Optional[int] = ..., queue_requests: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., decoding_requests: _Optional[int] = ..., decode_context: _Optional[int] = ..., least_tpot_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTime, _Mapping]]] = ...) -> None: ...
+    ahead_s: float
+    def __init__(self, seq: _Optional[int] = ..., commands_seen: _Optional[int] = ..., running_requests: _Optional[int] = ..., queue_requests: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., decoding_requests: _Optional[int] = ..., decode_context: _Optional[int] = ..., least_tpot_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTime, _Mapping]]] = ..., ahead_s: _Optional[float] = ...) -> None: ...
 
 class StepTime(_message.Message):
     __slots__ = ("new_tokens", "cached_tokens", "decode_requests", "decode_context", "seconds")
