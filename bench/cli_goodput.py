@@ -75,7 +75,7 @@ Exit codes:
     is_flag=False,
     flag_value="",
     metavar="[PROFILE.json]",
-    help="In virtual time, with step times of `prelay profile --json` (default: those of model.profile).",
+    help="In virtual time, with step times of `prelay profile --json FILE` (default: of model.profile).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Draw the result.")
@@ -195,7 +195,7 @@ def _profile(experiment: Experiment, chosen: dict[str, Any], folder: Path) -> La
     if given is None:
         raise BadInputError(
             "--simulate: the experiment's model has no profile; give one, as `prelay profile --shape NAME "
-            "--threads 1 --json` writes it"
+            "--threads 1 --json FILE` writes it"
         )
     try:
         return read_profile(given)

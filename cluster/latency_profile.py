@@ -15,7 +15,7 @@ def read_profile(path: Path) -> LatencyModel:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"model.profile is {path}, which is not there: `prelay profile --json > {path}` writes it"
+            f"model.profile is {path}, which is not there: `prelay profile --json {path}` writes it"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -113,7 +113,7 @@ def _jobs(visit: Visit, curve: Curve, number: int, factor: float, phases: Phases
     jobs, begin = [], 0.0
     for index, (seconds, rate) in enumerate(phases.phases):
         spec = spec_of(curve.source, visit.vocabulary, visit.served.grpc, "overload", number, factor, index)
-        part = workload(spec, number, rate, duration_s=seconds)
+        part = workload(spec, number, rate, count=max(1, round(rate * seconds)))
         jobs += [replace(job, arrival_s=begin + job.arrival_s) for job in part]
         begin += seconds
     return jobs
