@@ -150,6 +150,10 @@ async def _measure(
     if chosen["as_map"]:
         if experiment.map is None:
             raise BadInputError("--map: the experiment has no part `map`")
+        if chosen["overload"]:
+            raise BadInputError(
+                "--overload is of workloads, and --map of the plane of limits; give one of them"
+            )
         plan = map_plan(experiment, _SHAPES, folder)
     else:
         plan = plan_of(experiment, _SHAPES, traces, folder)

@@ -116,6 +116,7 @@ def test_the_plane_is_drawn_without_a_machine(files: tuple[Path, Path], tmp_path
         (("--simulate", "nothing.json"), "nothing.json, which is not there"),
         (("--simulate",), "the experiment's model has no profile; give one"),
         (("--simulate", "PROFILE", "--overload"), "measured on this machine"),
+        (("--map", "--overload"), "give one of them"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(
