@@ -23,6 +23,12 @@ the last. So
     likely to go on for about as long as it has.
   - who would be late even alone in its steps until max_tokens is not heard: it would slow prompts for
     nothing.
+
+A chunk costs something however small it is: what was read of its prompt is read again, and on a device whose
+decode steps are recorded a mixed one is not. A token of each prompt in every step could then make all answers
+late and prompts hardly advance. So what is less than worth a chunk (`LatencyModel.least_chunk`) is saved up:
+there is none until a step can afford one, or the tokens of the steps that have gone by without are worth one
+together, or these are MOST_SAVED.
 """
 
 from __future__ import annotations
@@ -36,9 +42,12 @@ from engine.urgency import SPEND_TOKENS
 CATCH_UP_TOKENS = 8
 
 MIN_CHUNK_TOKENS = 1
-"""A step takes so many prompt tokens even if those who decode cannot afford them, so that prompts progress.
-On a CPU core each costs about a tenth of a step, so 16 would break every tight limit; where 16 cost nothing,
-as on a GPU, they fit anyway."""
+"""A step takes so many prompt tokens on the average even if those who decode cannot afford them, so that
+prompts progress. On a CPU core each costs about a tenth of a step, so 16 would break every tight limit; where
+16 cost nothing, as on a GPU, they fit anyway."""
+
+MOST_SAVED = 8
+"""Steps whose prompt tokens go into one."""
 
 _LEAST_S = 1e-6
 
@@ -83,6 +92,8 @@ class ChunkBudget:
     def __init__(self, latency: OnlineLatency, max_batch_tokens: int) -> None:
         self._latency = latency
         self._max_batch_tokens = max_batch_tokens
+        # Steps since the last chunk in which somebody waited to be read, and tokens that could have been.
+        self._num_without = self._saved = 0
 
     def tightest(self, paces: Iterable[Pace]) -> Pace | None:
         """Of those that can still keep their limit, who can afford least."""
@@ -94,20 +105,37 @@ class ChunkBudget:
     def num_tokens(
         self, batch: int, context: int, limit_s: float | None, chunks: Sequence[tuple[int, int]]
     ) -> int:
-        """Most prompt tokens beside `batch` sequences that decode with `context` tokens together.
+        """Most prompt tokens beside `batch` sequences that decode with `context` tokens together. To be asked
+        once for each step in which somebody wants to be computed.
 
         limit_s: what the step may take. chunks: (tokens left, tokens before them) of each sequence that
         is to be computed, in the order in which they get what there is.
         """
+        most, fitting = self._fitting(batch, context, limit_s, chunks)
+        model, cached = self._latency.model, chunks[0][1]
+        worth = min(most, model.least_chunk(batch, context, cached, self._max_batch_tokens)) if batch else 1
+        if fitting < worth:
+            self._saved += fitting
+            self._num_without += 1
+            if self._saved < worth and self._num_without < MOST_SAVED:
+                return 0
+            fitting = min(most, max(worth, self._saved))
+        self._saved = self._num_without = 0
+        return fitting
+
+    def _fitting(
+        self, batch: int, context: int, limit_s: float | None, chunks: Sequence[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """How many tokens there are, and how many of these may be in the step, one at least."""
         most = min(self._max_batch_tokens - batch, sum(left for left, _ in chunks))
         if limit_s is None or not self._latency.model.is_known:
-            return most
+            return most, most
 
         def fits(count: int) -> bool:
             return self._latency.promise_s(StepShape(_filled(chunks, count), batch, context)) <= limit_s
 
         if most <= MIN_CHUNK_TOKENS or fits(most):
-            return most
+            return most, most
         # Fewer tokens never take longer, so the limit lies between what fits and what does not.
         least, too_many = MIN_CHUNK_TOKENS, most
         while too_many - least > 1:
@@ -116,7 +144,7 @@ class ChunkBudget:
                 least = middle
             else:
                 too_many = middle
-        return least
+        return most, least
 
 
 def _effective(pace: Pace) -> float:

@@ -9,8 +9,8 @@ chunks of those who have more to compute:
      known of their limits.
 
 Such an order can keep somebody behind others for ever. So in every FAIR_STEPS-th step with chunks it is the
-oldest of all these that goes first, whatever its limits. As a step has at least one token for chunks while
-anybody wants one, the oldest gets through; then the next is the oldest.
+oldest of all these that goes first, whatever its limits. As there is a chunk every few steps while anybody
+wants one, the oldest gets through; then the next is the oldest.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class DecodeScheduler:
         # None until somebody asks.
         self._seen_at = 0.0
         self._affordable: tuple[float, float] | None = None
-        # Prompt tokens of the last step that had any.
+        # Prompt tokens a step as of the last one that had any, and the steps that wanted some since.
         self._chunk_tokens = max_batch_tokens
+        self._num_without = 0
         # Of the step under way: the sequence and the number of tokens of each chunk.
         self._batch: list[tuple[DecodeSequence, int]] = []
 
@@ -169,7 +170,6 @@ class DecodeScheduler:
         self._batch = [(sequence, 1) for sequence in decoding]
         self._all_decode = not others
         if others:
-            self._num_chunked_steps += 1
             tightest = self._tightest(decoding, now)
             limit_s = None if tightest is None else tightest.effective_s
             self._fill(self._in_order(others, now), limit_s, now)
@@ -284,7 +284,12 @@ class DecodeScheduler:
         shape = self.shape
         wanted = [(sequence.num_left, sequence.num_computed) for sequence in others]
         left = self._budget.num_tokens(shape.decode_batch, shape.decode_context, limit_s, wanted)
-        self._chunk_tokens = left
+        if left == 0:
+            self._num_without += 1
+            return
+        self._num_chunked_steps += 1
+        self._chunk_tokens = max(1, left // (1 + self._num_without))
+        self._num_without = 0
         for sequence in others:
             if left == 0:
                 break
@@ -294,7 +299,7 @@ class DecodeScheduler:
             left -= count
 
     def _in_order(self, others: list[DecodeSequence], now: float) -> list[DecodeSequence]:
-        if self._num_chunked_steps % FAIR_STEPS == 0:
+        if (self._num_chunked_steps + 1) % FAIR_STEPS == 0:
             return others[:1] + self._by_urgency(others[1:], now)
         return self._by_urgency(others, now)
 

@@ -28,6 +28,7 @@ _MAX_CORRECTION = 5.0
 _MEMORY_S = 10.0
 _LEAST_FORGETTING = 0.9
 """Of steps of a second and more: two parameters take some ten steps to tell from noise."""
+_ROUNDING = 1e-6
 _KNOTS = tuple(2**exponent for exponent in range(1, 13))
 
 
@@ -139,6 +140,18 @@ class LatencyModel:
     def mixed_s(self, batch: int, context: int, new: int, cached: int = 0) -> float:
         """A decode step that also computes one prompt chunk."""
         return self._seconds(batch + new, new * (cached + 0.5 * new), cached + new, 1, batch, context)
+
+    def least_chunk(self, batch: int, context: int, cached: int, most: int) -> int:
+        """The least prompt tokens beside a batch that are worth a chunk: of what one costs, no more than half
+        is what it costs however small it is, such as reading the `cached` tokens again. At most `most`."""
+        if most <= 1:
+            return most
+        one_s = self.mixed_s(batch, context, 1, cached)
+        each_s = (self.mixed_s(batch, context, most, cached) - one_s) / (most - 1)
+        fixed_s = one_s - each_s - self.decode_s(batch, context)
+        if each_s <= 0 or fixed_s >= most * each_s:
+            return most
+        return max(1, math.ceil(fixed_s / each_s - _ROUNDING))
 
     def _seconds(
         self, rows: int, attention: float, chunk_context: int, num_chunks: int, batch: int, context: int

@@ -23,7 +23,13 @@ class Sample:
 
 
 def fit(samples: Sequence[Sample]) -> LatencyModel:
-    """The model whose relative errors over the samples have the least squares. Raises ProfileError."""
+    """The model whose relative errors over the samples have the least squares.
+
+    Where no prompt was measured in chunks, nothing says what reading the cached tokens again costs these: as
+    much as it costs a decode step, then, if one was measured. Left free, that would take a part of what each
+    token costs once.
+    Raises ProfileError.
+    """
     if not samples:
         raise ProfileError("there are no samples to fit")
     for sample in samples:
@@ -33,13 +39,21 @@ def fit(samples: Sequence[Sample]) -> LatencyModel:
     # that coefficients of seconds and of nanoseconds are found alike.
     rows = np.array([list(features(sample.shape).values()) for sample in samples])
     rows /= np.array([sample.seconds for sample in samples])[:, None]
+    names = list(features(StepShape()))
+    again, context = names.index("prefill_context"), names.index("decode_context")
+    are_whole = not any(cached for sample in samples for _, cached in sample.shape.prefill)
+    if are_whole:
+        if rows[:, context].any():
+            rows[:, context] += rows[:, again]
+        rows[:, again] = 0.0
     scales = rows.max(axis=0)
     used = scales > 0
     solution = np.zeros(len(scales))
     solution[used] = (
         _nonnegative_least_squares(rows[:, used] / scales[used], np.ones(len(rows))) / scales[used]
     )
-    names = features(StepShape())
+    if are_whole:
+        solution[again] = solution[context]
     return LatencyModel(
         {name: float(value) for name, value in zip(names, solution, strict=True) if value > 0}
     )

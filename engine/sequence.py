@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,9 @@ import numpy.typing as npt
 from engine.errors import InvalidStepError
 
 
-@dataclass(frozen=True, slots=True)
-class RequestKey:
-    """One placement of one request: a retry has a new attempt, and what names an old attempt is ignored."""
+class RequestKey(NamedTuple):
+    """One placement of one request: a retry has a new attempt, and what names an old attempt is ignored. A
+    tuple, as it is looked up several times for each token."""
 
     request_id: str
     attempt: int

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_worker.chunk_budget import CATCH_UP_TOKENS, MIN_CHUNK_TOKENS, SPEND_TOKENS, ChunkBudget, Pace
+from decode_worker.chunk_budget import (
+    CATCH_UP_TOKENS,
+    MIN_CHUNK_TOKENS,
+    MOST_SAVED,
+    SPEND_TOKENS,
+    ChunkBudget,
+    Pace,
+)
 from engine.latency import LatencyModel, OnlineLatency, StepShape
 
 MODEL = LatencyModel(
@@ -49,6 +56,30 @@ def test_it_is_the_largest_number_with_which_the_step_keeps_the_limit(
     ]
     expected = min(most, max([MIN_CHUNK_TOKENS, *fitting]))
     assert budget().num_tokens(batch, context, limit_s, chunks) == expected
+
+
+# Twenty tokens of a prompt cost as much as that there are any.
+COSTLY = LatencyModel({"step": 0.004, "rows": 0.001, "prefill_chunks": 0.02})
+
+
+def test_what_is_not_worth_a_chunk_is_saved_up() -> None:
+    one = budget(COSTLY)
+    counts = [one.num_tokens(4, 100, 0.010, [(100, 0)]) for _ in range(2 * MOST_SAVED)]
+    assert counts == ([0] * (MOST_SAVED - 1) + [20]) * 2, "nobody can afford any, and prompts get on"
+    nineteen_s = 0.0471
+    assert [one.num_tokens(4, 100, nineteen_s, [(100, 0)]) for _ in range(4)] == [0, 38, 0, 38], "two steps'"
+    assert one.num_tokens(4, 100, 0.0491, [(100, 0)]) == 21
+    assert one.num_tokens(4, 100, 0.049, [(3, 0)]) == 3, "all that there is"
+    assert one.num_tokens(4, 100, None, [(100, 0)]) == 60
+    assert one.num_tokens(0, 0, 0.001, [(100, 0)]) == MIN_CHUNK_TOKENS, "nobody gains by waiting"
+
+
+def test_a_step_without_a_chunk_counts_only_until_there_is_one() -> None:
+    one = budget(COSTLY)
+    for _ in range(3):
+        counts = [one.num_tokens(4, 100, 0.010, [(100, 0)]) for _ in range(MOST_SAVED - 1)]
+        assert counts == [0] * (MOST_SAVED - 1)
+        assert one.num_tokens(4, 100, 0.060, [(100, 0)]) > 20
 
 
 @pytest.mark.parametrize(("model", "limit_s"), [(MODEL, None), (LatencyModel.unknown(), 0.001)])

@@ -165,6 +165,24 @@ def test_chunks_are_what_those_who_decode_can_afford() -> None:
     assert len(batches) <= 12, "no more steps than the limit asks for"
 
 
+def test_where_chunks_are_costly_answers_keep_their_limit_and_prompts_get_on() -> None:
+    """15 ms for any chunk: a token in each step would make each take 21 ms, and a hundred steps."""
+    model = LatencyModel({"step": 0.004, "rows": 0.001, "prefill_chunks": 0.015})
+    bench = Bench(num_blocks=200, max_num_seqs=4, max_batch_tokens=64, model=model)
+    bench.add("writes", 6, 100, urgency=Urgency(None, tpot_s=0.0205))
+    bench.read("reads", [3] * 100, limited(9), urgency=Urgency(9.0))
+    now, steps, shapes = 0.0, 0, []
+    while key("reads") not in bench.reads:
+        bench.step(now)
+        shapes.append(sizes(bench.chunks))
+        chunk = sum(shapes[-1][1:])
+        now += 0.005 + (0.015 + 0.001 * chunk if chunk else 0.0)
+        steps += 1
+    assert now / steps <= 0.0205
+    assert steps < 40
+    assert min(shape[1] for shape in shapes[:-1] if len(shape) > 1) >= 15
+
+
 def test_who_is_ahead_spends_a_quarter_of_it() -> None:
     bench = Bench(num_blocks=200, max_num_seqs=4, max_batch_tokens=64, model=MODEL)
     bench.add("writes", 6, 100, urgency=Urgency(None, tpot_s=0.0205))

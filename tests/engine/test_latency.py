@@ -55,6 +55,20 @@ def test_exact_samples_are_recovered() -> None:
     assert relative_errors(model, samples(200, seed=2, noise=0)).max() < 1e-6
 
 
+def test_of_whole_prompts_nothing_is_learned_of_chunks() -> None:
+    """Tokens that are read again cost what they cost a decode step, not a share of what they cost first."""
+    row_s, context_s = 1e-4, 1e-6
+    truth = LatencyModel(
+        {"step": 0.02, "rows": row_s, "prefill_context": context_s, "decode_context": context_s}
+    )
+    shapes = [StepShape(((new, 0),)) for new in (16, 64, 256, 1024)]
+    shapes += [StepShape((), batch, batch * context) for batch in (1, 8, 32) for context in (100, 1000)]
+    found = fit([Sample(shape, truth.step_s(shape)) for shape in shapes])
+    assert found.step_s(shapes[2]) == pytest.approx(truth.step_s(shapes[2]), rel=1e-6)
+    for cached in (0, 1000):
+        assert found.mixed_s(8, 800, 64, cached) == pytest.approx(truth.mixed_s(8, 800, 64, cached), rel=1e-3)
+
+
 def test_noisy_samples_are_predicted_within_the_noise() -> None:
     model = fit(samples(120, seed=1, noise=0.03))
     assert np.median(relative_errors(model, samples(200, seed=2, noise=0))) < 0.02
@@ -79,6 +93,23 @@ def test_an_empty_step_takes_no_time_and_a_mixed_one_less_than_its_parts() -> No
     assert model.step_s(StepShape()) == 0
     parts = model.decode_s(16, 16 * 512), model.prefill_s(256, 128)
     assert max(parts) < model.mixed_s(16, 16 * 512, 256, 128) < sum(parts)
+
+
+@given(
+    st.floats(0, 0.1), st.floats(1e-5, 1e-3), st.floats(0, 1e-4), st.integers(0, 2000), st.integers(1, 512)
+)
+def test_of_a_chunk_that_is_worth_it_half_is_for_its_tokens(
+    chunk_s: float, row_s: float, context_s: float, cached: int, most: int
+) -> None:
+    model = LatencyModel(
+        {"step": 0.01, "rows": row_s, "prefill_chunks": chunk_s, "prefill_context": context_s}
+    )
+    least, fixed_s = model.least_chunk(4, 400, cached, most), chunk_s + context_s * cached
+    assert 1 <= least <= most
+    if least < most:
+        assert fixed_s <= least * (row_s + context_s) * (1 + 1e-5)
+    if least > 1:
+        assert fixed_s > (least - 1) * (row_s + context_s) * (1 - 1e-5)
 
 
 @given(SHAPES, st.dictionaries(st.sampled_from(sorted(features(StepShape()))), st.floats(0, 1e-3)))
