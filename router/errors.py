@@ -81,7 +81,7 @@ class LateError(OverloadedError):
 
 
 class RateLimitedError(OverloadedError):
-    """The tenant has used its requests or tokens of this minute."""
+    """The tenant has used its requests or tokens of this minute, or as much of it waits as may."""
 
 
 class NoWorkersError(RouterError):

@@ -5,17 +5,20 @@
         keys: [SHA-256 of a key, in hex, ...]
         requests_per_minute: 600      # answers, that is; no limit if it is left out
         tokens_per_minute: 100000     # of prompts and answers
+        waiting_tokens: 50000         # of prompts whose answers have not begun
 
 The file has digests, so whoever reads it learns no key. A limit is a bucket that fills evenly and holds one
 minute's worth. Whoever has one left is let in, and what it turns out to cost may leave the bucket in
 debt, as nobody knows how long an answer will be; then the next has to wait until that is paid. Answers are
-paid for when they end, however they do.
+paid for when they end, however they do. What waits is limited, too, or a tenant could fill the queue within
+its minute; but for a call that is larger than that by itself, which is let in when nothing else waits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +30,8 @@ from router.errors import RateLimitedError, SettingsError, UnauthenticatedError
 from router.requests import Request
 
 _MINUTE_S = 60.0
+_WAITING_RETRY_S = 1.0
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "waiting_tokens")
 _BEARER = "bearer "
 
 
@@ -37,6 +42,7 @@ class Account:
     digests: tuple[bytes, ...]
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    waiting_tokens: float | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +81,7 @@ class Tenants:
     def __init__(self, accounts: Mapping[str, Account] | None = None) -> None:
         self._accounts = accounts
         self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._waiting: Counter[str] = Counter()
 
     @property
     def is_open(self) -> bool:
@@ -111,6 +118,7 @@ class Tenants:
             return
         tenant = requests[0].tenant
         tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self._may_wait(tenant, tokens)
         costs = {"requests": len(requests), "tokens": tokens}
         buckets = {what: self._bucket(tenant, what, now) for what in costs}
         waits = {what: bucket.wait_s(now) for what, bucket in buckets.items() if bucket is not None}
@@ -135,11 +143,31 @@ class Tenants:
             if bucket is not None:
                 bucket.take(-cost, now)
 
+    def waits(self, request: Request) -> None:
+        """The request was let in."""
+        self._waiting[request.tenant] += len(request.prompt_token_ids)
+
+    def waits_no_more(self, request: Request) -> None:
+        """Its answer has begun, or it has ended; to be said once."""
+        self._waiting[request.tenant] -= len(request.prompt_token_ids)
+        if not self._waiting[request.tenant]:
+            del self._waiting[request.tenant]
+
     def answered(self, tenant: str, tokens: int, now: float) -> None:
         """An answer has ended, or was left."""
         bucket = None if self._accounts is None else self._bucket(tenant, "tokens", now)
         if bucket is not None:
             bucket.take(tokens, now)
+
+    def _may_wait(self, tenant: str, tokens: int) -> None:
+        account, waiting = (self._accounts or {}).get(tenant), self._waiting[tenant]
+        limit = None if account is None else account.waiting_tokens
+        if limit is not None and waiting and waiting + tokens > limit:
+            raise RateLimitedError(
+                f"tenant {tenant!r} has prompts of {waiting} tokens waiting, {tokens} more would be beyond "
+                f"its {limit:g}; come again when an answer to one of these has begun",
+                _WAITING_RETRY_S,
+            )
 
     def _bucket(self, tenant: str, what: str, now: float) -> Bucket | None:
         account = (self._accounts or {}).get(tenant)
@@ -184,11 +212,8 @@ def read_accounts(path: Path) -> dict[str, Account]:
 
 
 def _account(where: str, raw: Any) -> Account:
-    known = {"keys", "requests_per_minute", "tokens_per_minute"}
-    if not isinstance(raw, dict) or not isinstance(raw.get("keys"), list) or set(raw) - known:
-        raise SettingsError(
-            f"{where}: give keys (a list), and if you like {', '.join(sorted(known - {'keys'}))}"
-        )
+    if not isinstance(raw, dict) or not isinstance(raw.get("keys"), list) or set(raw) - {"keys", *_LIMITS}:
+        raise SettingsError(f"{where}: give keys (a list), and if you like {', '.join(_LIMITS)}")
     digests = []
     for text in raw["keys"]:
         try:
@@ -201,7 +226,7 @@ def _account(where: str, raw: Any) -> Account:
             )
         digests.append(digest)
     limits = []
-    for name in ("requests_per_minute", "tokens_per_minute"):
+    for name in _LIMITS:
         limit = raw.get(name)
         if limit is not None and (
             isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1e15

@@ -23,6 +23,9 @@ from cluster.workload.judge import Outcome
 _POOLED = 0.6
 """Of the workers that would each serve its share alone, so many do at least that serve all of it together."""
 
+_ROUNDING = 1e-9
+"""Three times a plan's rate over that rate may be more than three."""
+
 
 @dataclass(frozen=True, slots=True)
 class Enough:
@@ -77,7 +80,7 @@ def _enough(question: Question, phases: Sequence[Phases], rate: float, finalist:
 
 def _whole_units(finalist: Finalist, rate: float) -> Plan:
     """So many of what was simulated that each serves its part of the rate."""
-    times = math.ceil(rate / finalist.goodput.rate)
+    times = max(1, math.ceil(rate / finalist.goodput.rate - _ROUNDING))
     pools = (replace(pool, replicas=times * pool.replicas) for pool in finalist.unit.pools)
     return replace(finalist.plan, pools=tuple(pools))
 

@@ -246,13 +246,16 @@ def test_the_head_ends_when_prelay_does(head: subprocess.Popen[bytes], tmp_path:
     calls = tmp_path / "calls"
     while not calls.exists() or "prelay" not in calls.read_text():
         time.sleep(0.02)
-    (pid,) = [
-        int(pid)
-        for pid in os.listdir("/proc")
-        if pid.isdigit() and _command_of(pid).endswith("--ray-address\0" + "10.1.2.3:6379\0")
-    ]
-    os.kill(pid, signal.SIGTERM)
+    # A shell's child is a second one like it until it is `sleep`.
+    while len(serving := _pids_of("--ray-address\0" + "10.1.2.3:6379\0")) != 1:
+        time.sleep(0.02)
+    os.kill(serving[0], signal.SIGTERM)
     assert head.wait(timeout=10) == 0, "with prelay's exit code"
+
+
+def _pids_of(end: str) -> list[int]:
+    """Of processes whose command ends so."""
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _command_of(pid).endswith(end)]
 
 
 def _command_of(pid: str) -> str:

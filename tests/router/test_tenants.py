@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from prelay.v1 import inference_pb2
 
 from router.errors import RateLimitedError, SettingsError, UnauthenticatedError
+from router.fake_holds import Hold
 from router.tenant_file import TenantFile
 from router.tenants import Account, Bucket, Tenants, read_accounts
 
@@ -126,6 +127,28 @@ def test_what_is_refused_for_another_reason_costs_nothing(make_request) -> None:
         tenants.admit([request], 0.0)
 
 
+def test_what_waits_is_limited_but_a_call_by_itself_is_not(make_request) -> None:
+    tenants = Tenants({"batch": Account((), waiting_tokens=30.0)})
+    small, large = (
+        replace(make_request(name, prompt_tokens=tokens), tenant="batch")
+        for name, tokens in (("small", 20), ("large", 40))
+    )
+    tenants.admit([small], 0.0)
+    tenants.waits(small)
+    with pytest.raises(
+        RateLimitedError, match="prompts of 20 tokens waiting, 20 more would be beyond its 30"
+    ):
+        tenants.admit([small], 0.0)
+    tenants.admit([replace(small, tenant="another")], 0.0)
+    tenants.waits_no_more(small)
+    tenants.admit([large], 0.0)
+    tenants.waits(large)
+    with pytest.raises(RateLimitedError):
+        tenants.admit([small], 0.0)
+    tenants.waits_no_more(large)
+    tenants.admit([small], 0.0)
+
+
 def test_new_accounts_keep_what_was_used_unless_the_limit_changes(make_request) -> None:
     one = Account((digest("one"),), requests_per_minute=1.0)
     tenants = Tenants({"search": one})
@@ -179,6 +202,31 @@ async def test_http_wants_a_key(start_cluster, tmp_path: Path) -> None:
     assert {reserve.cache_salt for reserve in cluster.decode.reserves} == {"search"}, (
         "not what the client says"
     )
+    await cluster.settled()
+
+
+async def test_prompts_wait_until_their_answers_begin_or_they_are_left(start_cluster, tmp_path: Path) -> None:
+    text = TWO.replace("tokens_per_minute: 30", "waiting_tokens: 10")
+    cluster = await start_cluster(tenants=str(file_of(tmp_path, text)))
+    body = {"prompt": "tell me", "max_tokens": 5, "temperature": 0}
+    key = {"authorization": "Bearer three"}
+
+    async def ask() -> int:
+        async with cluster.http() as http, http.post("/v1/completions", json=body, headers=key) as response:
+            await response.read()
+            return response.status
+
+    cluster.prefill.hold(Hold.PREFILL)
+    for is_left in (True, False):
+        waiting = asyncio.create_task(ask())
+        await cluster.until(lambda: len(cluster.router.dispatcher.live) == 1)
+        assert await ask() == 429
+        if is_left:
+            waiting.cancel()
+            await cluster.until(lambda: not len(cluster.router.dispatcher.live))
+    cluster.prefill.let_go(Hold.PREFILL)
+    assert await waiting == 200
+    assert await ask() == 200
     await cluster.settled()
 
 
