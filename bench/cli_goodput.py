@@ -137,7 +137,6 @@ async def _measure(
     from bench.goodput.report import result_of
     from bench.goodput.run import measure_rounds
     from bench.goodput.simulated import Simulator
-    from bench.goodput.venue import ThisMachine
 
     end_on_sigterm()
     profile = _profile(experiment, chosen, folder)
@@ -166,9 +165,7 @@ async def _measure(
             curves = await measure_rounds(plan, record, teller, venue)
             result = result_of(curves, record, about)
             if chosen["overload"]:
-                assert isinstance(venue, ThisMachine)
-                overload = await measure_overload(plan, curves, record, teller, venue.pace)
-                result["overload"] = overload
+                result["overload"] = await measure_overload(plan, curves, record, teller, venue)
     if plot is not None:
         _draw(result, plot)
     return result
@@ -177,12 +174,14 @@ async def _measure(
 def _draw(result: dict[str, Any], plot: Path) -> None:
     from bench.goodput.plots import draw_goodput, draw_map, draw_overload
 
+    is_simulated = result["simulated"] is not None
     if "map" in result:
-        draw_map(result["map"], plot, is_simulated=result["simulated"] is not None)
+        draw_map(result["map"], plot, is_simulated=is_simulated)
         return
-    draw_goodput(result, plot)
+    draw_goodput(result, plot, is_simulated=is_simulated)
     if "overload" in result:
-        draw_overload(result["overload"], plot.with_stem(f"{plot.stem}-overload"))
+        overload_plot = plot.with_stem(f"{plot.stem}-overload")
+        draw_overload(result["overload"], overload_plot, is_simulated=is_simulated)
 
 
 def _profile(experiment: Experiment, chosen: dict[str, Any], folder: Path) -> LatencyModel | None:
@@ -193,8 +192,6 @@ def _profile(experiment: Experiment, chosen: dict[str, Any], folder: Path) -> La
 
     if chosen["simulate"] is None:
         return None
-    if chosen["overload"]:
-        raise BadInputError("--overload is measured on this machine; leave --simulate away")
     given = Path(chosen["simulate"]) if chosen["simulate"] else profile_of(experiment.model, folder)
     if given is None:
         raise BadInputError(

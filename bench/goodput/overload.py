@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
 from bench.goodput.curves import Curve
-from bench.goodput.pace import STEADY, Pace
 from bench.goodput.phases import Phases, judged_overload, timeline
 from bench.goodput.points import rows_from_json, rows_to_json
 from bench.goodput.record import Record
 from bench.goodput.run import Plan, best_of
 from bench.goodput.teller import Teller
-from bench.goodput.visit import Show, Visit, send, spec_of, visiting
-from cluster.workload.drawing import workload
-from cluster.workload.jobs import Job
+from bench.goodput.venue import Venue
+from bench.goodput.visit import Show
 
 FACTORS = (0.5, 1.0, 1.5, 3.0)
 
 
 async def measure_overload(
-    plan: Plan, curves: Mapping[str, Sequence[Curve]], record: Record, teller: Teller, pace: Pace = STEADY
+    plan: Plan,
+    curves: Mapping[str, Sequence[Curve]],
+    record: Record,
+    teller: Teller,
+    venue: Venue,
 ) -> list[dict[str, Any]]:
-    """curves: by workload, all measured. A result for each workload. Raises MeasurementError."""
+    """curves: by workload, all measured. A result for each workload. Raises MeasurementError,
+    SimulationError."""
     rounds, names = plan.experiment.measure.rounds, list(plan.variants)
     teller.expect(rounds * len(plan.sources) * len(names))
     chosen = {
@@ -50,7 +53,7 @@ async def measure_overload(
             for name in rng.sample(names, len(names)):
                 title = f"overload, round {number + 1} of {rounds}, {source.name}, {name}"
                 with teller.part(title) as tell:
-                    await _visit(plan, chosen[source.name][name], number, record, teller, tell, pace)
+                    await _visit(plan, chosen[source.name][name], number, record, teller, tell, venue)
     return [
         {
             "workload": source.name,
@@ -70,23 +73,21 @@ def saturation_of(curve: Curve, record: Record) -> float:
 
 
 async def _visit(
-    plan: Plan, curve: Curve, number: int, record: Record, teller: Teller, tell: Show, pace: Pace
+    plan: Plan, curve: Curve, number: int, record: Record, teller: Teller, tell: Show, venue: Venue
 ) -> None:
     done = {line["factor"] for line in _lines(curve, record) if line["round"] == number}
     missing = [factor for factor in FACTORS if factor not in done]
     if not missing:
         return
     saturation, measure = saturation_of(curve, record), plan.experiment.measure
-    async with visiting(curve.variant.under(curve.limits), tell, pace) as visit:
+    async with venue.visiting(curve.variant.under(curve.limits), tell) as visit:
         for factor in missing:
             phases = Phases.of(factor, saturation, measure.seconds, measure.warmup_s)
-            jobs = _jobs(visit, curve, number, factor, phases)
 
             def show(said: str, factor: float = factor) -> None:
                 tell(f"{factor:g} times {saturation:.3g}/s: {said}")
 
-            dilation = await visit.dilation(curve.source)
-            sent = await send(visit, jobs, curve.limits, measure.timeout_s, show, dilation)
+            sent = await visit.run_phases(curve.source, phases.phases, number, curve.limits, measure, show)
             line = {
                 "workload": curve.source.name,
                 "deployment": curve.variant.deployment,
@@ -98,25 +99,19 @@ async def _visit(
                 "rows": rows_to_json(sent.rows),
                 "counted": sent.counted,
                 "client": sent.client,
-                "pace": dilation.pace,
+                "pace": sent.pace,
             }
             record.add("overload", line)
             found = judged_overload(sent.rows, curve.limits, phases, measure.warmup_s)
-            recovery = "" if found.recovery_s is None else f", normal again after {found.recovery_s:.1f} s"
+            recovery = "" if found.recovery_s is None else f", {_recovery(found.recovery_s)}"
             teller.line(
                 f"{curve.source.name}, {curve.variant.name}, {factor:g} times {saturation:.3g}/s: "
                 f"{found.attainment:.1%} good, {found.goodput:.3g}/s{recovery}"
             )
 
 
-def _jobs(visit: Visit, curve: Curve, number: int, factor: float, phases: Phases) -> list[Job]:
-    jobs, begin = [], 0.0
-    for index, (seconds, rate) in enumerate(phases.phases):
-        spec = spec_of(curve.source, visit.vocabulary, visit.served.grpc, "overload", number, factor, index)
-        part = workload(spec, number, rate, count=max(1, round(rate * seconds)))
-        jobs += [replace(job, arrival_s=begin + job.arrival_s) for job in part]
-        begin += seconds
-    return jobs
+def _recovery(seconds: float) -> str:
+    return "not normal again" if math.isinf(seconds) else f"normal again after {seconds:.1f} s"
 
 
 def _lines(curve: Curve, record: Record) -> list[dict[str, Any]]:

@@ -21,9 +21,10 @@ _STAGES = (
     "#d9d9d9", "#c8a45c", "#1f6f8b", "#588157", "#8d6a9f", "#e3b7a0", "#9cc5d3", "#c8553d", "#606060",
 )  # fmt: skip
 _TARGET = 0.9
+_SIMULATED = "simulated"
 
 
-def draw_goodput(result: Mapping[str, Any], target: Path) -> None:
+def draw_goodput(result: Mapping[str, Any], target: Path, *, is_simulated: bool = False) -> None:
     """A row for each workload: attainment over rate, goodput per device, and where the time goes at the
     highest rate that attains 90 %."""
     workloads = result["workloads"]
@@ -36,6 +37,8 @@ def draw_goodput(result: Mapping[str, Any], target: Path) -> None:
         _draw_stages(row[2], workload["deployments"])
         for axis in row:
             axis.spines[["top", "right"]].set_visible(False)
+    if is_simulated:
+        figure.suptitle(_SIMULATED)
     _save(figure, target)
 
 
@@ -128,7 +131,7 @@ def draw_map(result: Mapping[str, Any], target: Path, *, is_simulated: bool = Fa
     assert image is not None
     bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1])
     bar.set_ticklabels(["half", "equal", "twice"])
-    how = ", simulated" if is_simulated else ""
+    how = f", {_SIMULATED}" if is_simulated else ""
     figure.suptitle(f"Goodput per device at 90 %{how}: {against(result)}")
     _save(figure, target)
 
@@ -151,7 +154,7 @@ def _words(cell: Mapping[str, Any]) -> str:
     return "\n".join([*lines, winner(ours)] if len(ours) > 1 and greatest(ours) else lines)
 
 
-def draw_overload(results: Sequence[Mapping[str, Any]], target: Path) -> None:
+def draw_overload(results: Sequence[Mapping[str, Any]], target: Path, *, is_simulated: bool = False) -> None:
     """A row for each workload, a panel for each overload: attainment over time."""
     factors = [one["factor"] for one in results[0]["deployments"][0]["factors"] if one["factor"] > 1]
     figure, axes = pyplot.subplots(
@@ -166,6 +169,8 @@ def draw_overload(results: Sequence[Mapping[str, Any]], target: Path) -> None:
             _draw_timeline(axis, result["deployments"], factor)
             axis.set_title(f"{result['workload']}: {factor:g} times saturation", fontsize="medium")
             axis.spines[["top", "right"]].set_visible(False)
+    if is_simulated:
+        figure.suptitle(_SIMULATED)
     _save(figure, target)
 
 

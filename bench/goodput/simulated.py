@@ -16,7 +16,7 @@ from bench.errors import MeasurementError
 from bench.goodput.experiment import MeasurePart
 from bench.goodput.limits import Typical
 from bench.goodput.sources import Source
-from bench.goodput.visit import Show, num_requests, spec_of, window_s
+from bench.goodput.visit import Phase, Sent, Show, drawn_phases, num_requests, spec_of, window_s
 from bench.simulate.measure import idle_point
 from bench.simulate.twin import Correction, Twin
 from cluster.config import ServeConfig
@@ -78,6 +78,28 @@ class SimulatedVisit:
             raise MeasurementError(f"{source.name}: at {rate:.3g}/s nothing arrives within {duration_s:g} s")
         said = {**judge(rows, slo, duration_s).to_json(), "counted": _counted(outcome), "client": {}}
         return duration_s, rows, said
+
+    async def run_phases(
+        self,
+        source: Source,
+        phases: Sequence[Phase],
+        seed: int,
+        limits: Limits,
+        measure: MeasurePart,
+        show: Show,
+    ) -> Sent:
+        """What comes of one rate after the other. Raises SimulationError."""
+        show("simulated")
+        await asyncio.sleep(_PAUSE_S)
+        requests = [
+            replace(one, arrival_s=begin_s + one.arrival_s)
+            for begin_s, rate, count, own_seed in drawn_phases(phases, seed)
+            for one in arrivals(spec_of(source, IDS), own_seed, rate, count=count)
+        ]
+        requests.sort(key=lambda one: one.arrival_s)
+        cluster = Twin(self.config, self.profile, Correction()).cluster(timeout_of(requests, limits, measure))
+        outcome = simulate(cluster, requests, Slo.fixed(limits.ttft_s, limits.tpot_s), seed)
+        return Sent(list(outcome.rows), _counted(outcome), {})
 
 
 def simulated_at(

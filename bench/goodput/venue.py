@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from bench.goodput.experiment import MeasurePart
 from bench.goodput.limits import Typical
 from bench.goodput.pace import STEADY, Pace
 from bench.goodput.sources import Source
-from bench.goodput.visit import Show, visiting
+from bench.goodput.visit import Phase, Sent, Show, visiting
 from cluster.config import ServeConfig
 from cluster.workload.jobs import Row
 from cluster.workload.slo import IdleTimes, Limits
@@ -27,6 +28,18 @@ class Visited(Protocol):
         self, source: Source, rate: float, seed: int, limits: Limits, measure: MeasurePart, show: Show
     ) -> tuple[float, list[Row], dict[str, Any]]:
         """Seconds that were judged, the rows of these, and what is to be said of them."""
+        ...
+
+    async def run_phases(
+        self,
+        source: Source,
+        phases: Sequence[Phase],
+        seed: int,
+        limits: Limits,
+        measure: MeasurePart,
+        show: Show,
+    ) -> Sent:
+        """What comes of one rate after the other."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +30,14 @@ from cluster.workload.judge import judge
 from cluster.workload.slo import IdleTimes, Limits, Slo
 
 _IDLE_REPEATS = 5
+_SEEDS = 1000
+"""More than there are rounds."""
 _MAX_STRETCH = 4
 """A point may take so many times `seconds` to get its requests."""
 
 Show = Callable[[str], None]
+Phase = tuple[float, float]
+"""Seconds, and requests per second in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +88,36 @@ class Visit:
         sent = await send(self, jobs, limits, measure.timeout_s, show, dilation)
         rows = [replace(row, arrival_s=row.arrival_s - measure.warmup_s) for row in sent.rows[first:]]
         judged = judge(rows, Slo.fixed(limits.ttft_s, limits.tpot_s), duration_s)
-        said = {**judged.to_json(), "counted": sent.counted, "client": sent.client, "pace": dilation.pace}
+        said = {**judged.to_json(), "counted": sent.counted, "client": sent.client, "pace": sent.pace}
         return duration_s, rows, said
+
+    async def run_phases(
+        self,
+        source: Source,
+        phases: Sequence[Phase],
+        seed: int,
+        limits: Limits,
+        measure: MeasurePart,
+        show: Show,
+    ) -> Sent:
+        """One rate after the other, without a pause; all nominal."""
+        jobs: list[Job] = []
+        for begin_s, rate, count, own_seed in drawn_phases(phases, seed):
+            spec = spec_of(source, self.vocabulary, self.served.grpc, *phases, own_seed)
+            drawn = workload(spec, own_seed, rate, count=count)
+            jobs += [replace(job, arrival_s=begin_s + job.arrival_s) for job in drawn]
+        jobs.sort(key=lambda job: job.arrival_s)
+        return await send(self, jobs, limits, measure.timeout_s, show, await self.dilation(source))
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What came of some jobs: a row each, what the router counted, and how busy the client was."""
+    """What came of some jobs: a row each, what the router counted, how busy the client was, and the pace."""
 
     rows: Sequence[Row]
     counted: dict[str, int]
     client: dict[str, Any]
+    pace: float = 1.0
 
 
 @asynccontextmanager
@@ -137,6 +160,16 @@ def num_requests(measure: MeasurePart, rate: float) -> int:
     return max(1, round(rate * (measure.warmup_s + window_s(measure, rate))))
 
 
+def drawn_phases(phases: Sequence[Phase], seed: int) -> Iterator[tuple[float, float, int, int]]:
+    """When each begins, its rate, how many requests arrive in it, and a seed of its own, or two of the same
+    rate would be alike. The last request of one may come after the first of the next."""
+    begin_s = 0.0
+    for index, (seconds, rate) in enumerate(phases):
+        if seconds > 0:
+            yield begin_s, rate, max(1, round(rate * seconds)), seed + _SEEDS * index
+        begin_s += seconds
+
+
 def least_rate(measure: MeasurePart) -> float:
     """Below which not even the longest window would bring enough requests."""
     return measure.min_requests / (_MAX_STRETCH * measure.seconds)
@@ -170,4 +203,5 @@ async def send(
         rows = await visit.served.while_up(work)
     after = await read_counters(visit.served.metrics)
     client = meter.use(rows).to_json()
-    return Sent([dilation.row(row) for row in rows], counted_between(before, after), client)
+    counted = counted_between(before, after)
+    return Sent([dilation.row(row) for row in rows], counted, client, dilation.pace)

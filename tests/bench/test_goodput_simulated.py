@@ -110,12 +110,26 @@ def test_the_plane_is_drawn_without_a_machine(files: tuple[Path, Path], tmp_path
     assert "give another file" in run(*command).output
 
 
+def test_an_overload_is_simulated_and_passes(files: tuple[Path, Path], tmp_path: Path) -> None:
+    config, profile = files
+    plot, kept = tmp_path / "short.png", tmp_path / "kept.json"
+    command = ("--config", config, "--simulate", profile, "--overload", "--json", "--resume", kept)
+    found = run(*command, "--deployments", "fcfs", "--plot", plot)
+    assert found.exit_code == 0, found.output
+    [[one]] = [result["deployments"] for result in json.loads(found.stdout)["overload"]]
+    half, whole, over, far_over = one["factors"]
+    assert min(half["attainment"], whole["attainment"]) > 0.8 > far_over["attainment"]
+    assert (half["recovers"], over["recovers"]) == (None, True)
+    assert far_over["recovery_s"] is None or over["recovery_s"] <= far_over["recovery_s"]
+    assert plot.with_stem("short-overload").stat().st_size > 10_000
+    assert json.loads(run(*command, "--deployments", "fcfs").stdout)["overload"][0]["deployments"] == [one]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--simulate", "nothing.json"), "nothing.json, which is not there"),
         (("--simulate",), "the experiment's model has no profile; give one"),
-        (("--simulate", "PROFILE", "--overload"), "measured on this machine"),
         (("--map", "--overload"), "give one of them"),
     ],
 )

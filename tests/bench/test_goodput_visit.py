@@ -102,6 +102,40 @@ async def test_as_many_arrive_as_the_rate_says(counters: list[dict[str, float]],
     assert len(target.jobs) == 30
 
 
+async def test_phases_follow_each_other_and_no_prompt_comes_twice(counters: list[dict[str, float]]) -> None:
+    source = Source("w", Synthetic((8, 8), (2, 2)), Arrivals.parse("constant"), Slo.fixed(1.0, 1.0))
+    target = AtOnce()
+    one = await up(target)
+    phases = ((0.2, 20.0), (0.1, 100.0), (0.2, 20.0))
+    try:
+        sent = await one.run_phases(source, phases, 0, LIMITS, MeasurePart(), lambda text: None)
+    finally:
+        await end(one)
+    times = [row.arrival_s for row in sent.rows]
+    assert times == sorted(times)
+    assert [sum(a <= time < b for time in times) for a, b in ((0, 0.2), (0.2, 0.3), (0.3, 0.5))] == [4, 10, 4]
+    assert len({tuple(job.prompt_token_ids) for job in target.jobs}) == 18
+
+
+async def test_phases_overlap_in_order_and_those_of_the_same_rate_are_not_alike(
+    counters: list[dict[str, float]],
+) -> None:
+    source = Source("w", Synthetic((8, 80), (2, 2)), Arrivals.parse("poisson"), Slo.fixed(1.0, 1.0))
+    target = AtOnce()
+    one = await up(target)
+    try:
+        # 20 requests in each phase, by chance up to 21/20 of its length.
+        phases = ((0.195, 100.0), (0.0, 100.0), (0.195, 100.0))
+        sent = await one.run_phases(source, phases, 0, LIMITS, MeasurePart(), lambda text: None)
+    finally:
+        await end(one)
+    times = [row.arrival_s for row in sent.rows]
+    assert times == sorted(times)
+    lengths = [row.prompt_tokens for row in sent.rows]
+    assert len(lengths) == 40
+    assert lengths[:20] != lengths[20:]
+
+
 async def test_no_request_is_given_up_that_might_still_be_good(
     counters: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,11 +17,20 @@ CORE = LatencyModel(
     }
 )  # fmt: skip
 """About a CPU core with SmolLM2-135M's shape."""
+COSTLY = LatencyModel({**CORE.coefficients, "prefill_chunks": 0.02})
+"""Whose chunks cost as much as thirty tokens, whatever their size."""
 
 
-def worker(role: Role, index: int = 0, *, kv_tokens: int = 32_768, max_num_seqs: int = 64) -> WorkerSpec:
+def worker(
+    role: Role,
+    index: int = 0,
+    *,
+    kv_tokens: int = 32_768,
+    max_num_seqs: int = 64,
+    latency: LatencyModel = CORE,
+) -> WorkerSpec:
     name = f"{role.value}-{index}"
-    return WorkerSpec(name, role, CORE, kv_tokens, kv_bytes=23_040, max_num_seqs=max_num_seqs)
+    return WorkerSpec(name, role, latency, kv_tokens, kv_bytes=23_040, max_num_seqs=max_num_seqs)
 
 
 def pools(
@@ -35,10 +44,11 @@ def pools(
     faults: Sequence[Fault] = (),
     network: NetworkSpec | None = None,
     noise: float = 0.0,
+    latency: LatencyModel = CORE,
 ) -> ClusterSpec:
     roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.MIXED] * mixed
     workers = [
-        worker(role, index, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
+        worker(role, index, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs, latency=latency)
         for index, role in enumerate(roles)
     ]
     return ClusterSpec(workers, policy, network or NetworkSpec(), faults=faults, noise=noise, timeout_s=600.0)

@@ -16,8 +16,9 @@ from cluster.workload.datasets import Shape
 from cluster.workload.drawing import Arrival
 from cluster.workload.jobs import Status
 from cluster.workload.slo import Slo
+from engine.latency import LatencyModel
 from router.policies import POLICIES
-from tests.cluster.simulator.clusters import CORE, arrivals, pools
+from tests.cluster.simulator.clusters import CORE, COSTLY, arrivals, pools
 
 LOOSE = Slo.fixed(60.0, 1.0)
 TIGHT = Slo.fixed(1.1, 0.018)
@@ -96,6 +97,7 @@ def test_every_policy_serves_everybody_in_time_when_there_is_time(policy: str) -
     st.sampled_from([32_768, 2_000]),
     st.sampled_from([64, 2]),
     st.booleans(),
+    st.sampled_from([CORE, COSTLY]),
 )
 def test_runs_of_steps_change_nothing(
     requests: list[tuple[float, int, int]],
@@ -104,8 +106,9 @@ def test_runs_of_steps_change_nothing(
     kv_tokens: int,
     max_num_seqs: int,
     tight: bool,
+    latency: LatencyModel,
 ) -> None:
-    cluster = pools(*shape, policy=policy, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
+    cluster = pools(*shape, policy=policy, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs, latency=latency)
     slo = TIGHT if tight else LOOSE
     runs = simulate(cluster, arrivals(*requests), slo)
     steps = simulate(cluster, arrivals(*requests), slo, max_run=1)
