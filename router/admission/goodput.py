@@ -9,7 +9,8 @@ be in time with `OPTIMISM` times its limit, or with a larger one given up for it
 the others little, as the gate puts those that turn out late after all others, while rejecting by a prediction
 that is biased costs as much as the bias. But those that wait although they are late are the proof that too
 many were let in: the more they are, the less is it enough that others could be given up, but for those whom
-fairness guards.
+fairness guards. As an overload goes on for minutes they begin to fill the gate: then whoever comes has to be
+surer to be in time, the surer the more they are, or soon nobody could be let in.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class GoodputAdmission:
             return None  # nothing is known, or nobody could ever keep the limits of its class
         outlook = self._gate.outlook(request, now, ahead)
         crowd = self._crowd(limits.ttft_s)
-        hopeful_s = outlook.ttft_s / OPTIMISM
+        hopeful_s = outlook.ttft_s * self._crush / OPTIMISM
         least_s = outlook.kept_ttft_s - (1 - crowd) * outlook.larger_s
         if not outlook.guarded:
             least_s += crowd * (hopeful_s - least_s)
@@ -129,6 +130,11 @@ class GoodputAdmission:
         """How many late ones wait: 0 for none, 1 for many."""
         by_time = self._gate.late_s / (_MANY_LATE_LIMITS * ttft_limit_s)
         return min(1.0, max(by_time, self._gate.num_late / (_MANY_LATE_SHARE * self._max_gated_requests)))
+
+    @property
+    def _crush(self) -> float:
+        """How much surer one has to be to be in time: 1, and more as late ones begin to fill the gate."""
+        return max(1.0, (self._gate.num_late / self._max_gated_requests) ** 2)
 
     def _ttft_error(self, request: Request, outlook: Outlook) -> LateError:
         limit_s = request.slo.limits.ttft_s

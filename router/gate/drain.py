@@ -6,6 +6,8 @@ import math
 
 _MEMORY_S = 10.0
 _PRIOR_S = 1.0
+"""What readers are taken to have done as predicted: each one of them, as the first of many to be full would
+otherwise stand for all."""
 _LEAST, _MOST = 0.1, 10.0
 _SLOWEST, _FASTEST = 0.6, 1.7
 
@@ -16,7 +18,8 @@ class DrainRate:
     reading takes longer than predicted: since what waits is predicted alike, such errors cancel out."""
 
     def __init__(self) -> None:
-        self._reader_s = self._work_s = _PRIOR_S
+        self._reader_s = self._work_s = 0.0
+        self._readers = 1
         self._looked_at = 0.0
         self._busy = False
 
@@ -32,18 +35,20 @@ class DrainRate:
     @property
     def share(self) -> float:
         """Work per second and reader."""
-        return min(_MOST, max(_LEAST, self._work_s / self._reader_s))
+        prior_s = _PRIOR_S * self._readers
+        return min(_MOST, max(_LEAST, (prior_s + self._work_s) / (prior_s + self._reader_s)))
 
     def look(self, now: float, readers: int, *, blocked: bool, waiting: bool) -> None:
         """Called before something is placed. blocked: all that was to be placed the last time is still
         there, so readers have been full since. waiting: something waits."""
+        self._readers = max(1, readers)
         if blocked:
             self._busy = True
             seconds = now - self._looked_at
             if seconds > 0:
                 keep = math.exp(-seconds / _MEMORY_S)
-                self._work_s = _PRIOR_S + (self._work_s - _PRIOR_S) * keep
-                self._reader_s = _PRIOR_S + (self._reader_s - _PRIOR_S) * keep + seconds * readers
+                self._work_s *= keep
+                self._reader_s = self._reader_s * keep + seconds * readers
         elif not waiting:
             self._busy = False
         self._looked_at = now

@@ -15,14 +15,14 @@ _LEAST_TOKEN_S = 1e-9
 
 class Readers:
     """Prefill and mixed workers that new requests go to. Where there are many, each question looks at those
-    that hold most of the prompt and a few others, the next one at the next few: the least of some is near the
-    least of all, and costs the same in any pool."""
+    that hold most of the prompt and a few others of either role, the next one at the next few: the least of
+    some is near the least of all of them, and costs the same in any pool."""
 
     def __init__(self, pool: PoolView, estimates: Estimates, prefixes: PrefixIndex) -> None:
         self._pool = pool
         self._estimates = estimates
         self._prefixes = prefixes
-        self._turn = 0
+        self._turns = dict.fromkeys(READERS, 0)
 
     def __len__(self) -> int:
         return len(self._pool.placeable(*READERS))
@@ -50,12 +50,13 @@ class Readers:
         return min((one.ttft_s for one in self._some(request, now)), default=0.0)
 
     def _some(self, request: Request, now: float) -> Iterator[PrefillEstimate | LocalEstimate]:
-        workers = self._pool.placeable(*READERS)
-        looks = min(_LOOKS, len(workers))
-        self._turn += looks
-        for look in range(looks):
-            yield self._estimate(workers[(self._turn + look) % len(workers)], request, now)
-        if len(workers) > looks:
+        for role in READERS:
+            workers = self._pool.placeable(role)
+            looks = min(_LOOKS, len(workers))
+            self._turns[role] += looks
+            for look in range(looks):
+                yield self._estimate(workers[(self._turns[role] + look) % len(workers)], request, now)
+        if any(len(self._pool.placeable(role)) > _LOOKS for role in READERS):
             for worker in self._holders(request):
                 yield self._estimate(worker, request, now)
 

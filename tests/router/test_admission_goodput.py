@@ -106,6 +106,18 @@ def test_who_can_be_in_time_is_let_in_as_it_is(situation, request_of):
     assert situation.judge(request) is request
 
 
+@pytest.mark.parametrize(
+    ("num_late", "tokens", "let_in"), [(5, 1500, True), (8, 1500, False), (8, 1000, True)]
+)
+def test_one_has_to_be_surer_where_late_ones_begin_to_fill_the_gate(request_of, num_late, tokens, let_in):
+    situation = Situation(max_gated_requests=6)
+    situation.wait(*(request_of(f"late{index}") for index in range(num_late)), now=100.0)
+    assert situation.gate.num_late == num_late
+    verdict = situation.judge(request_of(tokens=tokens, arrived_at=100.0), 100.0)
+    assert isinstance(verdict, Refusal) is not let_in
+    assert let_in or verdict.reason == "late"
+
+
 def test_who_would_be_late_is_refused_and_told_when_to_come_again(situation, request_of):
     situation.crowd(request_of)
     refusal = situation.refused(request_of("late"))

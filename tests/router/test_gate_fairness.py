@@ -118,6 +118,14 @@ def test_the_pace_is_bounded_as_what_is_far_off_has_other_reasons():
     assert drain.pace == 1.0
 
 
+def test_the_first_of_many_readers_to_be_full_does_not_stand_for_all():
+    drain = DrainRate()
+    run(drain, 0.3, 16, 8.0)
+    assert drain.pace > 0.8
+    run(drain, 60, 16, 8.0)
+    assert drain.share == pytest.approx(0.5, rel=0.1)
+
+
 def test_what_finds_free_readers_says_nothing_of_how_fast_they_are():
     drain = DrainRate()
     drain.look(0.0, 2, blocked=False, waiting=True)

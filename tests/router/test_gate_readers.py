@@ -80,6 +80,14 @@ def test_a_question_looks_at_few_of_many_and_all_have_their_turn(make_request):
     assert len(set(predictions.asked)) == 40
 
 
+def test_a_few_prefill_workers_are_not_missed_among_many_mixed_ones(make_request):
+    predictions = Predictions()
+    _, readers = readers_of(predictions, prefill=2, mixed=40)
+    predictions.wait_s = {"p0": 0.1, "p1": 0.1}
+    assert [readers.wait_s(make_request(), 0.0) for _ in range(9)] == [0.1] * 9
+    assert {f"m{index}" for index in range(40)} < set(predictions.asked)
+
+
 def test_who_holds_the_prompt_is_always_looked_at(make_request):
     predictions = Predictions(holders=("p7", "gone", "d"))
     pool, readers = readers_of(predictions, prefill=40)
