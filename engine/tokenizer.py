@@ -44,6 +44,7 @@ class Tokenizer:
         # Both are looked at for every token of every answer.
         self._text_ids = frozenset(ids.keys() - special_ids)
         self._byte_ids = frozenset(one for one, token in ids.items() if _BYTE_TOKEN.fullmatch(token))
+        self._texts: dict[int, str] = {}  # of single tokens, as they are asked for
         self._special_tokens = special_tokens
         self.longest_token_bytes = _longest_token_bytes(tokenizer)
         """Most bytes of a text that one token stands for: so a text that cannot fit is known by its length.
@@ -98,6 +99,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def decode_one(self, token_id: int) -> str:
+        """`decode` of one token, which is looked up after the first time."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode((token_id,))
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for in the middle of a text; perhaps only a part of a character.
@@ -169,7 +177,8 @@ class Detokenizer:
         new = text[len(self._sent) :]
         self._window = self._window[self._num_sent :]
         self._num_sent = len(self._window)
-        self._sent = self._tokenizer.decode(self._window)
+        tokenizer, window = self._tokenizer, self._window
+        self._sent = tokenizer.decode_one(window[0]) if len(window) == 1 else tokenizer.decode(window)
         return new
 
     def flush(self) -> str:

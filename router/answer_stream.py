@@ -32,6 +32,7 @@ class AnswerStream:
         self._is_first = True
         self._waits_for_turn = False
         self._turn: asyncio.Future[None] | None = None  # while the reader waits for it
+        self._push_to: Callable[[Delta], bool] | None = None
         self._may_read = False
         self._has_turn = False  # and has not given it back
         self._left = False
@@ -64,16 +65,34 @@ class AnswerStream:
             await self._turn
         self._may_read = False
         if self._pending:
-            pending, self._pending, self._unread_tokens = self._pending, [], 0
-            delta = pending[0] if len(pending) == 1 else Delta.joined(pending)
+            delta = self._take_pending()
             self._ended = delta.finish is not None
             self._may_read = self._error is not None  # which is due next
-            self._on_read()
             return delta
         if self._ended:
             raise StopAsyncIteration
         assert self._error is not None
         raise self._error
+
+    async def push(self, write: Callable[[Delta], bool]) -> None:
+        """From now on `write` is called with each delta when it is the reader's turn, which costs less than
+        waking the reader for it. Returns when the reader has to read on: `write` has returned False, or what
+        comes next is the end of the answer or an error. Raises what `write` raises."""
+        if self._may_read or self._ended:
+            return
+        self._give_turn_back()
+        self._push_to = write
+        self._turn = asyncio.get_running_loop().create_future()
+        try:
+            await self._turn
+        finally:
+            self._push_to = None
+
+    def _take_pending(self) -> Delta:
+        pending, self._pending, self._unread_tokens = self._pending, [], 0
+        delta = pending[0] if len(pending) == 1 else Delta.joined(pending)
+        self._on_read()
+        return delta
 
     def _ask_for_turn(self, *, at_once: bool) -> None:
         if at_once or not self._waits_for_turn:
@@ -88,7 +107,21 @@ class AnswerStream:
         if self._left or not self._may_read:
             self._give_turn_back()
         elif self._turn is not None and not self._turn.done():
-            self._turn.set_result(None)
+            if self._push_to is None or self._error is not None or self._pending[-1].finish is not None:
+                self._turn.set_result(None)
+            else:
+                self._push(self._push_to, self._turn)
+
+    def _push(self, write: Callable[[Delta], bool], reader: asyncio.Future[None]) -> None:
+        self._may_read = False
+        try:
+            if not write(self._take_pending()):
+                reader.set_result(None)
+        except asyncio.CancelledError:
+            reader.cancel()
+        except Exception as error:
+            reader.set_exception(error)
+        self._give_turn_back()
 
     def _give_turn_back(self) -> None:
         if self._has_turn:

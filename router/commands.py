@@ -119,6 +119,18 @@ def token_batch(sequence: worker_pb2.SequenceTokens, *, from_reader: bool) -> To
     )
 
 
+def is_one_token(sequence: worker_pb2.SequenceTokens) -> bool:
+    """Whether it is one token in the middle of an answer, with nothing else."""
+    return (
+        len(sequence.token_ids) == 1
+        and sequence.stop_reason == worker_pb2.STOP_REASON_UNSPECIFIED
+        and not sequence.HasField("times")
+        and not sequence.logprobs
+        and not sequence.prompt_logprobs
+        and sequence.first_index > 0
+    )
+
+
 def ends(sequence: worker_pb2.SequenceTokens) -> bool:
     """Whether the worker says that the answer ends here."""
     return sequence.stop_reason != worker_pb2.STOP_REASON_UNSPECIFIED

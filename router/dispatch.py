@@ -271,14 +271,17 @@ class Dispatcher:
             return
         if link is live.decode:
             live.decoding = True
-        from_reader = link is live.prefill or live.is_local
         if link is live.prefill:
             self._pool[link.worker_id].release(live.record.key)
             self._pump.soon()
-        elif sequence.HasField("times") and not from_reader:
-            self._learning.handed_over(live, sequence.times, now)
         previous = live.record.last_token_at
-        delta = live.record.tokens(now, commands.token_batch(sequence, from_reader=from_reader))
+        if commands.is_one_token(sequence):
+            delta = live.record.next_token(now, sequence.first_index, sequence.token_ids[0])
+        else:
+            from_reader = link is live.prefill or live.is_local
+            if sequence.HasField("times") and not from_reader:
+                self._learning.handed_over(live, sequence.times, now)
+            delta = live.record.tokens(now, commands.token_batch(sequence, from_reader=from_reader))
         if delta is None:
             return
         self._learning.tokens(live, delta, now)

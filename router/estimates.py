@@ -215,6 +215,7 @@ class Estimates:
         reader = self._pool[decision.prefill]
         prefill = self.prefill(reader, request, now)
         travelling = request.num_tokens - self.cached_tokens(writer, request)
+        self.transfers.placed(Pair(reader.worker_id, writer.worker_id))
         joins_at = now + prefill.ttft_s + self.transfer_s(reader, writer, travelling)
         work = self._work(request, now, prefill.compute_s, joins_at, is_local=False)
         reader.credit(key, request.num_tokens, 0, placed=work)

@@ -23,6 +23,7 @@ from aiohttp import web
 
 from router.answer_stream import AnswerStream
 from router.errors import InvalidRequestError, RouterError
+from router.event_writer import EventWriter
 from router.http_errors import http_error
 from router.http_request import REQUEST_ID, read_json, slo_of, tenant_of
 from router.intake import Intake
@@ -261,6 +262,11 @@ class GenerateApi:
             )
             begun: set[int] = set()
             finishes: dict[int, Finish] = {}
+            writer = EventWriter(response)
+
+            def write_text(delta: Delta) -> bool:
+                return writer.write(reply.text_event(0, delta.text) if delta.text else b"")
+
             try:
                 await response.prepare(http)
                 index, delta = first
@@ -269,6 +275,9 @@ class GenerateApi:
                         await response.write(events)
                     if len(finishes) == len(answers):
                         break
+                    if len(answers) == 1 and job.is_plain:
+                        await answers[0].push(write_text)
+                        await writer.finish()
                     index, delta = await anext(deltas)
                 if job.include_usage:
                     usage = job.usage([finishes[index] for index in range(len(answers))])

@@ -49,6 +49,7 @@ class LiveRequest:
     paused: bool = False  # the decode worker was told to pause
     placed_at: float = 0.0
     expected: Expected | None = None  # what was predicted then
+    waits: bool = True  # the answer has not begun
     travelling_tokens: int = 0  # of the hand-off: those that the decode worker has not cached
     # Of all placements.
     lost_attempts: int = 0

@@ -119,6 +119,7 @@ class LiveRequests:
     def emit(self, live: LiveRequest, delta: Delta) -> None:
         """More of the answer, or the rest of it."""
         self.tally.tokens += len(delta.token_ids)
+        self._waits_no_more(live)
         live.stream.put(delta)
         finish = delta.finish
         if finish is None:
@@ -195,6 +196,7 @@ class LiveRequests:
             ),
             paced=paced,
         )
+        self._tenants.waits(request)
         self._budget.admitted()
         self._idle.clear()
         self._gate.add(request)
@@ -224,8 +226,14 @@ class LiveRequests:
         live.stream.fail(error)
         self._close(live, details)
 
+    def _waits_no_more(self, live: LiveRequest) -> None:
+        if live.waits:
+            live.waits = False
+            self._tenants.waits_no_more(live.request)
+
     def _close(self, live: LiveRequest, details: Details) -> None:
         del self._live[live.request.request_id]
+        self._waits_no_more(live)
         live.timer.cancel()
         if live.pause is not None:
             live.pause.cancel()

@@ -13,6 +13,7 @@ from router.pool_view import Role
 from router.recovery import Cause
 from router.requests import Details, Outcome, Stage
 from router.slo import SloClass
+from router.token_metrics import TokenMetrics
 from router.workload_profile import Trait
 
 _TTFT_BUCKETS = (
@@ -36,12 +37,10 @@ _PREDICTED = ("ttft", "tpot", "transfer")
 
 @dataclass(frozen=True, slots=True)
 class _OfClass:
-    """The histograms of one SLO class, looked up once: tokens are counted tens of thousands of times a
-    second."""
+    """The histograms of one SLO class, looked up once."""
 
     ttft: Histogram
     tpot: Histogram
-    itl: Histogram
     duration: Histogram
 
 
@@ -88,12 +87,6 @@ class RouterMetrics:
             "slo_class",
             per_token,
         )
-        itls = histogram(
-            "prelay_inter_token_latency_seconds",
-            "Between consecutive tokens of one answer.",
-            "slo_class",
-            per_token,
-        )
         durations = histogram(
             "prelay_request_duration_seconds",
             "From arrival to the end of every request that was let in.",
@@ -101,7 +94,7 @@ class RouterMetrics:
             ttft,
         )
         self._classes = {
-            name: _OfClass(ttfts.labels(name), tpots.labels(name), itls.labels(name), durations.labels(name))
+            name: _OfClass(ttfts.labels(name), tpots.labels(name), durations.labels(name))
             for name in slo_classes
         }
         limits = Gauge(
@@ -113,7 +106,10 @@ class RouterMetrics:
         for name, one in slo_classes.items():
             limits.labels(name, "ttft").set(one.ttft_s)
             limits.labels(name, "tpot").set(one.tpot_s)
-        self._tokens = Counter("prelay_tokens_total", "Tokens of answers.", registry=registry)
+        tokens = TokenMetrics(slo_classes, per_token)
+        registry.register(tokens)
+        self.tokens = tokens.count
+        """Called for each delta: see `TokenMetrics`."""
         stages = histogram(
             "prelay_stage_seconds",
             "Where requests' time went; the stages add up to their duration.",
@@ -230,15 +226,6 @@ class RouterMetrics:
     def placement(self, kind: Kind) -> None:
         """A request was placed on workers."""
         self._placements[kind].inc()
-
-    def tokens(self, slo_class: str, now: float, previous: float | None, count: int) -> None:
-        """`count` tokens of one answer came at `now`; the one before them at `previous`, if there was one."""
-        self._tokens.inc(count)
-        gaps = count if previous is not None else count - 1
-        gap_s = 0.0 if previous is None else (now - previous) / count
-        histogram = self._classes[slo_class].itl
-        for _ in range(gaps):
-            histogram.observe(gap_s)
 
     def finished(self, details: Details, num_tokens: int, *, recovered: bool) -> None:
         """A request that was let in has ended, one way or the other. recovered: after its first token it was

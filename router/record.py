@@ -70,6 +70,8 @@ class RequestRecord:
         # Tokens that came before their predecessors, by index.
         self._early: dict[int, tuple[int, TokenLogprobs | None]] = {}
         self._alignment = None if request.sampling.logprobs is None else TextAlignment()
+        # Whether text goes out as it is, and nothing with it.
+        self._passes_through = not request.stop and self._alignment is None
         self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._cached_tokens = 0
         # Number of tokens of the whole answer and why it ends there, once a worker has said so.
@@ -125,6 +127,24 @@ class RequestRecord:
             if index >= len(self.token_ids):
                 self._early[index] = token
         return self._emit(now)
+
+    def next_token(self, now: float, index: int, token_id: int) -> Delta | None:
+        """`tokens` of a single one with which nothing else comes. Nearly all are like that, so it is what
+        costs least."""
+        token_ids = self.token_ids
+        is_plain = (
+            self._passes_through
+            and index == len(token_ids) > 0
+            and not self._early
+            and self._end is None
+            and self._details is None
+        )
+        if not is_plain:
+            return self.tokens(now, TokenBatch(index, (token_id,), None))
+        token_ids.append(token_id)
+        self._stages.tokens(now)
+        self.last_token_at = now
+        return Delta((token_id,), self._detokenizer.push(token_id), None)
 
     def fail(self, now: float, outcome: Outcome) -> Details:
         """The request ends without a complete answer (outcome: error or cancelled)."""

@@ -2,7 +2,8 @@
 
 What counts is what is not hidden behind the prefill (StageTimes.transfer_s). All pairs together give a line,
 alpha + beta * tokens, by least squares with forgetting; each pair a factor to it, for pairs differ by the
-links between them.
+links between them. A pair on which nothing has been placed yet is taken to need no time (optimism in the face
+of uncertainty), so each is tried: of a near pair that is linked after a far one the line says nothing good.
 """
 
 from __future__ import annotations
@@ -36,17 +37,21 @@ class TransferTimes:
         """Pairs that are remembered."""
         return len(self._factors)
 
+    def placed(self, pair: Pair) -> None:
+        """A request goes that way: from now on the pair is taken to be like all together, until it says
+        more."""
+        if pair not in self._factors:
+            self._remember(pair, 1.0)
+
     def observe(self, pair: Pair, num_tokens: int, seconds: float) -> None:
         """A request of which so many tokens travelled had to wait so long for them."""
         if not 0 <= seconds < float("inf"):
             return
         line_s = self._line_s(num_tokens)
+        factor = self._factors.pop(pair, 1.0)
         if line_s > _LEAST_S:
-            factor = self._factors.pop(pair, 1.0)
             factor += self._rate * (seconds / line_s - factor)
-            self._factors[pair] = min(10.0, max(0.1, factor))
-            if len(self._factors) > self._max_pairs:
-                self._factors.popitem(last=False)
+        self._remember(pair, min(10.0, max(0.1, factor)))
         new = (1.0, num_tokens, seconds, num_tokens * num_tokens, num_tokens * seconds)
         one, n, s, nn, ns = (
             self._forgetting * old + value for old, value in zip(self._sums, new, strict=True)
@@ -66,8 +71,16 @@ class TransferTimes:
         self.second_token_s += self._rate * (seconds - self.second_token_s)
 
     def expect_s(self, pair: Pair, num_tokens: int) -> float:
-        """How long a request of which so many tokens travel waits for them; 0 while nothing is known."""
-        return self._line_s(num_tokens) * self._factors.get(pair, 1.0)
+        """How long a request of which so many tokens travel waits for them; 0 while nothing is known.
+
+        Where there are more pairs than are remembered, one of which nothing is known may have been used."""
+        unknown = 0.0 if len(self._factors) < self._max_pairs else 1.0
+        return self._line_s(num_tokens) * self._factors.get(pair, unknown)
+
+    def _remember(self, pair: Pair, factor: float) -> None:
+        self._factors[pair] = factor
+        if len(self._factors) > self._max_pairs:
+            self._factors.popitem(last=False)
 
     def _line_s(self, num_tokens: int) -> float:
         return self._alpha_s + self._beta_s * num_tokens if num_tokens > 0 else 0.0

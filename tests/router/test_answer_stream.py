@@ -63,6 +63,80 @@ async def test_an_error_comes_after_what_was_there_before_it():
         await anext(stream)
 
 
+async def test_what_is_pushed_wakes_nobody_until_the_end():
+    stream, pushed = stream_of(), []
+
+    def write(one):
+        pushed.append(one.text)
+        return True
+
+    pushing = asyncio.create_task(stream.push(write))
+    await asyncio.sleep(0)
+    for token, text in enumerate("abc"):
+        stream.put(delta(token, text))
+        await asyncio.sleep(0.01)
+    assert pushed == ["a", "b", "c"]
+    assert not pushing.done()
+    assert stream.unread_tokens == 0
+    stream.put(delta(3, "d", last=True))
+    await pushing
+    assert pushed == ["a", "b", "c"]
+    assert (await anext(stream)).text == "d"
+    await stream.push(write)  # there is nothing to wait for
+
+
+async def test_a_writer_that_is_behind_stops_what_is_pushed():
+    stream, pushed = stream_of(), []
+
+    def write(one):
+        pushed.append(one.text)
+        return False
+
+    pushing = asyncio.create_task(stream.push(write))
+    await asyncio.sleep(0)
+    for token, text in enumerate("abc"):
+        stream.put(delta(token, text))
+        await asyncio.sleep(0.01)
+    await pushing
+    assert pushed == ["a"]
+    assert (await anext(stream)).text == "bc"
+
+
+async def test_what_was_there_before_is_read_first_and_an_error_ends_what_is_pushed():
+    stream, pushed = stream_of(), []
+
+    def write(one):
+        pushed.append(one.text)
+        return True
+
+    stream.put(delta(1, "a"))
+    await asyncio.sleep(0.01)
+    await stream.push(write)
+    assert (await anext(stream)).text == "a"
+    pushing = asyncio.create_task(stream.push(write))
+    await asyncio.sleep(0)
+    stream.put(delta(2, "b"))
+    stream.fail(StoppingError())
+    await pushing
+    assert pushed == []
+    assert (await anext(stream)).text == "b"
+    with pytest.raises(StoppingError):
+        await anext(stream)
+
+
+async def test_what_the_writer_raises_the_reader_gets():
+    stream = stream_of()
+
+    def write(one):
+        raise ConnectionResetError(one.text)
+
+    pushing = asyncio.create_task(stream.push(write))
+    await asyncio.sleep(0)
+    stream.put(delta(1, "a"))
+    with pytest.raises(ConnectionResetError, match="a"):
+        await pushing
+
+
 async def test_leaving_cancels():
     left = []
     async with stream_of(cancel=lambda: left.append("r")):

@@ -139,6 +139,9 @@ class Transfers:
     def __init__(self):
         self.observed = []
 
+    def placed(self, pair):
+        pass
+
     def observe(self, pair, num_tokens, seconds):
         self.observed.append((pair, num_tokens, seconds))
 

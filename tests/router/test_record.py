@@ -68,6 +68,34 @@ def test_any_order_and_any_doubling_gives_the_same_answer(data, make_request):
     assert len(expected[1]) == finish.completion_tokens
 
 
+@given(data=st.data())
+def test_a_token_by_itself_is_taken_like_a_batch_of_one(data, make_request):
+    """In any order, after a loss, with and without stop strings, and after the end."""
+    request = make_request(stop=data.draw(st.sampled_from([(), ("b",)])))
+    records = [RequestRecord(request, Letters()) for _ in range(2)]
+    for record in records:
+        record.place(1.0, "p0", "d0")
+    text = data.draw(st.text("abc~", min_size=1, max_size=8))
+    plain = [TokenBatch(index, (ord(letter),), None) for index, letter in enumerate(text)]
+    last = plain[-1]._replace(stop_reason=StopReason.LENGTH)
+    arrivals = data.draw(st.lists(st.sampled_from([*plain, last]), max_size=16))
+    lost_after = data.draw(st.integers(0, 16))
+    for number, batch in enumerate(arrivals):
+        now = 1.0 + number
+        if number == lost_after and records[0].last_token_at != now:
+            for record in records:
+                record.lost(now)
+                record.place(now, "p0", "d0")
+        as_batch = records[0].tokens(now, batch)
+        if batch.stop_reason is None:
+            by_itself = records[1].next_token(now, batch.first_index, batch.token_ids[0])
+        else:
+            by_itself = records[1].tokens(now, batch)
+        assert by_itself == as_batch
+        for name in ("token_ids", "first_token_at", "last_token_at"):
+            assert getattr(records[0], name) == getattr(records[1], name)
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(make_request):
     record, text, tokens, finish = run(
         make_request(stop=("END",)), batches("one END two", range(12), StopReason.LENGTH)

@@ -30,8 +30,13 @@ def test_a_line_over_the_tokens_and_a_factor_for_the_pair():
         alone_s = 0.004 + 1e-5 * tokens
         assert times.expect_s(NEAR, tokens) == pytest.approx(alone_s, rel=0.25)
         assert times.expect_s(FAR, tokens) == pytest.approx(3 * alone_s, rel=0.25)
-    # A pair that was never seen is like all together.
-    assert times.expect_s(NEAR, 1000) < times.expect_s(Pair("p9", "d9"), 1000) < times.expect_s(FAR, 1000)
+    # A pair that was never used is worth a try; then it is like all together until it says more.
+    new = Pair("p9", "d9")
+    assert times.expect_s(new, 1000) == 0.0
+    times.placed(new)
+    assert times.expect_s(NEAR, 1000) < times.expect_s(new, 1000) < times.expect_s(FAR, 1000)
+    times.placed(NEAR)  # of which more is known
+    assert times.expect_s(NEAR, 1000) == pytest.approx(0.014, rel=0.25)
 
 
 def test_it_follows_what_changes():
@@ -60,4 +65,7 @@ def test_pairs_are_bounded():
     times = TransferTimes(max_pairs=10)
     for index in range(100):
         times.observe(Pair("p", f"d{index}"), 100, 0.01 if index < 50 else 0.05)
+        times.placed(Pair("q", f"d{index}"))
     assert len(times) <= 10
+    # One that was forgotten is not new for ever.
+    assert times.expect_s(Pair("p", "d0"), 100) > 0
