@@ -103,13 +103,21 @@ class Client:
         self._rng = random.Random(5)
 
     async def ask(
-        self, count: int, slo_class: str, *, tokens: int = 8, prompt: int = 60, allow_downgrade: bool = False
+        self,
+        count: int,
+        slo_class: str,
+        *,
+        tokens: int = 8,
+        prompt: int = 60,
+        allow_downgrade: bool = False,
+        handed_off: asyncio.Semaphore | None = None,
     ) -> None:
-        """So many requests at once, each for exactly so many tokens."""
+        """So many requests at once, each for exactly so many tokens. handed_off: released by each answer that
+        has more than the one token of its reader."""
         async with grpc.aio.insecure_channel(self._address) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
             wishes = [self._wish(slo_class, tokens, prompt, allow_downgrade) for _ in range(count)]
-            self.asked += await asyncio.gather(*(self._one(stub, wish) for wish in wishes))
+            self.asked += await asyncio.gather(*(self._one(stub, wish, handed_off) for wish in wishes))
 
     async def leave(self, count: int) -> None:
         """So many requests that are cancelled after their first token."""
@@ -150,13 +158,20 @@ class Client:
         )
 
     async def _one(
-        self, stub: inference_pb2_grpc.InferenceStub, wish: inference_pb2.GenerateRequest
+        self,
+        stub: inference_pb2_grpc.InferenceStub,
+        wish: inference_pb2.GenerateRequest,
+        handed_off: asyncio.Semaphore | None,
     ) -> Asked:
         clock = asyncio.get_running_loop().time
         sent_at = clock()
         ttft_s = None
+        num_tokens = 0
         try:
             async for message in stub.Generate(wish):
+                if handed_off is not None and num_tokens < 2 <= num_tokens + len(message.token_ids):
+                    handed_off.release()
+                num_tokens += len(message.token_ids)
                 if message.token_ids and ttft_s is None:
                     ttft_s = clock() - sent_at
                 if message.HasField("finish"):
@@ -204,11 +219,14 @@ async def everything_happens(client: Client, watcher: Prometheus, deployment: di
     await client.ask(150, "crowded", prompt=400, allow_downgrade=True)
     await client.leave(5)
     await client.not_read(watcher)
-    for worker in ("decode-0", "prefill-0", "mixed-0"):
-        pid = next(each["pid"] for each in deployment["workers"] if each["worker_id"] == worker)
-        streams = asyncio.create_task(client.ask(12, "easy", tokens=600))
-        await asyncio.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)
+    pids = {worker["worker_id"]: worker["pid"] for worker in deployment["workers"]}
+    for killed in (("decode-0", "mixed-0"), ("prefill-0",)):  # some of the answers are on one of those two
+        handed_off = asyncio.Semaphore(0)
+        streams = asyncio.create_task(client.ask(12, "easy", tokens=600, handed_off=handed_off))
+        for _ in range(6):
+            await handed_off.acquire()
+        for worker in killed:
+            os.kill(pids[worker], signal.SIGKILL)
         await streams
         await watcher.until("sum(prelay_worker_up)", len(WORKERS))
         await watcher.until("sum(up)", 1 + len(WORKERS))
