@@ -13,32 +13,25 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 
 from cluster.errors import ClusterError
 from cluster.planner.errors import PlanError
-from cluster.planner.kinds import Kind
 from cluster.planner.live import Live
-from cluster.planner.plans import Plan, Pool
 from cluster.planner.question import Question
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
 from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
+from cluster.role_forecast import forecast, question_about
 from cluster.roles import ROLE_NAMES
 from cluster.router_admin import Routers
 from cluster.simulator.errors import SimulationError
-from cluster.workload.arrivals import Arrivals
-from cluster.workload.drawing import WorkloadSpec
-from cluster.workload.judge import Outcome
 from engine.latency import ProfileError
 from router.pool_view import Role
 
 TICK_S = 10.0
-_COUNT, _SETTLE_S = 150, 20.0
-"""Of a simulation: requests at least, and how long it lasts."""
-_DRAIN_S = 30.0
+DRAIN_S = 30.0
 _NICE = 19
 
 
@@ -106,7 +99,7 @@ class RoleController:
             return
         async with self._reshape.changing:
             try:
-                async for line in self._reshape.set_pools(wanted, _DRAIN_S):
+                async for line in self._reshape.set_pools(wanted, DRAIN_S):
                     self._reporter.event(f"controller: {line}")
             except ClusterError as error:
                 self._reporter.event(f"controller: {error}")
@@ -114,28 +107,13 @@ class RoleController:
 
 def question_of(live: Live) -> Question:
     """What comes, within the limits of the busiest class. Raises PlanError if too little has come."""
-    spec = WorkloadSpec(live.dataset, Arrivals.parse("poisson"), range(0))
-    return Question(
-        spec, live.slo, live.hardware, count=_COUNT, seeds=(0,), settle_s=_SETTLE_S, is_owned=True
-    )
+    return question_about(live.dataset, live.slo, live.hardware)
 
 
 def shape_of(live: Live) -> Shape:
     """Of the workers that are up."""
     counts = Counter(ROLE_NAMES.get(worker.role) for worker in live.workers)
     return Shape(*(counts[role.value] for role in Role))
-
-
-def forecast(question: Question, kinds: Sequence[Kind], shapes: Sequence[Shape], rate: float) -> list[float]:
-    """Attainment of each shape, whose workers are all of the kind that most are of, by the same requests."""
-    kind = kinds[0]
-    found = []
-    for shape in shapes:
-        sizes = ((role, getattr(shape, role.value)) for role in Role)
-        plan = Plan(tuple(Pool(role, kind, size) for role, size in sizes if size))
-        outcomes = question.outcomes(plan, rate, question.seeds[0])
-        found.append(outcomes[Outcome.GOOD] / max(1, outcomes.total()))
-    return found
 
 
 def said(decision: Decision, present: Shape, forecasts: dict[Shape, float], live: Live, *, acts: bool) -> str:

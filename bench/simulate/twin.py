@@ -55,26 +55,29 @@ class Twin:
             timeout_s=timeout_s,
         )
 
-    def _workers(self) -> Iterator[WorkerSpec]:
-        config = self.config
+    def worker(self, role: Role) -> WorkerSpec:
+        """One of that role, without a name. Raises BadInputError as `cluster`."""
+        config, pool = self.config, self.config.pools[role.value]
+        if pool.kv_cache_tokens is None:
+            raise BadInputError(
+                f"{role.value}.kv_cache_tokens is not given, so nobody knows what a simulated worker "
+                "holds; give it in `common` of the experiment"
+            )
         assert config.model.path is not None
+        assert isinstance(pool, PrefillSection | WritingSection)
         kv = kv_bytes(ModelConfig.from_pretrained(config.model.path), config.model.dtype)
+        factor = self.correction.reading if role is Role.PREFILL else self.correction.writing
+        return WorkerSpec(
+            "", role, self.profile.times(factor), pool.kv_cache_tokens, kv,
+            pool.num_ranks * pool.threads, block_size=config.kv.block_size,
+            max_batch_tokens=pool.max_batch_tokens,
+            max_num_seqs=pool.max_num_seqs if isinstance(pool, WritingSection) else 1,
+        )  # fmt: skip
+
+    def _workers(self) -> Iterator[WorkerSpec]:
         for role in Role:
-            pool = config.pools[role.value]
-            if not pool.replicas:
-                continue
-            if pool.kv_cache_tokens is None:
-                raise BadInputError(
-                    f"{role.value}.kv_cache_tokens is not given, so nobody knows what a simulated worker "
-                    "holds; give it in `common` of the experiment"
-                )
-            assert isinstance(pool, PrefillSection | WritingSection)
-            factor = self.correction.reading if role is Role.PREFILL else self.correction.writing
-            spec = WorkerSpec(
-                "", role, self.profile.times(factor), pool.kv_cache_tokens, kv,
-                pool.num_ranks * pool.threads, block_size=config.kv.block_size,
-                max_batch_tokens=pool.max_batch_tokens,
-                max_num_seqs=pool.max_num_seqs if isinstance(pool, WritingSection) else 1,
-            )  # fmt: skip
-            for index in range(pool.replicas):
+            replicas = self.config.pools[role.value].replicas
+            spec = self.worker(role) if replicas else None
+            for index in range(replicas):
+                assert spec is not None
                 yield replace(spec, worker_id=f"{role.value}-{index}")

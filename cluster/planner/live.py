@@ -21,7 +21,7 @@ from engine.latency import LatencyModel
 from engine.tls import Identity
 from router.pool_view import Role
 
-_LEAST_ANSWERS = 50
+LEAST_ANSWERS = 50
 _LINK_BYTES_PER_S = 10e9
 _TYPICAL_PROMPT = 512
 
@@ -62,10 +62,10 @@ class Live:
     def dataset(self) -> Lengths:
         """Prompts and answers as they were. Raises PlanError if there are too few."""
         shapes = [Shape(one.prompt_tokens, one.answer_tokens) for one in self.workload.shapes]
-        if len(shapes) < _LEAST_ANSWERS:
+        if len(shapes) < LEAST_ANSWERS:
             raise PlanError(
                 f"--live {self.address}: {len(shapes)} answers are complete so far, and a plan needs "
-                f"{_LEAST_ANSWERS}; try again later, or give --dataset"
+                f"{LEAST_ANSWERS}; try again later, or give --dataset"
             )
         return Lengths(shapes)
 
@@ -78,7 +78,7 @@ class Live:
     @property
     def hardware(self) -> Hardware:
         """As many devices as its workers hold. All that is known of them is how long steps take."""
-        return Hardware([Devices(_DEVICE, self.num_devices)])
+        return Hardware([Devices(DEVICE, self.num_devices)])
 
     def kinds(self) -> list[Kind]:
         """A kind for each way that workers are split, in any role: with the step times that the worker in the
@@ -119,7 +119,8 @@ class Live:
             yield f"changed in the last minutes: {drift.trait}, from {drift.before:.3g} to {drift.now:.3g}"
 
 
-_DEVICE = Gpu("device", 0.0, 0.0, 0.0, _LINK_BYTES_PER_S)
+DEVICE = Gpu("device", 0.0, 0.0, 0.0, _LINK_BYTES_PER_S)
+"""Of which nothing is known but how long steps take."""
 
 
 def difference(now: Plan, planned: Plan) -> list[str]:
@@ -158,7 +159,7 @@ def _kind(infos: Sequence[worker_pb2.WorkerInfo]) -> Kind:
         key=lambda model: model.prefill_s(_TYPICAL_PROMPT),
     )
     return Kind(
-        _DEVICE,
+        DEVICE,
         tp,
         pp,
         models[len(models) // 2],

@@ -94,6 +94,10 @@ class Live:
         self.decision = decision
         self.is_reading = self.is_handed_over = False
 
+    def needs(self, worker: SimulatedWorker) -> bool:
+        """Whether it cannot go on without that worker."""
+        return self.writer is worker or (self.reader is worker and not self.is_handed_over)
+
     def going_on(self) -> None:
         """What is placed next begins after what is out. What the tokens say does not matter here."""
         self.request = self.request.going_on((0,) * self.num_emitted)

@@ -104,18 +104,32 @@ class Router:
 
     def worker_down(self, worker_id: str) -> None:
         """Its requests are placed again."""
-        if worker_id in self._runs:
+        writes = worker_id in self._writers
+        if writes:
             self._hear(worker_id)
             self._runs[worker_id].clear()
         self.pool.down(worker_id)
         self._prefixes.forget(worker_id)
-        writes = worker_id in self._writers
         lost: SimulatedWorker = self._writers.pop(worker_id) if writes else self._readers.pop(worker_id)
         for live in list(self._live.values()):
-            if live.writer is lost or (live.reader is lost and not live.is_handed_over):
+            if live.needs(lost):
                 self._recover(live, worker_id)
             elif live.reader is lost:
                 live.reader = None  # it has done its part
+        self._pump_soon()
+
+    def drain(self, worker_id: str) -> int:
+        """It gets nothing new. How many requests need it."""
+        view = self.pool[worker_id]
+        if not view.draining:
+            view.draining = True
+            self._pump_soon()
+        worker = self._writers.get(worker_id) or self._readers[worker_id]
+        return sum(live.needs(worker) for live in self._live.values())
+
+    def change_role(self, worker_id: str, role: Role) -> None:
+        """Of a writer."""
+        self.pool.change_role(worker_id, role)
         self._pump_soon()
 
     def _up(self, view: WorkerView) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from cluster.simulator.clock import Clock
@@ -12,12 +12,13 @@ from cluster.simulator.cluster_spec import ClusterSpec, Fault, WorkerSpec
 from cluster.simulator.errors import SimulationError
 from cluster.simulator.network import Network
 from cluster.simulator.reader import Reader
+from cluster.simulator.reshaping import Reshaper, Reshaping
 from cluster.simulator.router import Router
 from cluster.simulator.row_table import RowTable
 from cluster.simulator.worker import KnownLatency, Worker
 from cluster.simulator.writer import Writer
 from cluster.workload.drawing import Arrival
-from cluster.workload.jobs import Row
+from cluster.workload.jobs import Row, Status
 from cluster.workload.prompts import PromptWriter
 from cluster.workload.slo import Slo
 from engine.sequence import TokenSampling
@@ -26,6 +27,7 @@ from router.pool_view import Role, WorkerView
 from router.requests import Request
 from router.slo import Slo as RouterSlo
 from router.slo import SloLimits
+from router.workload_profile import Seen, WorkloadProfile
 
 MAX_RUN = 64
 """Decode steps that are one event at most: longer runs are usually cut."""
@@ -58,14 +60,15 @@ def simulate(
     seed: int = 0,
     max_run: int = MAX_RUN,
     goes_on: Callable[[int, Row], bool] | None = None,
+    reshaping: Reshaping | None = None,
 ) -> Outcome:
     """slo: what requests come with. max_run: 1 takes decode steps one by one, with the same result. goes_on:
     told of each request that has ended, with its number; False ends the simulation, and those that have not
-    ended then are timed out.
+    ended then are timed out. reshaping: who changes workers' roles meanwhile.
 
     Raises SimulationError.
     """
-    return _Simulation(cluster, arrivals, slo, seed, max_run, goes_on).run()
+    return _Simulation(cluster, arrivals, slo, seed, max_run, goes_on).run(reshaping)
 
 
 class _Simulation:
@@ -92,17 +95,21 @@ class _Simulation:
         self._goes_on = goes_on
         self._router = Router(cluster, self._clock, seed, self._ended)
         self._workers: dict[str, Worker] = {}
+        self._workload = WorkloadProfile(0.0)
+        self._num_ended = 0
         self._ended_s = 0.0
         self._num_lives = 0
         self._num_preemptions = 0
 
-    def run(self) -> Outcome:
+    def run(self, reshaping: Reshaping | None) -> Outcome:
         clock = self._clock
         for spec in self._cluster.workers:
             self._start(spec)
         for fault in self._cluster.faults:
             self._plan(fault)
         self._arrive_from(0)
+        if reshaping is not None:
+            Reshaper(reshaping, self, clock).begin()
         clock.run()
         for worker in self._workers.values():
             self._retire(worker)
@@ -117,6 +124,9 @@ class _Simulation:
 
     def _ended(self, number: int, row: Row) -> None:
         self._rows.put(number, row)
+        self._num_ended += 1
+        if row.status is Status.COMPLETE:
+            self._workload.ended(self._clock.now, row.prompt_tokens, row.output_tokens, 0)
         self._ended_s = max(self._ended_s, row.arrival_s + (row.last_s or 0.0))
         if self._goes_on is not None and not self._goes_on(number, row):
             self._clock.stop()
@@ -129,6 +139,7 @@ class _Simulation:
 
         def arrive() -> None:
             self._arrive_from(number + 1)
+            self._workload.arrived(arrival.arrival_s)
             self._router.arrive(number, self._request(number, arrival))
 
         self._clock.at(arrival.arrival_s, arrive)
@@ -168,17 +179,42 @@ class _Simulation:
         return view
 
     def _plan(self, fault: Fault) -> None:
-        def die() -> None:
-            worker = self._workers[fault.worker_id]
-            worker.die()
-            self._retire(worker)
-            self._router.after_message(lambda: self._router.worker_down(fault.worker_id))
-
         def come_back() -> None:
-            self._start(self._workers[fault.worker_id].spec)
+            self.come_back(self._workers[fault.worker_id].spec)
 
-        self._clock.at(fault.at_s, die)
+        self._clock.at(fault.at_s, lambda: self.leave(fault.worker_id))
         self._clock.at(fault.at_s + max(fault.down_s, 2 * self._cluster.network.message_s), come_back)
+
+    # What of it can be changed.
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        return {worker_id: worker.spec.role for worker_id, worker in self._workers.items()}
+
+    @property
+    def seen(self) -> Seen:
+        return self._workload.seen(self._clock.now)
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_ended == len(self._arrivals)
+
+    def change_role(self, spec: WorkerSpec) -> None:
+        worker = self._workers[spec.worker_id]
+        worker.spec = replace(worker.spec, role=spec.role)
+        self._router.change_role(spec.worker_id, spec.role)
+
+    def drain(self, worker_id: str) -> int:
+        return self._router.drain(worker_id)
+
+    def leave(self, worker_id: str) -> None:
+        worker = self._workers[worker_id]
+        worker.die()
+        self._retire(worker)
+        self._router.after_message(lambda: self._router.worker_down(worker_id))
+
+    def come_back(self, spec: WorkerSpec) -> None:
+        self._start(spec)
 
     def _retire(self, worker: Worker) -> None:
         if isinstance(worker, Writer):

@@ -13,8 +13,9 @@ from prelay.v1 import admin_pb2, worker_pb2
 
 from cluster.errors import WorkerError
 from cluster.planner.live import Live
-from cluster.role_controller import RoleController, forecast, question_of, shape_of
+from cluster.role_controller import RoleController, question_of, shape_of
 from cluster.role_decider import RoleDecider, Shape, Verdict
+from cluster.role_forecast import forecast
 from cluster.simulator.errors import SimulationError
 from tests.cluster.test_reshape import World
 

@@ -1,0 +1,38 @@
+"""What the simulator expects of the shapes that a cluster could have: the controller's foresight. A core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.planner.hardware import Hardware
+from cluster.planner.kinds import Kind
+from cluster.planner.plans import Plan, Pool
+from cluster.planner.question import Question
+from cluster.role_decider import Shape
+from cluster.workload.arrivals import Arrivals
+from cluster.workload.datasets import Dataset
+from cluster.workload.drawing import WorkloadSpec
+from cluster.workload.judge import Outcome
+from cluster.workload.slo import Slo
+from router.pool_view import Role
+
+_COUNT, _SETTLE_S = 150, 20.0
+"""Of a simulation: requests at least, and how long it lasts."""
+
+
+def question_about(dataset: Dataset, slo: Slo, hardware: Hardware) -> Question:
+    """What comes is like that, at random times."""
+    spec = WorkloadSpec(dataset, Arrivals.parse("poisson"), range(0))
+    return Question(spec, slo, hardware, count=_COUNT, seeds=(0,), settle_s=_SETTLE_S, is_owned=True)
+
+
+def forecast(question: Question, kinds: Sequence[Kind], shapes: Sequence[Shape], rate: float) -> list[float]:
+    """Attainment of each shape, whose workers are all of the kind that most are of, by the same requests."""
+    kind = kinds[0]
+    found = []
+    for shape in shapes:
+        sizes = ((role, getattr(shape, role.value)) for role in Role)
+        plan = Plan(tuple(Pool(role, kind, size) for role, size in sizes if size))
+        outcomes = question.outcomes(plan, rate, question.seeds[0])
+        found.append(outcomes[Outcome.GOOD] / max(1, outcomes.total()))
+    return found
