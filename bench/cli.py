@@ -16,6 +16,7 @@ from rich.table import Table
 
 from bench.cli_accuracy import accuracy
 from bench.cli_change import change
+from bench.cli_controller import controller
 from bench.cli_goodput import goodput
 from bench.cli_parts import need_directory, need_matplotlib, progress
 from bench.cli_plan import plan
@@ -205,6 +206,7 @@ bench.add_command(router)
 bench.add_command(simulator)
 bench.add_command(accuracy)
 bench.add_command(change)
+bench.add_command(controller)
 bench.add_command(streams)
 
 

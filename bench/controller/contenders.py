@@ -1,5 +1,5 @@
-"""Who decides on the roles of a simulated cluster: the controller of `prelay serve --controller act`, with its
-own forecasts and rules, or somebody who leaves them as they are.
+"""Who decides on the roles of a simulated cluster: the controller of `prelay serve --controller act`, with
+its own forecasts and rules, or somebody who leaves them as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The controller on a workload that shifts, against an oracle, and against roles that stay; all simulated.
 
-    oracle       knows what each phase brings: has, from its beginning to its end, the shape that serves it best,
-                 with nothing to change and nothing left over from the phase before
+    oracle       knows what each phase brings: has, from its beginning to its end, the shape that serves it
+                 best, with nothing to change and nothing left over from the phase before
     controller   begins with the oracle's first shape, and sees only what comes
     first stays  the same shape all along
     best stays   of all shapes that are good for a phase, the one that serves the whole best

@@ -36,8 +36,9 @@ class Shift:
     phases: Sequence[Phase]
 
     @classmethod
-    def parse(cls, text: str, seconds: float, sources: Mapping[str, Source]) -> Shift:
-        """text: WORKLOAD@RATE, WORKLOAD@RATE, ... Raises BadInputError."""
+    def parse(cls, text: str, seconds: float, sources: Mapping[str, Source], there: Sequence[str]) -> Shift:
+        """text: WORKLOAD@RATE, WORKLOAD@RATE, ... sources: of those that it names. there: what it could have
+        named. Raises BadInputError."""
         phases = []
         for part in text.split(","):
             name, _, rate_text = part.strip().rpartition("@")
@@ -48,7 +49,7 @@ class Shift:
             if name not in sources or not (rate > 0 and math.isfinite(rate)):
                 raise BadInputError(
                     f"--phases: {part.strip()!r} is not WORKLOAD@RATE, with requests per second and one of "
-                    f"the workloads {', '.join(sources)}"
+                    f"the workloads {', '.join(there)}"
                 )
             phases.append(Phase(sources[name], rate, seconds))
         return cls(phases)

@@ -91,7 +91,11 @@ class Reshaper:
             return
         (worker_id, role), *others = changes
         spec = replace(self._how.workers[role], worker_id=worker_id)
-        if self._cluster.roles[worker_id].writes and role.writes:
+        present = self._cluster.roles[worker_id]
+        if present is role:
+            self._make(others)
+            return
+        if present.writes and role.writes:
             self._cluster.change_role(spec)
             self._make(others)
             return

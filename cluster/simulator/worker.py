@@ -89,8 +89,9 @@ class Worker(ABC):
         self._message_s = cluster.network.message_s
         self._heartbeat_s = cluster.heartbeat_s
         self._inbox: list[Callable[[], None]] = []
-        # The last ones, since it said how it is.
-        self._steps: list[tuple[StepShape, float]] = []
+        # Since it said how it is, each with its number; some of a run are only counted.
+        self._steps: list[tuple[int, StepShape, float]] = []
+        self._num_steps = 0
         self._is_busy = False
         self._commands_seen = 0
         self._is_beating = False
@@ -144,7 +145,8 @@ class Worker(ABC):
         """Something waits for the end of the step under way."""
 
     def _step_over(self, shape: StepShape, seconds: float) -> None:
-        self._steps = [*self._steps[1 - MAX_STEPS :], (shape, seconds)]
+        self._num_steps += 1
+        self._steps = [*self._steps[1 - MAX_STEPS :], (self._num_steps, shape, seconds)]
         self._is_busy = False
         self._go_on()
 
@@ -165,7 +167,10 @@ class Worker(ABC):
         """Says how it is now."""
         self._beat_at = self.clock.now + self._heartbeat_s
         self._has_news = self._is_busy
-        load, steps = self.load(), self._steps
+        load = self.load()
+        steps = [
+            (shape, seconds) for number, shape, seconds in self._steps if number > self._num_steps - MAX_STEPS
+        ]
         self._steps = []
         self.router.after_message(lambda: self.router.snapshot(self.worker_id, load, steps))
 

@@ -166,6 +166,7 @@ class Writer(Worker):
         steps = run.take(num_steps)
         if steps:
             self._began = steps[-1][1]
+            self._num_steps += len(steps)
             self._scheduler.coast(steps, is_last=False)
 
     def _tell(self, decoded: list[Decoded], shape: StepShape, *, is_run: bool) -> None:
