@@ -1,9 +1,10 @@
 """Watches what comes and what the workers are, and changes their roles, or says when it would.
 
 Every tick: what the router has seen lately (rate, lengths of prompts and answers) is simulated with the shape
-that there is and with each that one change of role leads to, by the workers' own step times; role_decider.py
-decides. All that a decision was made from is a line of JSON in the log. Simulations run in a process of their
-own that gives way to everybody else. What goes wrong with them is said, and nothing else is the worse for it.
+that there is and, unless that is good enough, with each that one change of role leads to, by the workers' own
+step times; role_decider.py decides. All that a decision was made from is a line of JSON in the log.
+Simulations run in a process of their own that gives way to everybody else. What goes wrong with them is said,
+and nothing else is the worse for it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cluster.planner.question import Question
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
 from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
-from cluster.role_forecast import forecast, question_about
+from cluster.role_forecast import foresee, question_about
 from cluster.roles import ROLE_NAMES
 from cluster.router_admin import Routers
 from cluster.simulator.errors import SimulationError
@@ -78,15 +79,13 @@ class RoleController:
         present = shape_of(live)
         if not present.can_serve or live.workload.rate <= 0 or not self._reshape.is_settled:
             return
-        shapes = [present, *present.neighbours()]
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                executor, forecast, asked, kinds, shapes, live.workload.rate
+            forecasts = await asyncio.get_running_loop().run_in_executor(
+                executor, foresee, asked, kinds, present, live.workload.rate, self._decider.delta
             )
         except SimulationError as error:
             self._reporter.event(f"controller: what came cannot be simulated: {error}")
             return
-        forecasts = dict(zip(shapes, found, strict=True))
         decision = self._decider.look(time.monotonic(), present, forecasts)
         if decision.verdict is not Verdict.STAY:
             self._reporter.event(said(decision, present, forecasts, live, acts=self._acts))

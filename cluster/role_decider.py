@@ -72,7 +72,7 @@ class RoleDecider:
     """delta: what a change has to gain, in attainment. patience: looks. cool_down_s: after a change."""
 
     def __init__(self, delta: float = 0.05, patience: int = 3, cool_down_s: float = 60.0) -> None:
-        self._delta = delta
+        self.delta = delta
         self._patience = patience
         self._cool_down_s = cool_down_s
         self._candidate: tuple[Shape, Shape] | None = None
@@ -80,14 +80,14 @@ class RoleDecider:
         self._not_before = float("-inf")
 
     def look(self, now: float, present: Shape, forecasts: Mapping[Shape, float]) -> Decision:
-        """forecasts: attainment, of the present shape and of at least one other. Whoever gets CHANGE makes
-        it."""
+        """forecasts: attainment, of the present shape and of others; of none if they cannot gain enough.
+        Whoever gets CHANGE makes it."""
         others = {shape: share for shape, share in forecasts.items() if shape != present}
-        best = max(others, key=lambda shape: others[shape])
-        gain = others[best] - forecasts[present]
-        if gain <= self._delta:
+        best = max(others, key=lambda shape: others[shape], default=present)
+        gain = forecasts[best] - forecasts[present]
+        if gain <= self.delta:
             self._candidate, self._looks = None, 0
-            return Decision(Verdict.STAY, best, gain, 0, f"nothing gains more than {self._delta:.0%}")
+            return Decision(Verdict.STAY, best, gain, 0, f"nothing gains more than {self.delta:.0%}")
         self._looks = self._looks + 1 if self._candidate == (present, best) else 1
         self._candidate = present, best
         looks = self._looks

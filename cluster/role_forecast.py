@@ -26,6 +26,18 @@ def question_about(dataset: Dataset, slo: Slo, hardware: Hardware) -> Question:
     return Question(spec, slo, hardware, count=_COUNT, seeds=(0,), settle_s=_SETTLE_S, is_owned=True)
 
 
+def foresee(
+    question: Question, kinds: Sequence[Kind], present: Shape, rate: float, delta: float
+) -> dict[Shape, float]:
+    """Attainment of the present shape; and, unless that leaves less than `delta` to gain, of those that one
+    change leads to."""
+    [share] = forecast(question, kinds, [present], rate)
+    if share + delta >= 1:
+        return {present: share}
+    others = present.neighbours()
+    return {present: share, **dict(zip(others, forecast(question, kinds, others, rate), strict=True))}
+
+
 def forecast(question: Question, kinds: Sequence[Kind], shapes: Sequence[Shape], rate: float) -> list[float]:
     """Attainment of each shape, whose workers are all of the kind that most are of, by the same requests."""
     kind = kinds[0]

@@ -15,7 +15,7 @@ from cluster.planner.live import DEVICE, LEAST_ANSWERS
 from cluster.pool_changes import Become, steps_to
 from cluster.role_controller import DRAIN_S, TICK_S
 from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
-from cluster.role_forecast import forecast, question_about
+from cluster.role_forecast import foresee, question_about
 from cluster.roles import ROLE_NAMES
 from cluster.simulator.cluster_spec import WorkerSpec
 from cluster.simulator.reshaping import Change, Reshaping
@@ -106,9 +106,7 @@ class Controlled(Watched):
         question = question_about(
             Lengths([RequestShape(*one) for one in seen.shapes]), self._slo, self._hardware
         )
-        shapes = [present, *present.neighbours()]
-        found = forecast(question, [self._kind], shapes, seen.rate)
-        forecasts = dict(zip(shapes, found, strict=True))
+        forecasts = foresee(question, [self._kind], present, seen.rate, self._decider.delta)
         decision = self._decider.look(now, present, forecasts)
         self.looks.append(Look(now, present, seen.rate, forecasts, decision))
         if decision.verdict is not Verdict.CHANGE:

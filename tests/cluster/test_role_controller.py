@@ -15,7 +15,7 @@ from cluster.errors import WorkerError
 from cluster.planner.live import Live
 from cluster.role_controller import RoleController, question_of, shape_of
 from cluster.role_decider import RoleDecider, Shape, Verdict
-from cluster.role_forecast import forecast
+from cluster.role_forecast import forecast, foresee
 from cluster.simulator.errors import SimulationError
 from tests.cluster.test_reshape import World
 
@@ -104,6 +104,23 @@ def test_the_simulator_knows_which_role_is_missing() -> None:
     assert shape_of(live) == Shape(1, 3, 0)
     found = forecast(question_of(live), live.kinds(), [Shape(1, 3, 0), Shape(3, 1, 0)], 4.0)
     assert found[1] > found[0] + 0.2
+
+
+@pytest.mark.parametrize(("roles", "looks_further"), [((P, P, P, D), False), ((P, D, D, D), True)])
+def test_others_are_simulated_only_if_they_can_gain_enough(
+    roles: tuple[worker_pb2.Role, ...], looks_further: bool
+) -> None:
+    live = Live.of("the router", status_of(*roles), workload_of(1000, 8, 4.0))
+    present, asked, kinds, delta = shape_of(live), question_of(live), live.kinds(), 0.05
+    found = foresee(asked, kinds, present, 4.0, delta)
+    [share] = forecast(asked, kinds, [present], 4.0)
+    assert found[present] == share
+    assert (share < 1 - delta) == looks_further
+    assert set(found) == {present, *(present.neighbours() if looks_further else ())}
+    # Those that are left out would have changed nothing.
+    others = dict(zip(present.neighbours(), forecast(asked, kinds, present.neighbours(), 4.0), strict=True))
+    decided = [RoleDecider(delta).look(0.0, present, some) for some in (found, {present: share, **others})]
+    assert decided[0].verdict is decided[1].verdict
 
 
 class Router:
