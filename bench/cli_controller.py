@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from bench.controller.measure import Experiment
 
 _SHAPES = Path(__file__).parent / "shapes"
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  done, whatever the figures are
+  2  the command line, the experiment or a trace is wrong
+  130  interrupted
+"""
 
 
-@click.command()
+@click.command(epilog=_EXIT_CODES)
 @click.option(
     "--config",
     "config_file",
@@ -77,12 +84,6 @@ def controller(as_json: bool, plot: Path | None, **chosen: Any) -> int:
     Examples:
       prelay bench controller --config deploy/bench/large-pools.yaml --traces ~/traces \\
         --phases azure-conversation@9,azure-code@16,azure-conversation@9 --slo ttft=2,tpot=160ms
-
-    \b
-    Exit codes:
-      0    done, whatever the figures are
-      2    the command line, the experiment or a trace is wrong
-      130  interrupted
     """
     need_matplotlib(plot)
     try:

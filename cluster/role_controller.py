@@ -1,8 +1,8 @@
 """Watches what comes and what the workers are, and changes their roles, or says when it would.
 
 Every tick: what the router has seen lately (rate, lengths of prompts and answers) is simulated with the shape
-that there is and, unless that is good enough, with each that one change of role leads to, by the workers' own
-step times; role_decider.py decides. All that a decision was made from is a line of JSON in the log.
+that there is and, unless that is good enough, with those that a few changes of role lead to, by the workers'
+own step times; role_decider.py decides. All that a decision was made from is a line of JSON in the log.
 Simulations run in a process of their own that gives way to everybody else. What goes wrong with them is said,
 and nothing else is the worse for it.
 """
@@ -74,14 +74,15 @@ class RoleController:
             status, workload = await self._router.status(), await self._router.workload()
             live = Live.of("the router", status, workload)
             asked, kinds = question_of(live), live.kinds()
+            _, rate = live.latest
         except (ClusterError, PlanError, ProfileError):
             return  # too little has come yet, or the router is gone, which is seen elsewhere
         present = shape_of(live)
-        if not present.can_serve or live.workload.rate <= 0 or not self._reshape.is_settled:
+        if not present.can_serve or rate <= 0 or not self._reshape.is_settled:
             return
         try:
             forecasts = await asyncio.get_running_loop().run_in_executor(
-                executor, foresee, asked, kinds, present, live.workload.rate, self._decider.delta
+                executor, foresee, asked, kinds, present, rate, self._decider.delta
             )
         except SimulationError as error:
             self._reporter.event(f"controller: what came cannot be simulated: {error}")
@@ -106,7 +107,8 @@ class RoleController:
 
 def question_of(live: Live) -> Question:
     """What comes, within the limits of the busiest class. Raises PlanError if too little has come."""
-    return question_about(live.dataset, live.slo, live.hardware)
+    dataset, _ = live.latest
+    return question_about(dataset, live.slo, live.hardware)
 
 
 def shape_of(live: Live) -> Shape:
@@ -117,7 +119,8 @@ def shape_of(live: Live) -> Shape:
 
 def said(decision: Decision, present: Shape, forecasts: dict[Shape, float], live: Live, *, acts: bool) -> str:
     """A line for the log, with all that the decision was made from."""
-    shapes = live.workload.shapes
+    dataset, rate = live.latest
+    shapes = dataset.pool
     numbers = {
         "verdict": decision.verdict.value,
         "acts": acts,
@@ -126,8 +129,8 @@ def said(decision: Decision, present: Shape, forecasts: dict[Shape, float], live
         "best": str(decision.best),
         "gain": round(decision.gain, 3),
         "forecasts": {str(shape): round(share, 3) for shape, share in forecasts.items()},
-        "rate": round(live.workload.rate, 3),
+        "rate": round(rate, 3),
         "prompt_tokens": round(sum(one.prompt_tokens for one in shapes) / max(1, len(shapes))),
-        "answer_tokens": round(sum(one.answer_tokens for one in shapes) / max(1, len(shapes))),
+        "answer_tokens": round(sum(one.output_tokens for one in shapes) / max(1, len(shapes))),
     }
     return f"controller: {json.dumps(numbers)}"

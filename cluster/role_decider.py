@@ -1,8 +1,8 @@
-"""When to change a worker's role, by what the simulator says of the shapes that one change leads to. A core:
+"""When to change workers' roles, by what the simulator says of the shapes that are within reach. A core:
 told the time and the forecasts, so that what it decided can be replayed from its log.
 
-A shape has to promise more than the present one by a margin, and be the best for several looks in a row;
-after a change there is a pause. So noise in forecasts, and a workload that swings faster than workers can
+Some other shape has to promise more than the present one by a margin, for several looks in a row; after a
+change there is a pause. So noise in forecasts, and a workload that swings faster than workers can
 follow, change nothing.
 """
 
@@ -49,7 +49,7 @@ class Shape:
 
 class Verdict(StrEnum):
     """STAY: no other shape is better. WAIT: one is, but not for long enough, or it is too soon. CHANGE: to
-    it."""
+    the best."""
 
     STAY = "stay"
     WAIT = "wait"
@@ -58,8 +58,8 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """best: of the neighbours, the one that promises most. gain: over the present shape, in attainment.
-    looks: for how many in a row it has been the best, by enough."""
+    """best: of the others, the one that promises most. gain: over the present shape, in attainment. looks:
+    for how many in a row there has been one that gains enough."""
 
     verdict: Verdict
     best: Shape
@@ -75,7 +75,7 @@ class RoleDecider:
         self.delta = delta
         self._patience = patience
         self._cool_down_s = cool_down_s
-        self._candidate: tuple[Shape, Shape] | None = None
+        self._beaten: Shape | None = None
         self._looks = 0
         self._not_before = float("-inf")
 
@@ -86,16 +86,16 @@ class RoleDecider:
         best = max(others, key=lambda shape: others[shape], default=present)
         gain = forecasts[best] - forecasts[present]
         if gain <= self.delta:
-            self._candidate, self._looks = None, 0
+            self._beaten, self._looks = None, 0
             return Decision(Verdict.STAY, best, gain, 0, f"nothing gains more than {self.delta:.0%}")
-        self._looks = self._looks + 1 if self._candidate == (present, best) else 1
-        self._candidate = present, best
+        self._looks = self._looks + 1 if self._beaten == present else 1
+        self._beaten = present
         looks = self._looks
         if looks < self._patience:
             return Decision(Verdict.WAIT, best, gain, looks, f"seen {looks} of {self._patience} times")
         if now < self._not_before:
             left_s = self._not_before - now
             return Decision(Verdict.WAIT, best, gain, looks, f"{left_s:.0f} s of the pause are left")
-        self._candidate, self._looks = None, 0
+        self._beaten, self._looks = None, 0
         self._not_before = now + self._cool_down_s
-        return Decision(Verdict.CHANGE, best, gain, looks, f"the best {looks} times in a row")
+        return Decision(Verdict.CHANGE, best, gain, looks, f"others were better {looks} times in a row")

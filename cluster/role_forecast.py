@@ -18,6 +18,7 @@ from router.pool_view import Role
 
 _COUNT, _SETTLE_S = 150, 20.0
 """Of a simulation: requests at least, and how long it lasts."""
+_MOST_CHANGES = 3
 
 
 def question_about(dataset: Dataset, slo: Slo, hardware: Hardware) -> Question:
@@ -29,13 +30,20 @@ def question_about(dataset: Dataset, slo: Slo, hardware: Hardware) -> Question:
 def foresee(
     question: Question, kinds: Sequence[Kind], present: Shape, rate: float, delta: float
 ) -> dict[Shape, float]:
-    """Attainment of the present shape; and, unless that leaves less than `delta` to gain, of those that one
-    change leads to."""
-    [share] = forecast(question, kinds, [present], rate)
-    if share + delta >= 1:
-        return {present: share}
-    others = present.neighbours()
-    return {present: share, **dict(zip(others, forecast(question, kinds, others, rate), strict=True))}
+    """Attainment of the present shape; unless that leaves no more than `delta` to gain, of those that one
+    change leads to; and so on from the best of these, a few changes far."""
+    found = dict(zip([present], forecast(question, kinds, [present], rate), strict=True))
+    at = present
+    for _ in range(_MOST_CHANGES):
+        if found[at] + delta >= 1:
+            break
+        new = [shape for shape in at.neighbours() if shape not in found]
+        found |= zip(new, forecast(question, kinds, new, rate), strict=True)
+        best = max(at.neighbours(), key=lambda shape: found[shape])
+        if found[best] <= found[at]:
+            break
+        at = best
+    return found
 
 
 def forecast(question: Question, kinds: Sequence[Kind], shapes: Sequence[Shape], rate: float) -> list[float]:

@@ -141,6 +141,8 @@ class AdminApi(admin_pb2_grpc.RouterAdminServicer):
                 admin_pb2.Drift(trait=one.trait.value, before=one.before, now=one.now)
                 for one in self._live.workload.drifts(now)
             ],
+            latest_rate=seen.latest_rate,
+            num_latest=seen.num_latest,
         )
 
 

@@ -53,12 +53,15 @@ class Drift:
 class Seen:
     """Of the last windows, or of all if there are fewer. seconds: how long that is. rate: requests/s, refused
     ones too. hit_share: of prompt tokens, those that were in a prefix cache. shapes: prompt and answer in
-    tokens, of the latest answers."""
+    tokens, of the latest answers. latest_rate, num_latest: the rate of the last window and the one under way,
+    and how many of the shapes, the last ones, are of them."""
 
     seconds: float
     rate: float
     hit_share: float
     shapes: Sequence[tuple[int, int]]
+    latest_rate: float
+    num_latest: int
 
 
 @dataclass(slots=True)
@@ -118,11 +121,15 @@ class WorkloadProfile:
         arrivals = sum(window.arrivals for window in windows)
         prompts = sum(window.prompt_tokens for window in windows)
         cached = sum(window.cached_tokens for window in windows)
+        latest = windows[-2:]
+        latest_s = WINDOW_S * (len(latest) - 1) + now - self._began
         return Seen(
             seconds,
             arrivals / seconds if seconds > 0 else 0.0,
             cached / prompts if prompts else 0.0,
             tuple(self._shapes),
+            sum(window.arrivals for window in latest) / latest_s if latest_s > 0 else 0.0,
+            min(sum(window.ended for window in latest), len(self._shapes)),
         )
 
     def drifts(self, now: float) -> list[Drift]:

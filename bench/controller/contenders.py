@@ -100,15 +100,14 @@ class Controlled(Watched):
 
     def look(self, now: float, roles: Mapping[str, Role], seen: Seen) -> Sequence[Change]:
         super().look(now, roles, seen)
-        if len(seen.shapes) < LEAST_ANSWERS or seen.rate <= 0:
+        if len(seen.shapes) < LEAST_ANSWERS or seen.latest_rate <= 0:
             return ()
+        shapes = seen.shapes[-max(LEAST_ANSWERS, seen.num_latest) :]
         present = shape_of(roles.values())
-        question = question_about(
-            Lengths([RequestShape(*one) for one in seen.shapes]), self._slo, self._hardware
-        )
-        forecasts = foresee(question, [self._kind], present, seen.rate, self._decider.delta)
+        question = question_about(Lengths([RequestShape(*one) for one in shapes]), self._slo, self._hardware)
+        forecasts = foresee(question, [self._kind], present, seen.latest_rate, self._decider.delta)
         decision = self._decider.look(now, present, forecasts)
-        self.looks.append(Look(now, present, seen.rate, forecasts, decision))
+        self.looks.append(Look(now, present, seen.latest_rate, forecasts, decision))
         if decision.verdict is not Verdict.CHANGE:
             return ()
         wanted = {_ROLES[role]: getattr(decision.best, role.value) for role in Role}

@@ -32,7 +32,7 @@ from cluster.workload.slo import Limits, Slo
 from engine.latency import LatencyModel
 from router.pool_view import Role
 
-_CANDIDATES = 4
+_CANDIDATES = 3
 """Shapes that the oracle tries out, of those that promise most."""
 _BIN_S = 30.0
 

@@ -70,6 +70,13 @@ class Live:
         return Lengths(shapes)
 
     @property
+    def latest(self) -> tuple[Lengths, float]:
+        """Prompts and answers of the last minute or two, and the rate. Raises PlanError if there are too few
+        even with those before them."""
+        count = max(LEAST_ANSWERS, self.workload.num_latest)
+        return Lengths(self.dataset.pool[-count:]), self.workload.latest_rate
+
+    @property
     def slo(self) -> Slo:
         """Of the class that most requests came with."""
         name = max(self.classes, key=lambda one: sum(self.classes[one].outcomes.values()))

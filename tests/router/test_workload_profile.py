@@ -92,6 +92,19 @@ def test_what_a_plan_needs_is_of_the_last_minutes() -> None:
     assert sum(prompt for prompt, _ in seen.shapes[-300:]) / 300 == pytest.approx(800, rel=0.1)
 
 
+def test_the_latest_is_of_the_last_window_and_the_one_under_way() -> None:
+    traffic = Traffic()
+    traffic.windows(6, 8.0, prompt=100)
+    traffic.windows(1, 2.0, prompt=800)
+    seen = traffic.profile.seen(traffic.now)  # a window has just begun
+    assert seen.latest_rate == pytest.approx(2.0, rel=0.3)
+    assert seen.rate > 2 * seen.latest_rate
+    assert seen.num_latest == pytest.approx(120, rel=0.3)
+    assert min(prompt for prompt, _ in seen.shapes[-seen.num_latest :]) > 400
+    later = traffic.profile.seen(traffic.now + 10 * WINDOW_S)
+    assert (later.latest_rate, later.num_latest) == (0.0, 0)
+
+
 def test_refused_requests_are_load_too() -> None:
     profile = WorkloadProfile(0.0)
     for second in range(60):
@@ -120,5 +133,7 @@ def test_only_so_many_answers_are_kept() -> None:
     profile = WorkloadProfile(0.0)
     for number in range(3000):
         profile.ended(float(number), number, 1, 0)
-    shapes = profile.seen(3000.0).shapes
+    seen = profile.seen(3000.0)
+    shapes = seen.shapes
+    assert seen.num_latest <= len(shapes)
     assert [prompt for prompt, _ in shapes] == list(range(2000, 3000))

@@ -157,18 +157,22 @@ class GetWorkloadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkloadResponse(_message.Message):
-    __slots__ = ("seconds", "rate", "hit_share", "shapes", "drifts")
+    __slots__ = ("seconds", "rate", "hit_share", "shapes", "drifts", "latest_rate", "num_latest")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
     HIT_SHARE_FIELD_NUMBER: _ClassVar[int]
     SHAPES_FIELD_NUMBER: _ClassVar[int]
     DRIFTS_FIELD_NUMBER: _ClassVar[int]
+    LATEST_RATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LATEST_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     rate: float
     hit_share: float
     shapes: _containers.RepeatedCompositeFieldContainer[RequestShape]
     drifts: _containers.RepeatedCompositeFieldContainer[Drift]
-    def __init__(self, seconds: _Optional[float] = ..., rate: _Optional[float] = ..., hit_share: _Optional[float] = ..., shapes: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., drifts: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
+    latest_rate: float
+    num_latest: int
+    def __init__(self, seconds: _Optional[float] = ..., rate: _Optional[float] = ..., hit_share: _Optional[float] = ..., shapes: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., drifts: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ..., latest_rate: _Optional[float] = ..., num_latest: _Optional[int] = ...) -> None: ...
 
 class RequestShape(_message.Message):
     __slots__ = ("prompt_tokens", "answer_tokens")
