@@ -16,6 +16,7 @@ import click
 
 from cluster.cli_change import COMMANDS as CHANGES
 from cluster.cli_options import admin_option, not_nan, tls_option
+from engine import cores
 
 if TYPE_CHECKING:
     from cluster.config import ServeConfig
@@ -86,7 +87,11 @@ def _debug_option(command: F) -> F:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(importlib.metadata.version("prelay"), prog_name="prelay")
+@click.version_option(
+    importlib.metadata.version("prelay"),
+    prog_name="prelay",
+    message=f"%(prog)s, version %(version)s; cores: {cores.state()}",
+)
 def cli() -> None:
     """Serve a language model on two pools: prefill workers read prompts, decode workers write answers.
 

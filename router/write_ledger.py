@@ -113,7 +113,7 @@ class WriteLedger:
             answer.state = _State.DECODING
             answer.joined_step = self._step
             answer.emitted_before = answer.emitted
-            answer.end_step = self._step + max(0, answer.work.outputs[1] - answer.emitted)
+            answer.end_step = float(self._step + max(0, answer.work.outputs[1] - answer.emitted))
             self._joined.append(answer)
             self._num_decoding += 1
             self._context += answer.context
@@ -215,7 +215,7 @@ class WriteLedger:
         for answer in self._answers.values():
             if answer.state is _State.DECODING:
                 if answer.end_step <= self._step:
-                    answer.end_step = self._step + _tokens_more(answer)
+                    answer.end_step = float(self._step + _tokens_more(answer))
                 decoding.append(answer)
             elif answer.state is _State.MOVING:
                 coming.append((-math.inf, answer.context))

@@ -1,0 +1,89 @@
+"""Compiles the cores: run by the installer, or by hand as `python -m engine.native.build_cores`.
+
+By hand it needs mypy and setuptools, which the installer has for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from engine import cores
+
+_MYPY = """
+[mypy]
+explicit_package_bases = True
+ignore_missing_imports = True
+follow_imports = silent
+"""
+"""What other people's modules are is no concern of the compiler, and to find out would take a minute."""
+
+_OPTIMISE = "2"
+_THIS = "engine.native.build_cores"
+
+
+class BuildError(Exception):
+    """The cores could not be compiled; the message says why in one line."""
+
+
+def build(directory: Path) -> None:
+    """Compile into `directory`, in place of what is there. Raises BuildError."""
+    with tempfile.TemporaryDirectory() as work:
+        fresh = Path(work, "cores")
+        # A process of its own: the compiler looks at where it is, and setuptools changes what is global.
+        command = [sys.executable, "-m", _THIS, "--compile", str(work), str(fresh)]
+        done = subprocess.run(command, cwd=cores.ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
+            errors = [line for line in lines if "error" in line.lower()] or lines
+            raise BuildError(errors[-1])
+        (fresh / cores.HASH_FILE).write_text(cores.source_hash())
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.copytree(fresh, directory)
+        except OSError as error:
+            raise BuildError(f"{directory} cannot be written: {error}") from error
+
+
+def _compile(work: Path, directory: Path) -> None:
+    from mypyc.build import mypycify
+    from setuptools import Distribution  # type: ignore[import-untyped]
+
+    config = work / "mypy.ini"
+    config.write_text(_MYPY)
+    options = ["--config-file", str(config), "--no-site-packages", "--cache-dir", os.devnull]
+    extensions = mypycify(
+        [*options, *(str(cores.source_of(module)) for module in cores.MODULES)],
+        opt_level=_OPTIMISE,
+        debug_level="0",
+        multi_file=True,
+        group_name=cores.GROUP.removesuffix("__mypyc"),
+        target_dir=str(work / "c"),
+    )
+    command = Distribution({"name": "cores", "ext_modules": extensions}).get_command_obj("build_ext")
+    command.build_lib, command.build_temp = str(directory), str(work / "objects")
+    command.parallel = os.cpu_count()
+    command.ensure_finalized()
+    command.run()
+
+
+def main() -> int:
+    """Build in place, and say how it went."""
+    if sys.argv[1:2] == ["--compile"]:
+        _compile(Path(sys.argv[2]), Path(sys.argv[3]))
+        return 0
+    try:
+        build(cores.DIRECTORY)
+    except BuildError as error:
+        print(f"prelay: cores not compiled, Python runs their sources: {error}", file=sys.stderr)
+        return 1
+    print(f"prelay: cores compiled: {cores.DIRECTORY}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

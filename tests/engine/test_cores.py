@@ -1,0 +1,134 @@
+"""Compiled cores decide what their sources decide, and are used only where they were made from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import cores
+from engine.latency import LatencyModel
+from router.slo import SloLimits
+
+ROOT = Path(__file__).parents[2]
+PROFILE = ROOT / "deploy" / "bench" / "opt-13b-a100.json"
+SHAPES = {
+    "pairs": ["--prefill", "replicas=2", "--decode", "replicas=2"],
+    "mixed": ["--mixed", "replicas=2"],
+    "prefill and mixed": ["--prefill", "replicas=1", "--mixed", "replicas=2"],
+    "least_loaded": ["--prefill", "replicas=2", "--decode", "replicas=2", "--policy", "least_loaded"],
+}
+compiled = pytest.mark.skipif(
+    cores.state() != "compiled",
+    reason=f"cores are {cores.state()}; `python -m engine.native.build_cores` compiles them",
+)
+
+
+def python(code: str, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def simulated(shape: list[str], requests: Path, **environment: str) -> tuple[dict[str, object], str]:
+    command = ["simulate", "--profile", str(PROFILE), "--dataset", "synthetic:prompt=50-900,answer=10-150"]
+    command += [
+        "--rate",
+        "9",
+        "--count",
+        "300",
+        "--slo",
+        "ttft=1,tpot=0.1",
+        "--kv-tokens",
+        "6000",
+        "--kv-bytes",
+        "819200",
+    ]
+    command += ["--noise", "0.1", *shape, "--json", "--requests", str(requests)]
+    said = json.loads(python("from cluster.cli import main; main()", *command, **environment))
+    del said["wall_s"], said["requests_per_wall_s"]
+    return said, requests.read_text()
+
+
+@compiled
+@pytest.mark.parametrize("shape", SHAPES)
+def test_they_decide_the_same(shape: str, tmp_path: Path):
+    found = simulated(SHAPES[shape], tmp_path / "compiled.csv")
+    assert found == simulated(SHAPES[shape], tmp_path / "sources.csv", PRELAY_CORES="source")
+
+
+@compiled
+def test_every_core_is_found_compiled_and_where_asked_for_from_its_source():
+    files = "import sys, importlib as i\nfor m in sys.argv[1:]: print(i.import_module(m).__file__)"
+    found = python("import engine\n" + files, *cores.MODULES).split()
+    assert {Path(file).suffix for file in found} == {".so"}
+    found = python("import engine\n" + files, *cores.MODULES, PRELAY_CORES="source").split()
+    assert [Path(file) for file in found] == [ROOT / cores.source_of(module) for module in cores.MODULES]
+
+
+@compiled
+@pytest.mark.parametrize("package", ["engine", "router", "cluster", "prefill_worker", "decode_worker"])
+def test_whichever_package_comes_first_has_them_found(package: str):
+    code = f"import {package}, router.estimates; print(router.estimates.__file__)"
+    assert Path(python(code).strip()).suffix == ".so"
+
+
+@compiled
+def test_what_one_process_pickles_another_restores():
+    """Whether the one runs sources and the other what was compiled, or the other way round."""
+    given = (LatencyModel({"step": 0.5}), SloLimits(1.0, 0.25))
+    code = "import sys, pickle; v = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
+    said, pickled = python(code + "print(repr(v), pickle.dumps(v).hex())", pickle.dumps(given).hex()).rsplit(
+        maxsplit=1
+    )
+    assert said == repr(given)
+    assert pickle.loads(bytes.fromhex(pickled)) == given
+
+
+def test_all_of_them_are_sources_that_are_there():
+    assert all((ROOT / cores.source_of(module)).is_file() for module in cores.MODULES)
+
+
+def test_nothing_compiled_is_used_where_it_is_missing_old_or_not_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv(cores.VARIABLE, raising=False)
+    monkeypatch.setattr(cores, "DIRECTORY", tmp_path)
+    assert cores.state() == "run from their sources (not compiled)"
+    (tmp_path / cores.HASH_FILE).write_text(cores.source_hash())
+    assert cores.state() == "run from their sources (compiled for another Python)"
+    first = cores._file_of(tmp_path, cores.MODULES[0])
+    first.parent.mkdir()
+    first.touch()
+    assert cores.state() == "compiled"
+    monkeypatch.setenv(cores.VARIABLE, "source")
+    assert cores.state() == "run from their sources (PRELAY_CORES=source)"
+    monkeypatch.delenv(cores.VARIABLE)
+    (tmp_path / cores.HASH_FILE).write_text("of other sources")
+    assert cores.state() == "run from their sources (edited since they were compiled)"
+
+
+def test_the_way_to_them_is_laid_once_and_can_be_taken_away(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    before = list(sys.meta_path)
+    monkeypatch.setattr(cores, "state", lambda: "compiled")
+    cores.use_compiled()
+    cores.use_compiled()
+    assert len(sys.meta_path) == len(before) + 1
+    cores.use_sources()
+    assert sys.meta_path == before
+
+
+def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from engine.native import build_cores
+
+    monkeypatch.setattr(cores, "ROOT", tmp_path)  # where nothing is
+    with pytest.raises(build_cores.BuildError, match="Cannot read file"):
+        build_cores.build(tmp_path / "target")
+    assert not (tmp_path / "target").exists()
