@@ -97,10 +97,15 @@ class ChunkBudget:
 
     def tightest(self, paces: Iterable[Pace]) -> Pace | None:
         """Of those that can still keep their limit, who can afford least."""
-        for pace in sorted(paces, key=_effective):
-            if pace.most_s >= self._latency.corrected_s(self._latency.model.decode_s(1, pace.context)):
-                return pace
-        return None
+        latency, model = self._latency, self._latency.model
+        least: Pace | None = None
+        least_s = 0.0
+        for pace in paces:
+            can_s = pace.effective_s
+            is_less = least is None or can_s < least_s
+            if is_less and pace.most_s >= latency.corrected_s(model.decode_s(1, pace.context)):
+                least, least_s = pace, can_s
+        return least
 
     def num_tokens(
         self, batch: int, context: int, limit_s: float | None, chunks: Sequence[tuple[int, int]]

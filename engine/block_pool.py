@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 from engine.errors import BlockAccountingError, OutOfBlocksError
@@ -27,7 +27,7 @@ from engine.errors import BlockAccountingError, OutOfBlocksError
 _GENERATIONS = 2**32
 
 
-class Holder(Enum):
+class Holder(StrEnum):
     """What a reference to a block is held for."""
 
     SEQUENCE = "sequence"
@@ -160,7 +160,9 @@ class BlockPool:
         """
         references, total, cache = self._references[holder], self._total, self._cache
         self._check_exist(blocks)
-        for block, dropped in Counter(blocks).items():
+        times = None if len(set(blocks)) == len(blocks) else Counter(blocks)
+        for block in blocks:
+            dropped = 1 if times is None else times[block]
             if references[block] < dropped:
                 raise BlockAccountingError(
                     f"block {block} has {references[block]} {holder.value} references, {dropped} were dropped"

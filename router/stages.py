@@ -18,6 +18,8 @@ from enum import Enum, auto
 
 from router.requests import Stage
 
+_NONE = dict.fromkeys(Stage, 0.0)
+
 
 class _Span(Enum):
     """What the time since the last point goes to."""
@@ -33,9 +35,9 @@ class StageClock:
 
     def __init__(self, arrived_at: float) -> None:
         self._mark = arrived_at  # end of what is already accounted for in _spent
-        self._spent = dict.fromkeys(Stage, 0.0)
+        self._spent = _NONE.copy()
         self._span = _Span.GATE
-        self._reports = dict.fromkeys(Stage, 0.0)
+        self._reports = _NONE.copy()
 
     def placed(self, now: float) -> None:
         """The request left the gate."""
@@ -57,7 +59,7 @@ class StageClock:
             case _Span.DECODE:
                 self._close(now)
                 self._span = _Span.RECOVERY
-        self._reports = dict.fromkeys(Stage, 0.0)
+        self._reports = _NONE.copy()
 
     def tokens(self, now: float) -> None:
         """The first token of the answer, or any later one, reached the client's stream."""

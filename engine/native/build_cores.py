@@ -22,7 +22,7 @@ follow_imports = silent
 """
 """What other people's modules are is no concern of the compiler, and to find out would take a minute."""
 
-_OPTIMISE = "2"
+_OPTIMISE = "3"
 _THIS = "engine.native.build_cores"
 
 

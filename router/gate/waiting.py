@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import StrEnum, auto
 
 from router.gate.fairness import length_bin
 from router.gate.line import Key
@@ -17,7 +17,7 @@ _MARGIN = 0.1
 """Of the time that a request may wait: what planning keeps in reserve for what it does not know."""
 
 
-class Place(Enum):
+class Place(StrEnum):
     """In which line a request stands (`goodput.py` says what they are)."""
 
     RESUMED = auto()
