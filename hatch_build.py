@@ -32,7 +32,8 @@ class NativeHook(BuildHookInterface[Any]):
                 build_data |= {"pure_python": False, "tag": f"py3-none-{platform}"}
                 build_data["artifacts"].append("engine/native/_kernels.so")
         try:
-            build_cores.build(cores.DIRECTORY)
+            if cores.state() != "compiled":  # a minute ago, say, for another set of extras
+                build_cores.build(cores.DIRECTORY)
         except build_cores.BuildError as error:
             self.app.display_warning(f"cores not compiled, Python runs their sources: {error}")
         else:

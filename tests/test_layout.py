@@ -82,6 +82,26 @@ def test_importing_the_router_loads_neither_torch_nor_ray():
     assert result.stdout.strip() == "[]"
 
 
+def test_nothing_is_timed_by_a_clock_that_people_set():
+    """The wall clock says when an answer or a model was made, how long a certificate is valid, and what a
+    first epoch is; the next ones are greater, whatever it says by then."""
+    wall = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
+    found = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        if package != "bench"
+        for path in modules_of(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ".".join(ast.unparse(node).split(".")[-2:]) in wall
+    }
+    assert found == {
+        "cluster/certificates.py",
+        "cluster/worker_life.py",
+        "router/app.py",
+        "router/http_generate.py",
+    }
+
+
 def test_proto_is_a_source_root_and_not_a_package():
     assert not list((ROOT / "proto").glob("__init__.py")), "the name `proto` belongs to proto-plus"
 
