@@ -26,6 +26,7 @@ from cluster.role_forecast import forecast, question_about
 from cluster.simulator.cluster_spec import ClusterSpec
 from cluster.simulator.run import simulate
 from cluster.workload.drawing import Arrival
+from cluster.workload.errors import BadInputError
 from cluster.workload.jobs import Row
 from cluster.workload.judge import Outcome, outcome_of
 from cluster.workload.slo import Limits, Slo
@@ -111,6 +112,11 @@ def measure(experiment: Experiment, show: Show) -> dict[str, Any]:
             shape = max(goods, key=lambda one: goods[one])
             known[key] = shape, goods[shape]
         best.append(known[key])
+    if not any(good for _, good in best):
+        raise BadInputError(
+            f"not one request is good on {experiment.num_workers} workers, whatever their roles; give limits "
+            "that can be kept, lower rates, or more workers"
+        )
     begins_s, first = shift.begins_s, best[0][0]
     whole = {seed: shift.arrivals(seed) for seed in seeds}
 

@@ -153,6 +153,10 @@ def test_the_command_says_what_became_of_each_phase(config: Path, tmp_path: Path
         (["--phases", "talk@2", "--slo", "soon"], "soon"),
         (["--phases", "talk@2", *SLO, "--workers", "1"], "--workers"),
         (["--phases", "talk@2", *SLO, "--seconds", "0"], "--seconds"),
+        (
+            ["--phases", "talk@2", "--slo", "ttft=1ms,tpot=1ms", "--seconds", "9", "--workers", "2"],
+            "not one request is good on 2 workers",
+        ),
     ],
 )
 def test_nonsense_is_answered_with_what_would_do(config: Path, words: list[str], said: str) -> None:
