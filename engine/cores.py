@@ -39,8 +39,10 @@ _BY_PACKAGE = {
     "prefill_worker": "chunk_size prompts scheduler",
     "decode_worker": "chunk_budget places scheduler sequences",
     "router": (
-        "errors kv_growth ledger lengths pair_table placed_work pool_view prefix_index pump read_ledger "
-        "reading_time requests slo stages transfer_times estimates urgency write_ledger"
+        "answer_stream dispatch errors estimates kv_growth learning ledger lengths live live_requests "
+        "pair_table placed_work pool_view prefix_index pump read_ledger reader_pace reading_time record "
+        "recovery requests slo stages stop_strings tally tenants text_alignment transfer_times urgency "
+        "workload_profile write_ledger"
     ),
     "router.admission": "audit base goodput shortage structural writers",
     "router.gate": "base drain fairness goodput line moore_hodgson plan readers waiting",

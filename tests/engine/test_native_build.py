@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from engine import cpu
+from engine import cores, cpu
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import KernelsUnavailableError
 from engine.kernels.native import NativeKernels
 from engine.kernels.torch_ops import TorchKernels
 from engine.native import build as native_build
-from engine.native import library
+from engine.native import build_cores, library
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -104,8 +104,9 @@ def test_no_compiler_and_a_compiler_that_fails_are_one_line(
     assert not list(tmp_path.glob("k*"))
 
 
-def hook(root: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Any:
-    """hatch_build.py's hook over `root`, with a stand-in for hatchling, which only the installer has."""
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """hatch_build.py's, with a stand-in for hatchling, which only the installer has. said: its warnings."""
     base = type("BuildHookInterface", (), {"__class_getitem__": classmethod(lambda cls, item: cls)})
     for name in (
         "hatchling",
@@ -113,52 +114,80 @@ def hook(root: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Any:
         "hatchling.builders.hooks",
         "hatchling.builders.hooks.plugin",
     ):
-        monkeypatch.setitem(__import__("sys").modules, name, SimpleNamespace())
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     interface = SimpleNamespace(BuildHookInterface=base)
-    monkeypatch.setitem(__import__("sys").modules, "hatchling.builders.hooks.plugin.interface", interface)
+    monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin.interface", interface)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = module.KernelsHook()
-    made.root, made.app = str(root), SimpleNamespace(display_warning=said.append)
+    made = module.NativeHook()
+    made.said = []
+    made.root, made.app = str(ROOT), SimpleNamespace(display_warning=made.said.append)
+    monkeypatch.setattr(cores, "state", lambda: "run from their sources (not compiled)")
     return made
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    """A root with the sources alone."""
-    shutil.copytree(
-        ROOT / "engine" / "native",
-        tmp_path / "engine" / "native",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-    )
-    return tmp_path
+def built(target: Path) -> None:
+    """In place of a compiler that does its work."""
 
 
-def test_the_hook_succeeds_without_a_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", os.devnull)
-    said: list[str] = []
+def cannot_build_kernels(target: Path) -> None:
+    raise native_build.BuildError("no C++ compiler")
+
+
+def cannot_build_cores(target: Path) -> None:
+    raise build_cores.BuildError("no C compiler")
+
+
+def test_the_hook_succeeds_without_a_compiler(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "build", cannot_build_kernels)
+    monkeypatch.setattr(build_cores, "build", cannot_build_cores)
     build_data: dict[str, Any] = {"artifacts": []}
-    hook(sources, monkeypatch, said).initialize("standard", build_data)
-    assert len(said) == 1
-    assert said[0].startswith("CPU kernels not built, torch will do their work: ")
+    hook.initialize("standard", build_data)
+    assert hook.said == [
+        "CPU kernels not built, torch will do their work: no C++ compiler",
+        "cores not compiled, Python runs their sources: no C compiler",
+    ]
     assert build_data == {"artifacts": []}
 
 
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ["standard", "editable"])
-def test_the_hook_puts_the_library_into_wheels_of_this_platform(
-    sources: Path, monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
-    said: list[str] = []
+def test_a_wheel_with_kernels_is_for_the_platform(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "build", built)
+    monkeypatch.setattr(build_cores, "build", cannot_build_cores)
     build_data: dict[str, Any] = {"artifacts": []}
-    hook(sources, monkeypatch, said).initialize(version, build_data)
-    assert said == []
-    assert (sources / "engine" / "native" / "_kernels.so").exists()
-    if version == "standard":
-        assert build_data["artifacts"] == ["engine/native/_kernels.so"]
-        assert build_data["pure_python"] is False
-        assert build_data["tag"].startswith("py3-none-linux_")
+    hook.initialize("standard", build_data)
+    assert build_data["tag"].startswith("py3-none-linux_")
+    assert build_data["pure_python"] is False
+    assert build_data["artifacts"] == ["engine/native/_kernels.so"]
+
+
+def test_a_wheel_with_cores_is_for_the_version_of_python_too(
+    hook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_build, "build", built)
+    monkeypatch.setattr(build_cores, "build", built)
+    build_data: dict[str, Any] = {"artifacts": []}
+    hook.initialize("standard", build_data)
+    assert build_data == {
+        "artifacts": ["engine/native/_kernels.so", "engine/native/_cores/**"],
+        "pure_python": False,
+        "infer_tag": True,
+    }
+
+
+def test_an_editable_installation_has_what_was_built_in_place(
+    hook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(native_build, "build", asked.append)
+    monkeypatch.setattr(build_cores, "build", asked.append)
+    build_data: dict[str, Any] = {"artifacts": []}
+    hook.initialize("editable", build_data)
+    assert asked == [native_build.LIBRARY, cores.DIRECTORY]
+    assert build_data == {"artifacts": []}
+    monkeypatch.setattr(cores, "state", lambda: "compiled")
+    hook.initialize("editable", build_data)
+    assert asked[2:] == [native_build.LIBRARY], "cores take a minute, and are as they should be"
