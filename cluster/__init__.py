@@ -6,5 +6,3 @@ Start reading at `cli.py` (what a user can ask for). What a user starts is a gua
 deployment in a child process (`child.py`); `launch.py` is that deployment: what it starts, watches and ends.
 `status.py` and `top.py` look at a running one from outside.
 """
-
-import engine  # noqa: F401 - has compiled cores found (engine/cores.py)

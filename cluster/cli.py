@@ -90,7 +90,7 @@ def _debug_option(command: F) -> F:
 @click.version_option(
     importlib.metadata.version("prelay"),
     prog_name="prelay",
-    message=f"%(prog)s, version %(version)s; cores: {cores.state()}",
+    message=f"%(prog)s, version %(version)s; cores of simulations: {cores.state()}",
 )
 def cli() -> None:
     """Serve a language model on two pools: prefill workers read prompts, decode workers write answers.

@@ -7,5 +7,3 @@ Does not know: models (a StepRunner computes), other decode workers, or how requ
 Start reading at `loop.py` (the life of a request in this role), then `scheduler.py`, which says what a step
 holds; `places.py` who has a place and blocks, `chunk_budget.py` how much of a prompt a step takes.
 """
-
-import engine  # noqa: F401 - has compiled cores found (engine/cores.py)

@@ -5,9 +5,5 @@ Does not know: other workers, routers' policies, Ray, or where a request came fr
 Start reading at `sequence.py` (what a step is made of), then `runner.py` (one step), then `model.py`.
 
 Importing this package, `sequence`, `config`, `block_pool` or `tokenizer` does not import torch: routers use
-them. It has compiled cores of all packages found, where there are any (`cores.py`).
+them.
 """
-
-from engine.cores import use_compiled
-
-use_compiled()

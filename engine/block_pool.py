@@ -20,7 +20,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, SupportsInt
 
 from engine.errors import BlockAccountingError, OutOfBlocksError
 
@@ -40,7 +40,7 @@ class Generations(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, block: int, /) -> int: ...
+    def __getitem__(self, block: int, /) -> SupportsInt: ...
 
     def __setitem__(self, block: int, generation: int, /) -> None: ...
 

@@ -1,9 +1,12 @@
-"""The cores as machine code: the modules that decide, compiled by mypyc when prelay is installed.
+"""The cores as machine code, for simulations: the modules that decide, compiled by mypyc at installation.
 
 Nothing is written twice: what is compiled is the annotated Python that everybody reads. It is used only if
 it was made for this Python, and from the sources as they are now; in every other case (no compiler, a source
-that was edited since) the sources are run, which decide the same, two to three times more slowly.
-PRELAY_CORES=source asks for them: a debugger and a profiler see more there.
+that was edited since) the sources are run, which decide the same, about half as fast. PRELAY_CORES=source
+asks for them: a debugger and a profiler see more there.
+
+What serves always runs the sources: mypyc checks the types of all that it is given, and once brought a whole
+process down (decision 23). `bench/__main__.py` says which commands simulate.
 
 `engine/native/build_cores.py` compiles, into `DIRECTORY`. Imports nothing but the standard library: the
 installer imports it before anything else is there.
@@ -39,10 +42,8 @@ _BY_PACKAGE = {
     "prefill_worker": "chunk_size prompts scheduler",
     "decode_worker": "chunk_budget places scheduler sequences",
     "router": (
-        "answer_stream dispatch errors estimates kv_growth learning ledger lengths live live_requests "
-        "pair_table placed_work pool_view prefix_index pump read_ledger reader_pace reading_time record "
-        "recovery requests slo stages stop_strings tally tenants text_alignment transfer_times urgency "
-        "workload_profile write_ledger"
+        "errors kv_growth ledger lengths pair_table placed_work pool_view prefix_index pump read_ledger "
+        "reading_time requests slo stages transfer_times estimates urgency write_ledger"
     ),
     "router.admission": "audit base goodput shortage structural writers",
     "router.gate": "base drain fairness goodput line moore_hodgson plan readers waiting",
@@ -83,14 +84,13 @@ def state() -> str:
 
 
 def use_compiled() -> None:
-    """From now on imports find what was compiled, if it is up to date. Repeatable."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path) and state() == "compiled":
+    """From now on imports find what was compiled, if it is up to date; not if a core is there already, as
+    some compiled and others not would not know each other. Repeatable."""
+    known = any(isinstance(finder, _Finder) for finder in sys.meta_path) or not sys.modules.keys().isdisjoint(
+        MODULES
+    )
+    if not known and state() == "compiled":
         sys.meta_path.insert(0, _Finder(DIRECTORY))
-
-
-def use_sources() -> None:
-    """From now on imports find the sources, in this process: tests put doubles in the place of parts."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
 
 
 class _Finder(MetaPathFinder):

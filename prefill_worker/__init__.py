@@ -4,5 +4,3 @@ Knows: the order in which prompts are computed, and which of them are owed to wh
 Does not know: models (a StepRunner computes), other prefill workers, or how requests are placed.
 Start reading at `loop.py` (the life of a request in this role), then `scheduler.py`.
 """
-
-import engine  # noqa: F401 - has compiled cores found (engine/cores.py)

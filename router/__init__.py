@@ -9,5 +9,3 @@ reading at `dispatch.py` (the life of a request), then `live_requests.py` (its b
 
 Never imports torch or Ray: it is a process of its own, `python -m router SETTINGS_JSON`.
 """
-
-import engine  # noqa: F401 - has compiled cores found (engine/cores.py)

@@ -1,4 +1,4 @@
-"""Compiled cores decide what their sources decide, and are used only where they were made from them."""
+"""Compiled cores decide what their sources decide; simulations use them where they are up to date."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import simulates
 from engine import cores
 from engine.latency import LatencyModel
 from router.slo import SloLimits
@@ -63,20 +64,40 @@ def test_they_decide_the_same(shape: str, tmp_path: Path):
     assert found == simulated(SHAPES[shape], tmp_path / "sources.csv", PRELAY_CORES="source")
 
 
+FILES = "import sys, importlib as i\nfor m in sys.argv[1:]: print(i.import_module(m).__file__)"
+USE = "from engine import cores; cores.use_compiled()\n"
+
+
 @compiled
 def test_every_core_is_found_compiled_and_where_asked_for_from_its_source():
-    files = "import sys, importlib as i\nfor m in sys.argv[1:]: print(i.import_module(m).__file__)"
-    found = python("import engine\n" + files, *cores.MODULES).split()
+    found = python(USE + FILES, *cores.MODULES).split()
     assert {Path(file).suffix for file in found} == {".so"}
-    found = python("import engine\n" + files, *cores.MODULES, PRELAY_CORES="source").split()
+    found = python(USE + FILES, *cores.MODULES, PRELAY_CORES="source").split()
     assert [Path(file) for file in found] == [ROOT / cores.source_of(module) for module in cores.MODULES]
 
 
+def test_what_serves_runs_the_sources():
+    serving = (
+        "router.app",
+        "cluster.host",
+        "cluster.host_engine",
+        "cluster.launch",
+        "cluster.role_controller",
+    )
+    code = f"import {', '.join(serving)}\n" + FILES
+    assert {Path(file).suffix for file in python(code, *cores.MODULES).split()} == {".py"}
+
+
 @compiled
-@pytest.mark.parametrize("package", ["engine", "router", "cluster", "prefill_worker", "decode_worker"])
-def test_whichever_package_comes_first_has_them_found(package: str):
-    code = f"import {package}, router.estimates; print(router.estimates.__file__)"
-    assert Path(python(code).strip()).suffix == ".so"
+def test_where_a_core_is_there_already_the_others_are_no_compiled_ones():
+    found = python("import router.slo\n" + USE + FILES, *cores.MODULES).split()
+    assert {Path(file).suffix for file in found} == {".py"}
+
+
+@compiled
+def test_the_way_to_them_is_laid_once():
+    code = "import sys; before = len(sys.meta_path)\n"
+    assert python(code + USE + USE + "print(len(sys.meta_path) - before)") == "1\n"
 
 
 @compiled
@@ -84,11 +105,28 @@ def test_what_one_process_pickles_another_restores():
     """Whether the one runs sources and the other what was compiled, or the other way round."""
     given = (LatencyModel({"step": 0.5}), SloLimits(1.0, 0.25))
     code = "import sys, pickle; v = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
-    said, pickled = python(code + "print(repr(v), pickle.dumps(v).hex())", pickle.dumps(given).hex()).rsplit(
-        maxsplit=1
-    )
+    code += "print(repr(v), pickle.dumps(v).hex())"
+    said, pickled = python(USE + code, pickle.dumps(given).hex()).rsplit(maxsplit=1)
     assert said == repr(given)
     assert pickle.loads(bytes.fromhex(pickled)) == given
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("simulate --rate 1", True),
+        ("plan --live 127.0.0.1:9091", True),
+        ("controller --config x.yaml", True),
+        ("goodput --config x.yaml --simulate", True),
+        ("goodput --simulate=profile.json", True),
+        ("goodput --config x.yaml", False),
+        ("router --json", False),
+        ("accuracy", False),
+        ("", False),
+    ],
+)
+def test_commands_that_simulate_are_known(words: str, expected: bool):
+    assert simulates(words.split()) is expected
 
 
 def test_all_of_them_are_sources_that_are_there():
@@ -112,17 +150,6 @@ def test_nothing_compiled_is_used_where_it_is_missing_old_or_not_wanted(
     monkeypatch.delenv(cores.VARIABLE)
     (tmp_path / cores.HASH_FILE).write_text("of other sources")
     assert cores.state() == "run from their sources (edited since they were compiled)"
-
-
-def test_the_way_to_them_is_laid_once_and_can_be_taken_away(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    before = list(sys.meta_path)
-    monkeypatch.setattr(cores, "state", lambda: "compiled")
-    cores.use_compiled()
-    cores.use_compiled()
-    assert len(sys.meta_path) == len(before) + 1
-    cores.use_sources()
-    assert sys.meta_path == before
 
 
 def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
