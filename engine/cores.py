@@ -86,10 +86,9 @@ def state() -> str:
 def use_compiled() -> None:
     """From now on imports find what was compiled, if it is up to date; not if a core is there already, as
     some compiled and others not would not know each other. Repeatable."""
-    known = any(isinstance(finder, _Finder) for finder in sys.meta_path) or not sys.modules.keys().isdisjoint(
-        MODULES
-    )
-    if not known and state() == "compiled":
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    if sys.modules.keys().isdisjoint(MODULES) and state() == "compiled":
         sys.meta_path.insert(0, _Finder(DIRECTORY))
 
 
@@ -101,9 +100,9 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         file = self._files.get(fullname)
-        return (
-            None if file is None else spec_from_file_location(fullname, file, loader=_Loader(fullname, file))
-        )
+        if file is None:
+            return None
+        return spec_from_file_location(fullname, file, loader=_Loader(fullname, file))
 
 
 class _Loader(ExtensionFileLoader):

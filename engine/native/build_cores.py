@@ -32,6 +32,7 @@ class BuildError(Exception):
 
 def build(directory: Path) -> None:
     """Compile into `directory`, in place of what is there. Raises BuildError."""
+    made_from = cores.source_hash()  # who edits one meanwhile has another
     with tempfile.TemporaryDirectory() as work:
         fresh = Path(work, "cores")
         # A process of its own: the compiler looks at where it is, and setuptools changes what is global.
@@ -41,10 +42,10 @@ def build(directory: Path) -> None:
             lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
             errors = [line for line in lines if "error" in line.lower()] or lines
             raise BuildError(errors[-1])
-        (fresh / cores.HASH_FILE).write_text(cores.source_hash())
         try:
             shutil.rmtree(directory, ignore_errors=True)
             shutil.copytree(fresh, directory)
+            (directory / cores.HASH_FILE).write_text(made_from)  # last: nobody uses half of them
         except OSError as error:
             raise BuildError(f"{directory} cannot be written: {error}") from error
 

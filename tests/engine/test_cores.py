@@ -155,7 +155,11 @@ def test_nothing_compiled_is_used_where_it_is_missing_old_or_not_wanted(
 def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from engine.native import build_cores
 
-    monkeypatch.setattr(cores, "ROOT", tmp_path)  # where nothing is
-    with pytest.raises(build_cores.BuildError, match="Cannot read file"):
+    for module in cores.MODULES:
+        source = tmp_path / cores.source_of(module)
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("broken = (")
+    monkeypatch.setattr(cores, "ROOT", tmp_path)
+    with pytest.raises(build_cores.BuildError, match=r"\.py:1: error: '\(' was never closed"):
         build_cores.build(tmp_path / "target")
     assert not (tmp_path / "target").exists()
