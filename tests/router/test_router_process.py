@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pkgutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,29 @@ async def test_it_says_where_it_listens_and_stops_when_told(checkpoint, end):
     rest, errors = await asyncio.wait_for(process.communicate(), 10)
     assert (process.returncode, rest) == (0, b""), errors
     assert b"Traceback" not in errors
+
+
+def threads_of(pid):
+    return [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+async def test_with_one_core_its_threads_take_turns(checkpoint, cores):
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < cores:
+        pytest.skip(f"{cores} cores are needed")
+    os.sched_setaffinity(0, allowed[:cores])
+    try:
+        process = await spawn(settings_json(checkpoint))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    await process.stdout.readline()
+    threads = threads_of(process.pid)
+    policies = {os.sched_getscheduler(thread) for thread in threads}
+    process.stdin.close()
+    await asyncio.wait_for(process.communicate(), 10)
+    assert len(threads) > 1
+    assert policies == {os.SCHED_BATCH if cores == 1 else os.SCHED_OTHER}
 
 
 @pytest.mark.parametrize("setting", ["http", "grpc", "metrics", "admin"])
