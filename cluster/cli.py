@@ -57,6 +57,13 @@ _KEY_FLAGS: tuple[tuple[str, str, type, str, str], ...] = (
         "none (default), observe, or act: change roles by load.",
     ),
     ("--ray-address", "ray.address", str, "HOST:PORT", "Join this Ray cluster instead of starting one."),
+    (
+        "--detach",
+        "ray.detached",
+        str,
+        "NAME",
+        "Leave it in that cluster, until `prelay stop NAME`.",
+    ),
 )
 
 
@@ -127,6 +134,32 @@ def serve(config_file: Path | None, as_json: bool, debug: bool, **settings: Any)
     """
     config = _load(config_file, settings)
     return _run_guarded("serve", config, as_json, debug)
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("name")
+@click.option("--ray-address", metavar="HOST:PORT", required=True, help="The Ray cluster that it lives in.")
+def stop(name: str, ray_address: str) -> int:
+    """End a deployment that was started by `prelay serve --detach NAME`: its controller and its workers.
+
+    Its routers go on without workers. A `prelay serve` in a terminal is ended by Ctrl-C instead.
+
+    \b
+    Examples:
+      prelay stop chat --ray-address 10.0.0.2:6379
+    """
+    import asyncio
+
+    from cluster.detached import stop_detached
+    from cluster.sections import parse_host_port
+
+    try:
+        parse_host_port(ray_address)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--ray-address") from error
+    ended = asyncio.run(stop_detached(name, ray_address))
+    click.echo(f"deployment {name} has ended; it had {ended} worker{'' if ended == 1 else 's'}")
+    return 0
 
 
 @cli.command(epilog=_EXIT_CODES)

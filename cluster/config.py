@@ -28,6 +28,8 @@ from cluster.sections import (
     TransferSection,
 )
 
+_HEAD_SILENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
 
 class ServeConfig(BaseModel):
     """The whole configuration. Unknown keys are refused, and values are taken as written, not guessed at."""
@@ -104,11 +106,37 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _controllers_see_all_that_comes(self) -> Self:
-        if len(self.router.external) > 1 and self.controller.mode != "none":
+        routers = len(self.router.external) + self.router.actors
+        if routers > 1 and self.controller.mode != "none":
             raise ValueError(
-                f"controller.mode is {self.controller.mode}, but router.external names "
-                f"{len(self.router.external)} routers: the controller would know of the requests of one of "
-                "them only; set it to none"
+                f"controller.mode is {self.controller.mode}, but there are {routers} routers "
+                f"({'router.external' if self.router.external else 'router.actors'}): the controller would "
+                "know of the requests of one of them only; set it to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _detached_needs_nothing_of_this_process(self) -> Self:
+        name = self.ray.detached
+        if name is not None and self.ray.address is None:
+            raise ValueError(
+                f"ray.detached is {name!r}, but ray.address is not given: a private Ray ends with whoever "
+                "starts it; start one with `ray start --head`, and give its address"
+            )
+        if name is not None and not self.router.external and not self.router.actors:
+            raise ValueError(
+                f"ray.detached is {name!r}, but router.actors is 0 and router.external names no router: one "
+                "of our own would end with whoever starts it; set router.actors to 1, or start some with "
+                "`prelay router`, and name their admin ports"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _actors_have_a_cluster(self) -> Self:
+        if self.router.actors and self.ray.address is None:
+            raise ValueError(
+                f"router.actors is {self.router.actors}, but ray.address is not given: on this machine the "
+                "router needs no Ray; leave router.actors out, or join a Ray cluster"
             )
         return self
 
@@ -150,6 +178,8 @@ def child_environment(local_ray: bool) -> dict[str, str]:
     local_ray: Ray is started here, for this deployment alone.
     """
     switches = {
+        # Without the head of the Ray cluster, which serves nothing, we go on for a week, instead of a minute.
+        _HEAD_SILENCE: os.environ.get(_HEAD_SILENCE, "604800"),
         # Ray forks while gRPC runs in the same process; gRPC's own precautions for that made the two wait
         # for each other.
         "GRPC_ENABLE_FORK_SUPPORT": "0",

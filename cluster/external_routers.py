@@ -47,6 +47,10 @@ class ExternalRouters:
             )
         return routers
 
+    def use(self, routers: Sequence[RouterAdmin]) -> None:
+        """From now on these."""
+        self._routers = routers
+
     async def register(self, info: worker_pb2.WorkerInfo, secret: str) -> None:
         """With all that answer. Raises WorkerError if one of these refuses it, or none answers."""
 

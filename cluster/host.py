@@ -73,6 +73,7 @@ class WorkerHost:
         self._progress = Progress("starting", 0.0)
         self._engine: HostEngine | None = None
         self._serves: _Serves | None = None
+        self._report: StartReport | None = None
         allowed = sorted(os.sched_getaffinity(0))
         if spec.is_simulated:
             # It sleeps most of the time: it gets in nobody's way wherever it runs.
@@ -87,6 +88,12 @@ class WorkerHost:
     async def progress(self) -> Progress:
         """Answers also while the model loads."""
         return self._progress
+
+    async def life(self) -> tuple[dict[str, Any], StartReport] | None:
+        """What it serves, as a HostSpec's wire, and what it said when that began; None if it serves nothing
+        (yet). For a launcher that has not started it."""
+        report = self._report
+        return None if self._serves is None or report is None else (self._spec.to_wire(), report)
 
     async def start(self) -> StartReport:
         """Load the model and serve. Raises EngineError, TransferError or OSError."""
@@ -166,12 +173,13 @@ class WorkerHost:
         await service.start()
         await server.start()
         self._progress = Progress("ready", 1.0)
-        return StartReport(
+        self._report = StartReport(
             info.SerializeToString(),
             sum(blocks.nbytes for blocks in engine.memory.ranks),
             tuple(sorted({core for share in self._shares for core in share.cores})),
             self._shares[0].shared,
         )
+        return self._report
 
     async def serving(self) -> None:
         """Never returns: that it fails is how Ray tells the launcher that this process has ended."""

@@ -1,6 +1,7 @@
 """A deployment: the router, Ray, and the workers of all pools; started in that order, watched, and stopped.
 
-The router comes first because it takes the public ports, and a port in use must be known at once. Stopping
+The router comes first because it takes the public ports, and a port in use must be known at once; routers
+that are actors need Ray before. Stopping
 goes the same way: first the router, which ends its clients' streams with a clear error, then the workers,
 then Ray.
 """
@@ -11,7 +12,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +24,16 @@ from cluster.errors import ClusterError, WorkerError
 from cluster.external_routers import ExternalRouters
 from cluster.host_spec import HostSpec
 from cluster.pool_changes import can_serve
-from cluster.ray_cluster import RayCluster
+from cluster.ray_cluster import Left, RayCluster
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
 from cluster.role_controller import RoleController
+from cluster.router_actors import RouterActors
 from cluster.router_admin import Routers
 from cluster.router_config import router_settings
 from cluster.router_process import RouterAddresses, RouterProcess
-from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife
-from cluster.worker_specs import worker_specs
+from cluster.worker_life import LiveWorker, RestartPolicy, WorkerLife, life_of
+from cluster.worker_specs import named_worker, worker_specs
 from engine.tls import Identity
 
 T = TypeVar("T")
@@ -42,11 +44,13 @@ _ATTACH_BEAT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What listens where, once everything does. addresses, router_pid: None if the routers run elsewhere."""
+    """What listens where, once everything does. addresses, router_pid: of a router of our own; else None.
+    router_actors: of those that are actors."""
 
     config: ServeConfig
     addresses: RouterAddresses | None
     router_pid: int | None
+    router_actors: tuple[RouterAddresses, ...]
     workers: tuple[LiveWorker, ...]
     startup_s: float
 
@@ -71,7 +75,9 @@ class Deployment:
         self._config = config
         self._reporter = reporter
         self._on_router_log = on_router_log
-        self._cluster = RayCluster(config.ray.address, config.num_cpus, run_directory, config.ray.wait_s)
+        self._cluster = RayCluster(
+            config.ray.address, config.num_cpus, run_directory, config.ray.wait_s, config.ray.detached
+        )
         self._router: RouterProcess | ExternalRouters | None = None
         self._lives: list[WorkerLife] = []
         self._control: ControlServer | None = None
@@ -87,21 +93,34 @@ class Deployment:
         self._reporter.progress("router", "starting", None)
         if self._config.tls.internal is not None:
             self._identity = Identity(self._config.tls.internal)
+        if self._config.router.actors:
+            await self._start_ray()
         router = self._router = await self._find_router()
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
         self._reshape = reshape = Reshape(self._config, self, router)
         self._cover = Cover(self, reshape, self._reporter)
-        self._control = await ControlServer.start(reshape, self._config.router.admin, self._identity)
+        self._control = await ControlServer.start(reshape, self._control_beside(), self._identity)
         await router.controlled_at(self._control.address)
         own = router if isinstance(router, RouterProcess) else None
         took_s = time.monotonic() - begin
         addresses, pid = (None, None) if own is None else (own.addresses, own.pid)
-        return Ready(self._config, addresses, pid, workers, took_s)
+        actors = tuple(router.addresses) if isinstance(router, RouterActors) else ()
+        return Ready(self._config, addresses, pid, actors, workers, took_s)
+
+    def _control_beside(self) -> str:
+        """HOST:PORT: where operators reach us is a matter of the host alone."""
+        if self._config.ray.detached is None:
+            return self._config.router.admin
+        return f"{self._cluster.node_address()}:0"  # wherever Ray has put us
 
     async def _find_router(self) -> RouterProcess | ExternalRouters:
         if external := self._config.router.external:
             return await ExternalRouters.connect(external, self._identity)
+        if self._config.router.actors:
+            return await RouterActors.launch(
+                self._cluster, self._config, self._reporter, self._identity, self._router_log_level
+            )
         settings = router_settings(self._config, self._router_log_level)
         return await RouterProcess.start(settings.to_json(), self._on_router_log, self._identity)
 
@@ -119,6 +138,7 @@ class Deployment:
                 _end_of(self._cluster),
                 self._keep_attached(self._router),
                 self._cover.keep(),
+                *([self._router.keep()] if isinstance(self._router, RouterActors) else []),
                 *self._controllers(self._router, self._reshape),
             )
             await _unless_it_fails(_all(*watches), self._watch())
@@ -180,19 +200,39 @@ class Deployment:
         self._keeping[asyncio.create_task(life.keep_alive())] = life
         self._added.set()
 
-    async def _start_workers(self, router: Routers) -> tuple[LiveWorker, ...]:
+    async def _start_ray(self) -> None:
         where = self._config.ray.address
         self._reporter.progress("ray", f"joining {where}" if where else "starting", None)
         await self._cluster.start()
         self._reporter.progress("ray", "ready", 1.0)
-        self._lives = [self._life(spec, router) for spec in worker_specs(self._config)]
-        workers = await _all(*(life.start() for life in self._lives))
+
+    async def _start_workers(self, router: Routers) -> tuple[LiveWorker, ...]:
+        if not self._config.router.actors:
+            await self._start_ray()
+        if left := await self._cluster.left():
+            workers = await self._take_over(left, router)
+        else:
+            self._lives = [self._life(spec, router) for spec in worker_specs(self._config)]
+            workers = await _all(*(life.start() for life in self._lives))
         if any(worker.report.cores_shared for worker in workers):
             self._reporter.event(
                 f"warning: the workers have {self._config.num_cpus} threads together, more than there are "
                 "cores: some share a core, and their timings will suffer"
             )
         return tuple(workers)
+
+    async def _take_over(self, left: Mapping[str, Left], router: Routers) -> list[LiveWorker]:
+        """Those that serve go on; the others begin another life."""
+        self._reporter.event(f"taking over {', '.join(left)}")
+        found = await _all(*(life_of(one.actor) for one in left.values()))
+        self._secret = next((one.spec.secret for one in found if one is not None), self._secret)
+        specs = [
+            named_worker(self._config, worker_id) if one is None else one.spec
+            for worker_id, one in zip(left, found, strict=True)
+        ]
+        self._lives = [self._life(spec, router) for spec in specs]
+        each = zip(self._lives, left.values(), found, strict=True)
+        return await _all(*(life.resume(of_it, one) for life, of_it, one in each))
 
     async def _keep_attached(self, router: Routers) -> None:
         """Attach workers again that the router has given up; runs for ever."""

@@ -20,14 +20,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import ray
 import ray.exceptions
+from ray.util import list_named_actors
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -59,6 +61,16 @@ class Place:
     first_slot: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What there is already of a worker of a detached deployment. actor: of its latest life; None if that is
+    over."""
+
+    group: PlacementGroup
+    node_id: str
+    actor: Any
+
+
 class RayCluster:
     """A private Ray on this machine, or a running one that was joined.
 
@@ -66,21 +78,31 @@ class RayCluster:
     Ray's files.
     """
 
-    def __init__(self, address: str | None, num_cpus: int, directory: Path, wait_s: float = 0.0) -> None:
-        """wait_s: how long nodes of a cluster that is joined may take to come."""
+    def __init__(
+        self,
+        address: str | None,
+        num_cpus: int,
+        directory: Path,
+        wait_s: float = 0.0,
+        detached: str | None = None,
+    ) -> None:
+        """wait_s: how long nodes of a cluster that is joined may take to come. detached: name of a deployment
+        whose actors and places outlive this process."""
         self.is_local = address is None
         self._wait_s = wait_s
         self._address = address
         self._num_cpus = num_cpus
         self._directory = directory
-        self._namespace = f"prelay-{directory.name.removeprefix('prelay-')}"
+        self._namespace = f"prelay-{detached or directory.name.removeprefix('prelay-')}"
+        self._lifetime = None if detached is None else "detached"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._started = False
         # Of a joined cluster: whose the slots of each node's cores are.
         self._slots: defaultdict[str, dict[int, str]] = defaultdict(dict)
 
     async def start(self) -> None:
-        """Raises RayError if Ray does not start, cannot be reached, or has too few CPUs."""
+        """Raises RayError if Ray does not start, cannot be reached, or has too few CPUs; for workers that are
+        there already (`left`) it has them."""
         for name in ("ray", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if self._address is None:
@@ -95,11 +117,71 @@ class RayCluster:
                 include_dashboard=False,
                 _temp_dir=str(self._directory),
             )
-        else:
+            return
+        if not ray.is_initialized():  # as it is in a process that Ray has started itself
             await self._check_address(self._address)
             what = f"join the Ray cluster at {self._address}"
             await self._init(what, _JOIN_TIMEOUT_S, address=self._address)
+        if not await self.left():
             await self._wait_for_nodes()
+
+    def node_address(self) -> str:
+        """Of the node that this process is on."""
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+        return address
+
+    async def left(self) -> dict[str, Left]:
+        """The workers of this detached deployment that somebody has started before, by their ids. A worker
+        that is wanted has a place, whether it lives or not."""
+        return {} if self._lifetime is None else await self._call(self._find_left)
+
+    async def named(self, name: str) -> Any:
+        """The actor of this detached deployment with that name; None if there is none."""
+        with contextlib.suppress(ValueError):
+            return await self._call(ray.get_actor, name, self._namespace)
+        return None
+
+    async def actors(self) -> list[Any]:
+        """All actors of this detached deployment."""
+        found = []
+        actors: Any = await self._call(list_named_actors, all_namespaces=True)
+        for actor in actors:
+            if actor["namespace"] == self._namespace and (one := await self.named(actor["name"])) is not None:
+                found.append(one)
+        return found
+
+    async def detached(self) -> list[str]:
+        """The names of all detached deployments that have an actor."""
+        actors: Any = await self._call(list_named_actors, all_namespaces=True)
+        spaces = {actor["namespace"] for actor in actors}
+        return sorted(space.removeprefix("prelay-") for space in spaces if space.startswith("prelay-"))
+
+    async def spawn_alone(
+        self,
+        actor_class: type,
+        name: str,
+        *args: object,
+        resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+        max_restarts: int = 0,
+    ) -> Any:
+        """Start an actor that takes no CPUs, on a node with these resources and labels. max_restarts: so
+        often Ray starts it again, with the same arguments; -1 is always. Raises RayError if there is one of
+        that name."""
+        remote_class: Any = ray.remote(actor_class)
+        options = remote_class.options(
+            name=name,
+            num_cpus=0,
+            resources=dict(resources or {}),
+            label_selector=dict(labels) if labels else None,
+            lifetime=self._lifetime,
+            max_restarts=max_restarts,
+            scheduling_strategy="SPREAD",
+        )
+        try:
+            return await self._call(options.remote, *args)
+        except ValueError as error:
+            raise RayError(f"there is an actor {name} in {self._namespace} already") from error
 
     async def place(self, spec: HostSpec) -> Place:
         """Reserve CPUs for one worker. Raises RayError if they do not become free in time."""
@@ -108,7 +190,8 @@ class RayCluster:
             placement_group,
             [bundle],
             strategy="STRICT_PACK",
-            name=f"prelay {spec.worker_id}",
+            name=f"{self._namespace} {spec.worker_id}",
+            lifetime=self._lifetime,
             bundle_label_selector=[dict(spec.labels)] if spec.labels else None,
         )
         try:
@@ -146,8 +229,13 @@ class RayCluster:
         first = next(
             i for i in range(len(taken) * spec.num_cpus + 1) if not any(i + n in taken for n in wanted)
         )
-        taken.update({first + n: spec.worker_id for n in wanted})
-        return Place(group, node_id, first)
+        return self.held(group, node_id, replace(spec, first_slot=first))
+
+    def held(self, group: PlacementGroup, node_id: str, spec: HostSpec) -> Place:
+        """The place of a worker on a joined cluster that has the slots of its spec."""
+        taken = self._slots[node_id]
+        taken.update({spec.first_slot + n: spec.worker_id for n in range(spec.num_cpus)})
+        return Place(group, node_id, spec.first_slot)
 
     async def spawn(
         self, actor_class: type, group: PlacementGroup, name: str, num_cpus: int, *args: object
@@ -158,6 +246,7 @@ class RayCluster:
         options = remote_class.options(
             name=name,
             num_cpus=num_cpus,
+            lifetime=self._lifetime,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
@@ -214,6 +303,24 @@ class RayCluster:
         """
         if self._started and not self.is_local:
             await self._call(ray.shutdown)
+
+    def _find_left(self) -> dict[str, Left]:
+        found = {}
+        lives: dict[str, tuple[int, str]] = {}
+        for actor in list_named_actors(all_namespaces=True):
+            worker_id, _, epoch = str(actor["name"]).rpartition("-")
+            if actor["namespace"] == self._namespace and epoch.isdigit():
+                lives[worker_id] = max(lives.get(worker_id, (0, "")), (int(epoch), actor["name"]))
+        for entry in placement_group_table().values():
+            space, _, worker_id = entry["name"].partition(" ")
+            if space != self._namespace or entry["state"] == "REMOVED":
+                continue
+            actor = None
+            with contextlib.suppress(ValueError):  # it has just ended
+                actor = ray.get_actor(lives[worker_id][1], self._namespace) if worker_id in lives else None
+            node_id = str(entry["bundles_to_node_id"].get(0, ""))
+            found[worker_id] = Left(get_placement_group(entry["name"]), node_id, actor)
+        return dict(sorted(found.items()))
 
     async def _init(self, what: str, timeout_s: float, **options: Any) -> None:
         common: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Protocol
 
 from rich.console import Console
@@ -73,6 +74,29 @@ class BarReporter:
     def close(self) -> None:
         self._closed = True
         self._bars.stop()
+
+
+class KeptReporter:
+    """For somebody elsewhere who asks from time to time what there is to report: `lines` and the log have the
+    events, `stages` how far each part has come."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.lines: list[str] = []
+        self.stages: dict[str, tuple[str, float | None]] = {}
+        self._log = log
+        self._closed = False
+
+    def progress(self, what: str, stage: str, fraction: float | None) -> None:
+        if not self._closed:
+            self.stages[what] = stage, fraction
+
+    def event(self, line: str) -> None:
+        if not self._closed:
+            self.lines.append(line)
+        self._log.info("%s", line)
+
+    def close(self) -> None:
+        self._closed = True
 
 
 def _say(console: Console, line: str) -> None:

@@ -3,6 +3,7 @@ listens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.config import ServeConfig
@@ -53,10 +54,16 @@ def _path(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def listening(config: ServeConfig, addresses: RouterAddresses | None) -> list[tuple[str, str, str]]:
-    """What there is, where, and what for. addresses: of our own router; None if it runs elsewhere."""
+def listening(
+    config: ServeConfig, addresses: RouterAddresses | None, actors: Sequence[RouterAddresses] = ()
+) -> list[tuple[str, str, str]]:
+    """What there is, where, and what for. addresses: of our own router; None if it runs elsewhere. actors: of
+    those that are actors."""
     if addresses is None:
-        return [("router", address, "runs elsewhere; its admin port") for address in config.router.external]
+        elsewhere = [
+            ("router", address, "runs elsewhere; its admin port") for address in config.router.external
+        ]
+        return elsewhere + [line for one in actors for line in listening(config, one)]
     scheme = "http" if config.tls.clients is None else "https"
     return [
         ("HTTP", f"{scheme}://{addresses.http}", "OpenAI-compatible, under /v1"),

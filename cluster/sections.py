@@ -177,6 +177,7 @@ class RouterSection(Section):
     max_choices: most answers that one HTTP call may ask for. max_body_bytes: of an HTTP body or gRPC message.
     tenants: file of who may ask, with keys and limits (router/tenants.py); None lets everybody. external:
     admin ports of routers that run elsewhere (`prelay router`), to be used instead of one of our own.
+    actors: instead, so many routers as actors of the Ray cluster, on nodes with these resources and labels.
     """
 
     http: HostPort = "127.0.0.1:8000"
@@ -184,6 +185,9 @@ class RouterSection(Section):
     metrics: HostPort = "127.0.0.1:9090"
     admin: HostPort = "127.0.0.1:9091"
     external: list[HostPort] = Field(default_factory=list)
+    actors: Annotated[int, Field(ge=0, le=64)] = 0
+    resources: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    labels: dict[Name, str] = Field(default_factory=dict)
     policy: Annotated[str, AfterValidator(_known_policy)] = "goodput"
     suspect_after_s: Seconds | None = None
     liveness_timeout_s: Annotated[float, Field(ge=0.2, allow_inf_nan=False)] = 1.5
@@ -207,6 +211,19 @@ class RouterSection(Section):
             raise ValueError(
                 f"router.suspect_after_s is {self.suspect_after_s}, but it must be between a third of "
                 f"router.liveness_timeout_s ({longest}), the time of two signs of life, and all of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routers_are_of_one_kind(self) -> Self:
+        if self.external and self.actors:
+            raise ValueError(
+                f"router.external names routers, and router.actors is {self.actors}: use one of the two"
+            )
+        if (self.resources or self.labels) and not self.actors:
+            raise ValueError(
+                "router.resources and router.labels choose the nodes of routers that are actors, but "
+                "router.actors is 0: raise it"
             )
         return self
 
@@ -309,7 +326,9 @@ class TlsSection(Section):
 
 class RaySection(Section):
     """address: HOST:PORT of a running Ray cluster; None starts a private one on this machine. wait_s: how
-    long to wait for nodes of a running one that are still to join it."""
+    long to wait for nodes of a running one that are still to join it. detached: name of a deployment that
+    lives in that cluster without whoever started it, until `prelay stop`; None ends with `prelay serve`."""
 
     address: HostPort | None = None
     wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    detached: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")] | None = None

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 
+from cluster.detached import start_detached
 from cluster.launch import Deployment, Ready
 from cluster.orders import Order
 from cluster.reporter import reporter_for
@@ -21,24 +22,36 @@ from cluster.worker_life import LiveWorker
 
 
 async def serve(order: Order, run_directory: Path) -> None:
-    """Runs until it is cancelled, which is how it is stopped. Raises ClusterError if the deployment fails."""
+    """Runs until it is cancelled, which is how it is stopped; a detached deployment only until it serves.
+    Raises ClusterError if the deployment fails."""
     console = Console(stderr=True)
     reporter = reporter_for(console)
+    if order.config.ray.detached is not None:
+        try:
+            ready = await start_detached(order, run_directory, reporter)
+        finally:
+            reporter.close()
+        _show(ready, order)
+        return
     log_level = "INFO" if order.debug else "WARNING"
     deployment = Deployment(order.config, run_directory, reporter, reporter.event, log_level)
     try:
         ready = await deployment.start()
         reporter.close()
-        if order.as_json:
-            print(json.dumps(ready_json(ready)), flush=True)
-        else:
-            # A pipe has no width to respect.
-            Console(width=None if sys.stdout.isatty() else 120).print(ready_panel(ready))
+        _show(ready, order)
         await deployment.run()
     finally:
         reporter.close()
         reporter.event("stopping")
         await deployment.stop()
+
+
+def _show(ready: Ready, order: Order) -> None:
+    if order.as_json:
+        print(json.dumps(ready_json(ready)), flush=True)
+    else:
+        # A pipe has no width to respect.
+        Console(width=None if sys.stdout.isatty() else 120).print(ready_panel(ready))
 
 
 def ready_json(ready: Ready) -> dict[str, Any]:
@@ -50,8 +63,10 @@ def ready_json(ready: Ready) -> dict[str, Any]:
         "policy": ready.config.router.policy,
         **({} if ready.addresses is None else asdict(ready.addresses)),
         "external_routers": ready.config.router.external,
+        "router_actors": [asdict(addresses) for addresses in ready.router_actors],
         "router_pid": ready.router_pid,
         "ray": ready.config.ray.address or "local",
+        "detached": ready.config.ray.detached,
         "workers": [_worker_json(worker) for worker in ready.workers],
         "startup_s": round(ready.startup_s, 3),
     }
@@ -75,7 +90,7 @@ def _worker_json(worker: LiveWorker) -> dict[str, Any]:
 def ready_panel(ready: Ready) -> Panel:
     """The same for a person."""
     listeners = Table.grid(padding=(0, 2))
-    for name, url, note in listening(ready.config, ready.addresses):
+    for name, url, note in listening(ready.config, ready.addresses, ready.router_actors):
         listeners.add_row(f"[bold]{name}[/]", f"[cyan]{url}[/]", f"[dim]{note}[/]")
     workers = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
     for column in ("worker", "core", "pid", "KV tokens", "address", "metrics"):
@@ -90,7 +105,13 @@ def ready_panel(ready: Ready) -> Panel:
             info.address,
             info.metrics_address,
         )
-    body = Group(listeners, "", workers, "", "[dim]Ctrl-C stops everything.[/]")
+    ray = ready.config.ray
+    end = (
+        "Ctrl-C stops everything."
+        if ray.detached is None
+        else f"It goes on by itself; prelay stop {ray.detached} --ray-address {ray.address} ends it."
+    )
+    body = Group(listeners, "", workers, "", f"[dim]{end}[/]")
     title = (
         f"prelay serves [bold]{ready.config.model.name}[/], policy [bold]{ready.config.router.policy}[/], "
         f"ready in {ready.startup_s:.1f} s"

@@ -30,7 +30,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.errors import ClusterError, ModelError, WorkerError
 from cluster.host import Progress, StartReport, WorkerHost
 from cluster.host_spec import HostSpec
-from cluster.ray_cluster import Place, RayCluster
+from cluster.ray_cluster import Left, Place, RayCluster
 from cluster.reporter import Reporter
 from cluster.router_admin import Routers
 from engine.errors import EngineError
@@ -67,6 +67,25 @@ class LiveWorker:
 
     info: worker_pb2.WorkerInfo
     report: StartReport
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLife:
+    """Of a worker that another launcher has started. spec: what it serves now."""
+
+    spec: HostSpec
+    report: StartReport
+
+
+async def life_of(actor: Any) -> FoundLife | None:
+    """actor: a WorkerHost, or None. Returns None if it serves nothing, or does not answer."""
+    if actor is None:
+        return None
+    try:
+        found = await asyncio.wait_for(_result(actor.life.remote()), _ANSWER_TIMEOUT_S)
+    except (TimeoutError, ray.exceptions.RayError):
+        return None
+    return None if found is None else FoundLife(HostSpec.from_wire(found[0]), found[1])
 
 
 class WorkerLife:
@@ -127,6 +146,18 @@ class WorkerLife:
         )
         report = await self._started(self._actor)
         return await self._serves(report)
+
+    async def resume(self, left: Left, found: FoundLife | None) -> LiveWorker:
+        """Go on with a worker that another launcher has left: in its place, and with its life if there is
+        one. Raises like `start`."""
+        self._place = Place(left.group, left.node_id, None)
+        if found is None:
+            if left.actor is not None:
+                await self._cluster.kill(left.actor)
+            return await self.start()
+        self._actor, self._epoch, self.template = left.actor, found.spec.epoch, found.spec
+        self._place = self._cluster.held(left.group, left.node_id, found.spec)
+        return await self._serves(found.report)
 
     async def become(self, template: HostSpec) -> LiveWorker:
         """End this life, and begin the next one by `template` in the same process.
@@ -292,6 +323,7 @@ class WorkerLife:
     async def _serves(self, report: StartReport) -> LiveWorker:
         """A life is ready: let the router use it."""
         info = worker_pb2.WorkerInfo.FromString(report.info)
+        info.role = self.template.role  # in the middle of a life it may have changed
         await self._router.register(info, self.template.secret)
         self._reporter.progress(self.worker_id, "ready", 1.0)
         # Its next life need not measure its steps again, perhaps beside those that serve on while it is away.

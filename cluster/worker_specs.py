@@ -42,6 +42,15 @@ def another_worker(config: ServeConfig, role: worker_pb2.Role, others: Collectio
     return replace(spec, first_slot=slot, slots=max([slot + spec.num_cpus, *(one.slots for one in others)]))
 
 
+def named_worker(config: ServeConfig, worker_id: str) -> HostSpec:
+    """One that the configuration names, or that has joined since. Raises ConfigError."""
+    for spec in worker_specs(config):
+        if spec.worker_id == worker_id:
+            return spec
+    role = next(role for role, name in ROLE_NAMES.items() if name == worker_id.rpartition("-")[0])
+    return worker_spec(config, role, worker_id, 0)
+
+
 def worker_spec(config: ServeConfig, role: worker_pb2.Role, worker_id: str, slot: int) -> HostSpec:
     """Of one worker of a pool. slot: its first."""
     model, pool, block_size = config.model, config.pools[ROLE_NAMES[role]], config.kv.block_size

@@ -15,9 +15,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.errors import ClusterError, ModelError, WorkerError
 from cluster.host import Progress, StartReport
 from cluster.host_spec import HostSpec
-from cluster.ray_cluster import Place, RayCluster
+from cluster.ray_cluster import Left, Place, RayCluster
 from cluster.router_process import RouterProcess
-from cluster.worker_life import RestartPolicy, WorkerLife, next_epoch
+from cluster.worker_life import RestartPolicy, WorkerLife, life_of, next_epoch
 from engine.errors import CheckpointError
 
 TEMPLATE = HostSpec(
@@ -71,9 +71,14 @@ class FakeActor:
         self.serving = FakeMethod(self._serving)
         self.become = FakeMethod(self._become)
         self.read_prompts = FakeMethod(self._read_prompts)
+        self.life = FakeMethod(self._life)
+        self.life_answer: Callable[[], Any] = lambda: (self.spec.to_wire(), self._report())
         self.become_error: Exception | None = None
         self.reads: list[bool] = []
         self.stop: FakeMethod
+
+    async def _life(self) -> Any:
+        return self.life_answer()
 
     async def _become(self, wire: dict[str, Any]) -> StartReport:
         self.spec = HostSpec.from_wire(wire)
@@ -123,6 +128,9 @@ class FakeWorld:
 
     async def where(self, group: object, spec: HostSpec) -> Place:
         return Place(cast(Any, group), "node", None)
+
+    def held(self, group: object, node_id: str, spec: HostSpec) -> Place:
+        return Place(cast(Any, group), node_id, spec.first_slot)
 
     async def spawn(
         self, actor_class: type, group: object, name: str, threads: int, wire: dict[str, Any]
@@ -378,6 +386,57 @@ async def test_a_new_process_that_does_not_start_is_told_and_tried_again() -> No
     assert life.live.info.epoch == 9
     keeping.cancel()
     await asyncio.wait([keeping])
+
+
+LEFT_SPEC = replace(TEMPLATE, epoch=5, role=worker_pb2.ROLE_MIXED, secret="of the first", first_slot=3)
+
+
+def left_with(actor: FakeActor | None) -> Left:
+    return Left(cast(Any, "group"), "node", actor)
+
+
+async def test_what_another_launcher_has_left_goes_on_in_the_same_life() -> None:
+    world = FakeWorld()
+    actor = FakeActor(LEFT_SPEC, None)
+    found = await life_of(actor)
+    assert found is not None
+    assert found.spec == LEFT_SPEC
+    life = world.life(now_ms=2)
+    live = await life.resume(left_with(actor), found)
+    assert (live.info.epoch, live.info.role, life.role) == (5, worker_pb2.ROLE_MIXED, worker_pb2.ROLE_MIXED)
+    assert world.log == ["register 5"]
+    keeping = asyncio.create_task(life.keep_alive())
+    actor.died.set()
+    second = await world.lives.get()
+    assert (second.spec.epoch, second.spec.role) == (6, worker_pb2.ROLE_MIXED), "its clock may be behind"
+    assert (second.spec.secret, second.spec.latency) == ("of the first", MEASURED)
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+def _raises(error: Exception) -> Callable[[], Any]:
+    def answer() -> None:
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize("answer", [lambda: None, _raises(RayActorError())])
+async def test_what_was_left_half_started_begins_again_in_its_place(answer: Callable[[], Any]) -> None:
+    world = FakeWorld()
+    actor = FakeActor(LEFT_SPEC, None)
+    actor.life_answer = answer
+    assert await life_of(actor) is None
+    live = await world.life(now_ms=7).resume(left_with(actor), None)
+    assert live.info.epoch == 7
+    assert world.log == ["kill 5", "register 7"]
+
+
+async def test_a_place_that_was_left_without_a_life_gets_one() -> None:
+    world = FakeWorld()
+    assert await life_of(None) is None
+    await world.life(now_ms=7).resume(left_with(None), None)
+    assert world.log == ["register 7"]
 
 
 def test_a_spec_is_read_by_other_versions() -> None:

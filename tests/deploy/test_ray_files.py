@@ -99,11 +99,18 @@ def test_a_node_says_whose_workers_it_takes(shell: Shell) -> None:
     assert shell.run("launch.sh", "prefill", "10.0.0.1:6379", RAY_AUTH_MODE="disabled")[0] == 0
 
 
+def test_a_host_has_one_router_and_no_worker(shell: Shell) -> None:
+    assert shell.run("launch.sh", "router", "10.0.0.1:6379", RAY_AUTH_TOKEN="t") == (0, "")
+    assert shell.run("launch.sh", "head", RAY_AUTH_TOKEN="t") == (0, "")
+    for start in shell.called():
+        assert {"--num-cpus=0", '--resources={"router": 1}'} <= set(start)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         ((), 2, "launch.sh head"),
-        (("writer", "10.0.0.1:6379"), 2, "launch.sh prefill|decode|mixed HEAD:PORT"),
+        (("writer", "10.0.0.1:6379"), 2, "launch.sh prefill|decode|mixed|router HEAD:PORT"),
         (("decode",), 2, "give the head as HOST:PORT"),
         (("decode", "10.0.0.1"), 2, "give the head as HOST:PORT"),
         (("head", "--block"), 2, "launch.sh head"),
