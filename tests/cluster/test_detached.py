@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -26,6 +27,7 @@ from cluster.errors import ConfigError
 from cluster.worker_specs import named_worker
 from tests.cluster.asking import LENIENT, Ready, status_of, wrong_answers
 from tests.cluster.test_role_change import prelay, roles
+from tests.cluster.test_three_hosts import DEPLOY
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Server
@@ -62,34 +64,76 @@ def test_a_worker_that_was_left_has_the_spec_that_its_name_says() -> None:
     assert (joined.worker_id, joined.num_blocks * joined.block_size) == ("decode-7", 2048)
 
 
+class RayHosts:
+    """A head without work and a node, started by the script that operators use, both here. The head keeps its
+    state in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (self._port,) = free_ports(1)
+        self.address = f"127.0.0.1:{self._port}"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start_head(self) -> None:
+        # The node beside it would be taken for a head that still runs.
+        (self._folder / "ray_current_cluster").unlink(missing_ok=True)
+        self._start("head", "head", f"--port={self._port}", f"--temp-dir={self._folder}")
+        while not _listens(self._port):
+            assert self._processes["head"].poll() is None, (self._folder / "head.log").read_text()
+            time.sleep(0.1)
+
+    def start_node(self) -> None:
+        self._start("node", "prefill", self.address, "--num-cpus=2")
+
+    def kill(self, name: str) -> None:
+        """All of its processes at once."""
+        process = self._processes.pop(name)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(process.pid)
+            for one in [top, *top.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.wait()
+
+    def kill_all(self) -> None:
+        for name in list(self._processes):
+            self.kill(name)
+
+    def _start(self, name: str, role: str, *options: str) -> None:
+        words = [option for option in options if not option.startswith("--")]
+        options = tuple(option for option in options if option.startswith("--"))
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(self._folder / "state"),
+        }
+        with (self._folder / f"{name}.log").open("a") as log:
+            self._processes[name] = subprocess.Popen(
+                [
+                    str(DEPLOY / "launch.sh"), role, *words, "--", *options, "--node-ip-address=127.0.0.1",
+                    "--object-store-memory=100000000", "--block",
+                ],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment},
+                start_new_session=True,
+            )  # fmt: skip
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
-def ray_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Of a Ray cluster of one node."""
+def ray_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayHosts]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-a-detached-deployment-under-test")
-    (port,) = free_ports(1)
-    folder = tempfile.mkdtemp(prefix="prelay-", dir="/tmp")  # Ray's sockets need a short path
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2",
-            "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--object-store-memory=100000000",
-            "--include-dashboard=false", "--disable-usage-stats", "--block",
-        ],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    address = f"127.0.0.1:{port}"
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert process.poll() is None
-        time.sleep(0.1)
-    yield address
-    for one in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if one.environ().get("RAY_AUTH_TOKEN") == os.environ["RAY_AUTH_TOKEN"] and one.pid != os.getpid():
-                one.kill()
-    process.wait()
+    folder = Path(tempfile.mkdtemp(prefix="prelay-", dir="/tmp"))  # Ray's sockets need a short path
+    (folder / "state").mkdir()
+    hosts = RayHosts(folder)
+    hosts.start_head()
+    hosts.start_node()
+    yield hosts
+    hosts.kill_all()
     shutil.rmtree(folder)
 
 
@@ -120,15 +164,14 @@ async def until(condition: Callable[[], Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 async def test_its_controller_dies_and_takes_over_what_serves(
-    ray_address: str, start_server: Callable[..., Server]
+    ray_hosts: RayHosts, start_server: Callable[..., Server]
 ) -> None:
     names = ("http", "grpc", "metrics", "admin")
-    ports = [
-        f(name, port)
-        for name, port in zip(names, free_ports(len(names)), strict=True)
-        for f in (lambda name, _: f"--{name}", lambda _, port: f"127.0.0.1:{port}")
-    ]
-    detached = ("--detach", "trial", "--ray-address", ray_address, "--set", "router.actors=1", *LENIENT)
+    each = zip(names, free_ports(len(names)), strict=True)
+    ports = [text for name, port in each for text in (f"--{name}", f"127.0.0.1:{port}")]
+    beside_workers = ("--set", "router.actors=1", "--set", 'router.resources={"prefill": 1}')
+    joined = ("--ray-address", ray_hosts.address, "--set", "ray.wait_s=30")
+    detached = ("--detach", "trial", *joined, *beside_workers, *LENIENT)
     server = start_server(*detached, ports=ports)
     ready = server.ready()
     assert ready["detached"] == "trial"
@@ -157,24 +200,40 @@ async def test_its_controller_dies_and_takes_over_what_serves(
     (pid,) = [worker["pid"] for worker in ready["workers"] if worker["worker_id"] == "decode-0"]
     os.kill(pid, signal.SIGKILL)
     await until(lambda: _lives_again(router, "decode-0", epochs["decode-0"]))
-    assert await roles(router) == {"prefill-0": "prefill", "decode-0": "mixed"}
+    await until(lambda: _roles_are(router, {"prefill-0": "prefill", "decode-0": "mixed"}))
     assert await wrong_answers(router, prompts) == []
 
     # And its router, which is told of all workers anew.
     kill_actor("RouterHost")
+    while _listens(int(router["admin"].rpartition(":")[2])):
+        await asyncio.sleep(0.05)
     await until(lambda: _has_workers(router, 2))
     assert await wrong_answers(router, prompts) == []
 
-    stop = ("stop", "trial", "--ray-address", ray_address)
+    # Without Ray's head answers go on; who dies then comes back when it does.
+    ray_hosts.kill("head")
+    asking = asyncio.create_task(wrong_answers(router, prompts))
+    lives = {one.info.worker_id: one.info for one in (await status_of(router)).workers}
+    os.kill(lives["decode-0"].pid, signal.SIGKILL)
+    await asyncio.sleep(1.0)
+    ray_hosts.start_head()
+    await until(lambda: _lives_again(router, "decode-0", lives["decode-0"].epoch))
+    assert await asking == []
+    assert await wrong_answers(router, prompts) == []
+
+    stop = ("stop", "trial", "--ray-address", ray_hosts.address)
     assert await _run(*stop) == (0, "deployment trial has ended; it had 2 workers\n")
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", int(router["admin"].rpartition(":")[2]))) != 0
+    assert not _listens(int(router["admin"].rpartition(":")[2]))
     code, written = await _run(*stop)
     assert (code, "there is no deployment trial" in written) == (2, True), written
 
 
 async def _controller_is_not(router: Ready, first: str) -> bool:
     return (await status_of(router)).controller not in ("", first)
+
+
+async def _roles_are(router: Ready, wanted: dict[str, str]) -> bool:
+    return await roles(router) == wanted
 
 
 async def _has_workers(router: Ready, count: int) -> bool:
