@@ -205,7 +205,7 @@ async def test_its_controller_dies_and_takes_over_what_serves(
 
     # And its router, which is told of all workers anew.
     kill_actor("RouterHost")
-    while _listens(int(router["admin"].rpartition(":")[2])):
+    while _listens(int(router["admin"].rpartition(":")[2])):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     await until(lambda: _has_workers(router, 2))
     assert await wrong_answers(router, prompts) == []

