@@ -20,9 +20,12 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import ConfigError
+from cluster.latency_profile import read_profile
 from engine.latency import LatencyModel
 
 _MODEL = "simulated"
@@ -174,24 +177,31 @@ def _event(text: str, finish: str | None) -> str:
     return f"data: {json.dumps(chunk)}\n\n"
 
 
+def _at_least_one(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than 1")
+    return count
+
+
 def main() -> None:
     """Serves until Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.ray_serve", description="Two simulated pools as an application of Ray Serve."
     )
-    parser.add_argument("--prefill", type=int, default=2, help="replicas")
-    parser.add_argument("--decode", type=int, default=2, help="replicas")
+    parser.add_argument("--prefill", type=_at_least_one, default=2, help="replicas")
+    parser.add_argument("--decode", type=_at_least_one, default=2, help="replicas")
     parser.add_argument("--profile", type=Path, required=True, help="of `prelay profile --json`")
     parser.add_argument("--kv-cache-tokens", type=int, default=66144, help="of a decode replica")
     parser.add_argument("--max-num-seqs", type=int, default=128, help="of a decode replica")
     parser.add_argument("--port", type=int, default=8100, help="on 127.0.0.1")
     asked = parser.parse_args()
     try:
+        latency = read_profile(asked.profile)
         from ray import serve
-    except ImportError as error:
-        parser.exit(2, f"bench.ray_serve: {error}: install it with pip install 'ray[serve]'\n")
-    fitted = json.loads(asked.profile.read_text())["latency"]["coefficients"]
-    latency = LatencyModel(fitted)
+    except ConfigError as error:
+        parser.error(str(error).replace("model.profile", "--profile"))
+    except ImportError:
+        parser.exit(2, f"{parser.prog}: error: it needs pip install 'ray[serve]=={version('ray')}'\n")
     serve.start(http_options={"host": "127.0.0.1", "port": asked.port})
     serve.run(
         application(latency, asked.prefill, asked.decode, asked.kv_cache_tokens, asked.max_num_seqs),

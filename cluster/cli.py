@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from cluster.cli_change import COMMANDS as CHANGES
-from cluster.cli_options import admin_option, not_nan, tls_option
+from cluster.cli_watch import COMMANDS as VIEWS
 from engine import cores
 
 if TYPE_CHECKING:
     from cluster.config import ServeConfig
-    from engine.tls import Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +28,14 @@ Exit codes:
   2  the command line or the configuration is wrong
   3  an address is in use
   4  the model cannot be served
+"""
+
+_STOP_EXIT_CODES = """
+\b
+Exit codes:
+  0  done
+  1  there is none of this name, or the Ray cluster does not answer
+  2  the command line is wrong
 """
 
 # Flags that set one key of the configuration each: flag, key, type, metavar, help.
@@ -136,7 +140,7 @@ def serve(config_file: Path | None, as_json: bool, debug: bool, **settings: Any)
     return _run_guarded("serve", config, as_json, debug)
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command(epilog=_STOP_EXIT_CODES)
 @click.argument("name")
 @click.option("--ray-address", metavar="HOST:PORT", required=True, help="The Ray cluster that it lives in.")
 def stop(name: str, ray_address: str) -> int:
@@ -233,78 +237,6 @@ def demo(as_json: bool, debug: bool) -> int:
     return _run_guarded("demo", demo_config(), as_json, debug)
 
 
-_WATCH_EXIT_CODES = """
-\b
-Exit codes:
-  0  done
-  1  no router answers
-  2  the command line is wrong
-"""
-
-
-@cli.command(epilog=_WATCH_EXIT_CODES)
-@admin_option
-@tls_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def status(admin: str, tls: Identity | None, as_json: bool) -> int:
-    """Show once what a running server does: workers, queues, KV use, attainment by SLO class, latencies.
-
-    Counts and attainment are since the router started, TTFT and TPOT of the last 1,024 requests. With --json
-    times are in seconds, and what is not known yet is null.
-
-    \b
-    Examples:
-      prelay status
-      prelay status --json | jq '.classes[].attainment'
-    """
-    from rich.console import Console
-
-    from cluster.status import StatusClient, status_json
-    from cluster.status_view import status_view
-
-    with StatusClient(admin, tls) as client:
-        found = client.fetch()
-    if as_json:
-        click.echo(json.dumps(status_json(found)))
-    else:
-        Console(width=None if sys.stdout.isatty() else 120).print(status_view(found, None, admin))
-    return 0
-
-
-@cli.command(epilog=_WATCH_EXIT_CODES)
-@admin_option
-@tls_option
-@click.option(
-    "--interval",
-    type=click.FloatRange(0.1, 3600.0),
-    callback=not_nan,
-    default=1.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Between two looks.",
-)
-def top(admin: str, tls: Identity | None, interval: float) -> int:
-    """Watch what a running server does, live on the terminal, until Ctrl-C.
-
-    Shows what `prelay status` shows, and beside it rates and attainment of the last 30 seconds. While no
-    router answers it says so and keeps trying. Where standard output is no terminal it prints one status.
-
-    \b
-    Examples:
-      prelay top
-      prelay top --admin 10.0.0.7:9091 --interval 5
-    """
-    from rich.console import Console
-
-    from cluster.top import top as run_top
-
-    # Ended otherwise than by Ctrl-C, too, it leaves the terminal as it was.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
-        run_top(admin, interval, Console(width=None if sys.stdout.isatty() else 120), tls)
-    return 0
-
-
 @cli.command()
 @click.argument("tenant")
 def key(tenant: str) -> int:
@@ -362,8 +294,8 @@ def certificates(directory: Path, names: tuple[str, ...], days: int) -> int:
     return 0
 
 
-for _change in CHANGES:
-    cli.add_command(_change)
+for _command in (*VIEWS, *CHANGES):
+    cli.add_command(_command)
 
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

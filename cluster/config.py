@@ -178,14 +178,15 @@ def child_environment(local_ray: bool) -> dict[str, str]:
     local_ray: Ray is started here, for this deployment alone.
     """
     switches = {
-        # Without the head of the Ray cluster, which serves nothing, we go on for a week, instead of a minute.
-        _HEAD_SILENCE: os.environ.get(_HEAD_SILENCE, "604800"),
         # Ray forks while gRPC runs in the same process; gRPC's own precautions for that made the two wait
         # for each other.
         "GRPC_ENABLE_FORK_SUPPORT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    if local_ray:
+    if not local_ray:
+        # Without the head of the Ray cluster, which serves nothing, we go on for a week, instead of a minute.
+        switches[_HEAD_SILENCE] = os.environ.get(_HEAD_SILENCE, "604800")
+    else:
         # Despite its name this is the switch, on every system, for "one machine only": with 0 all of Ray's
         # processes listen on loopback instead of on every interface.
         switches["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -25,6 +25,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from cluster.actor_calls import first_line, result
 from cluster.errors import ChangeError, ClusterError, ConfigError
 from cluster.launch import Deployment, Ready
 from cluster.orders import Order
@@ -84,16 +85,16 @@ class Controller:
             serving = asyncio.create_task(self._serve(deployment))
             stopping = asyncio.create_task(self._told_to_stop.wait())
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done():
-                serving.cancel()
-                await asyncio.wait([serving])
-            elif self._is_first and self._ready is None:
+            if not stopping.done():
+                if not self._is_first or self._ready is not None:
+                    # As it is no child of ours, what still serves goes on: the next one takes it over.
+                    _log.critical("event=controller_gives_up", exc_info=serving.exception())
+                    await asyncio.sleep(_AGAIN_S)
+                    os._exit(1)
                 self._error = _as_cluster_error(serving.exception())
-            else:
-                # As it is no child of ours, what still serves goes on: the next one takes it over.
-                _log.critical("event=controller_gives_up", exc_info=serving.exception())
-                await asyncio.sleep(_AGAIN_S)
-                os._exit(1)
+                await stopping
+            serving.cancel()
+            await asyncio.wait([serving])
             await deployment.stop()
 
     async def _serve(self, deployment: Deployment) -> None:
@@ -110,7 +111,7 @@ def _as_cluster_error(error: BaseException | None) -> ClusterError:
 
 async def start_detached(order: Order, run_directory: Path, reporter: Reporter) -> Ready:
     """Start one, and wait until it serves. Raises ClusterError; then, or when it is cancelled, nothing is
-    left of it."""
+    left of it, but for workers that there were before."""
     name, address = order.config.ray.detached, order.config.ray.address
     assert name is not None
     cluster = RayCluster(address, 0, run_directory, detached=name)
@@ -142,8 +143,7 @@ async def _ready(controller: Any, reporter: Reporter) -> Ready:
         try:
             look: Look = await controller.look.remote(seen)
         except ray.exceptions.RayError as error:
-            why = str(error).strip().partition("\n")[0]
-            raise ClusterError(f"the controller has died: {why}") from error
+            raise ClusterError(f"the controller has died: {first_line(error)}") from error
         seen += len(look.lines)
         for line in look.lines:
             reporter.event(line)
@@ -180,13 +180,9 @@ async def stop_detached(name: str, address: str) -> int:
 async def _end(cluster: RayCluster, controller: Any) -> None:
     if controller is not None:
         with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-            await asyncio.wait_for(_stopped(controller), _STOP_S)
+            await asyncio.wait_for(result(controller.stop.remote()), _STOP_S)
         await cluster.kill(controller)
     for actor in await cluster.actors():  # routers, and what is left of workers
         await cluster.kill(actor)
     for worker_id, left in (await cluster.left()).items():
         await cluster.give_back(left.group, worker_id)
-
-
-async def _stopped(controller: Any) -> None:
-    await controller.stop.remote()

@@ -1,9 +1,8 @@
 """A deployment: the router, Ray, and the workers of all pools; started in that order, watched, and stopped.
 
-The router comes first because it takes the public ports, and a port in use must be known at once; routers
-that are actors need Ray before. Stopping
-goes the same way: first the router, which ends its clients' streams with a clear error, then the workers,
-then Ray.
+The router comes first because it takes the public ports, and a port in use must be known at once; only
+routers that are actors need Ray before. Stopping goes the same way: first the router, which ends its clients'
+streams with a clear error, then the workers, then Ray.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ ended yet.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -74,3 +75,27 @@ def reap(on_exit: Callable[[int, int], None] = lambda pid, status: None) -> bool
         if pid == 0:
             return True
         on_exit(pid, status)
+
+
+async def end_of_child(name: str) -> str:
+    """Wait for the end of the process of this name that this process has started; returns the name."""
+    pids = (pid for pid in descendants(os.getpid()) if _name_of(pid) == name)
+    if (pid := next(pids, None)) is None:
+        return name
+    process = os.pidfd_open(pid)
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(process, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(process)
+        os.close(process)
+    return name
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it has just ended
+        return ""

@@ -38,7 +38,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import RayError
 from cluster.host_spec import HostSpec
-from cluster.process_tree import descendants
+from cluster.process_tree import end_of_child
 from cluster.sections import parse_host_port
 
 P = ParamSpec("P")
@@ -288,7 +288,7 @@ class RayCluster:
             await asyncio.Event().wait()
         # Ray itself would tell nobody: the raylet takes the workers with it, and without the head
         # (gcs_server) Ray ends this process after a minute, in the middle of whatever it does.
-        ends = [asyncio.create_task(_process_end(name)) for name in ("raylet", "gcs_server")]
+        ends = [asyncio.create_task(end_of_child(name)) for name in ("raylet", "gcs_server")]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -381,27 +381,3 @@ class RayCluster:
                 f"{self._address} have {there:g} together: lower replicas or threads of "
                 "the pools, add a node, or wait for those that are to come (ray.wait_s)"
             )
-
-
-async def _process_end(name: str) -> str:
-    """Wait for the end of the process of this name that this process has started; returns the name."""
-    pids = (pid for pid in descendants(os.getpid()) if _process_name(pid) == name)
-    if (pid := next(pids, None)) is None:
-        return name
-    process = os.pidfd_open(pid)
-    gone = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(process, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(process)
-        os.close(process)
-    return name
-
-
-def _process_name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:  # it has just ended
-        return ""

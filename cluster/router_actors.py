@@ -16,6 +16,7 @@ import ray.exceptions
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import get_node_ip_address
 
+from cluster.actor_calls import cause, first_line, result
 from cluster.config import ServeConfig
 from cluster.errors import ClusterError, RouterError
 from cluster.external_routers import ExternalRouters
@@ -138,7 +139,7 @@ class RouterActors(ExternalRouters):
         if actor is None:
             return None
         try:
-            found: RouterAddresses = await asyncio.wait_for(_result(actor.addresses.remote()), _ANSWER_S)
+            found: RouterAddresses = await asyncio.wait_for(result(actor.addresses.remote()), _ANSWER_S)
         except (TimeoutError, ray.exceptions.RayError):
             await self._cluster.kill(actor)
             return None
@@ -153,7 +154,7 @@ class RouterActors(ExternalRouters):
             RouterHost, what, self._settings, resources=section.resources, labels=section.labels
         )
         try:
-            found: RouterAddresses = await asyncio.wait_for(_result(actor.start.remote()), _START_S)
+            found: RouterAddresses = await asyncio.wait_for(result(actor.start.remote()), _START_S)
         except TimeoutError:
             await self._cluster.kill(actor)
             wanted = [*(f"{name} {value:g}" for name, value in section.resources.items())]
@@ -172,7 +173,7 @@ class RouterActors(ExternalRouters):
         what, delay_s = f"router-{index}", _AGAIN_S
         while True:
             try:
-                await _result(self._actors[index].serving.remote())
+                await result(self._actors[index].serving.remote())
             except ray.exceptions.RayError as error:
                 self._reporter.event(str(_of(what, error)))
             await self._cluster.kill(self._actors[index])
@@ -193,18 +194,13 @@ class RouterActors(ExternalRouters):
     async def _end(self, actor: Any) -> None:
         if actor is not None:
             with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
-                await asyncio.wait_for(_result(actor.stop.remote()), _STOP_S)
+                await asyncio.wait_for(result(actor.stop.remote()), _STOP_S)
             await self._cluster.kill(actor)
 
 
 def _of(what: str, error: ray.exceptions.RayError) -> ClusterError:
     """What Ray says of an actor's error, as ours."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, ClusterError):
-        return type(cause)(f"{what}: {cause}")
-    return RouterError(f"{what} died: {str(cause).strip().partition(chr(10))[0]}")
-
-
-async def _result(reference: Any) -> Any:
-    """Ray's references are awaitable, but not coroutines."""
-    return await reference
+    raised = cause(error)
+    if isinstance(raised, ClusterError):
+        return type(raised)(f"{what}: {raised}")
+    return RouterError(f"{what} died: {first_line(raised)}")

@@ -78,7 +78,11 @@ class RouterProcess(RouterAdmin):
                 if not ready_line:
                     await process.wait()
                     await relay.drained
-        except TimeoutError:
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            if not isinstance(error, TimeoutError):
+                raise  # cancelled
             raise RouterError(f"the router did not listen within {_START_TIMEOUT_S:.0f} s") from None
         if not ready_line:
             if process.returncode == _EXIT_ADDRESS_IN_USE:

@@ -27,6 +27,7 @@ import ray.exceptions
 from prelay.v1 import worker_pb2
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster.actor_calls import cause, first_line, result, why_it_ended
 from cluster.errors import ClusterError, ModelError, WorkerError
 from cluster.host import Progress, StartReport, WorkerHost
 from cluster.host_spec import HostSpec
@@ -82,7 +83,7 @@ async def life_of(actor: Any) -> FoundLife | None:
     if actor is None:
         return None
     try:
-        found = await asyncio.wait_for(_result(actor.life.remote()), _ANSWER_TIMEOUT_S)
+        found = await asyncio.wait_for(result(actor.life.remote()), _ANSWER_TIMEOUT_S)
     except (TimeoutError, ray.exceptions.RayError):
         return None
     return None if found is None else FoundLife(HostSpec.from_wire(found[0]), found[1])
@@ -174,12 +175,12 @@ class WorkerLife:
             await self._router.lost(self.worker_id, live.info.epoch)
             try:
                 report = await asyncio.wait_for(
-                    _result(self._actor.become.remote(self._next_spec().to_wire())), _BECOME_TIMEOUT_S
+                    result(self._actor.become.remote(self._next_spec().to_wire())), _BECOME_TIMEOUT_S
                 )
                 return await self._serves(report)
             except (TimeoutError, WorkerError, ray.exceptions.RayError) as error:
                 await self._cluster.kill(self._actor)
-                why = "it took too long" if isinstance(error, TimeoutError) else _first_line(_cause(error))
+                why = "it took too long" if isinstance(error, TimeoutError) else first_line(cause(error))
                 raise WorkerError(
                     f"worker {self.worker_id} did not take its new role on the weights that it has loaded "
                     f"({why}): it is started anew in that role"
@@ -218,10 +219,10 @@ class WorkerLife:
             try:
                 reads = template.role == worker_pb2.ROLE_MIXED
                 await asyncio.wait_for(
-                    _result(self._actor.read_prompts.remote(reads=reads)), _ANSWER_TIMEOUT_S
+                    result(self._actor.read_prompts.remote(reads=reads)), _ANSWER_TIMEOUT_S
                 )
             except (TimeoutError, ray.exceptions.RayError) as error:
-                why = "it does not answer" if isinstance(error, TimeoutError) else _first_line(_cause(error))
+                why = "it does not answer" if isinstance(error, TimeoutError) else first_line(cause(error))
                 raise WorkerError(f"worker {self.worker_id} did not change its role: {why}") from error
             self.template = template
             live.info.role = template.role
@@ -333,39 +334,40 @@ class WorkerLife:
 
     async def _started(self, actor: Any) -> StartReport:
         """Wait for the actor's start, passing on its progress."""
-        start = asyncio.ensure_future(_result(actor.start.remote()))
+        start = asyncio.ensure_future(result(actor.start.remote()))
         try:
             while not start.done():
                 await asyncio.wait([start], timeout=_POLL_S)
                 with contextlib.suppress(RayActorError):  # `start` says it better
-                    progress: Progress = await _result(actor.progress.remote())
+                    progress: Progress = await result(actor.progress.remote())
                     self._reporter.progress(self.worker_id, progress.stage, progress.fraction)
             report: StartReport = await start
             return report
         except RayActorError as error:
-            raise WorkerError(f"worker {self.worker_id} died while starting: {_reason(error)}") from error
+            why = why_it_ended(error)
+            raise WorkerError(f"worker {self.worker_id} died while starting: {why}") from error
         except EngineError as error:
-            raise ModelError(f"the model cannot be served: {_cause(error)}") from error
+            raise ModelError(f"the model cannot be served: {cause(error)}") from error
         except RayTaskError as error:
-            cause = _cause(error)
+            raised = cause(error)
             raise WorkerError(
-                f"worker {self.worker_id} did not start: {type(cause).__name__}: {cause}"
+                f"worker {self.worker_id} did not start: {type(raised).__name__}: {raised}"
             ) from error
         except ray.exceptions.RayError as error:  # out of memory, say
-            raise WorkerError(f"worker {self.worker_id} did not start: {_first_line(error)}") from error
+            raise WorkerError(f"worker {self.worker_id} did not start: {first_line(error)}") from error
         finally:
             start.cancel()
 
     async def _death(self) -> str:
         """Wait until the process has ended; returns why, as far as Ray knows."""
         try:
-            await _result(self._actor.serving.remote())
+            await result(self._actor.serving.remote())
         except RayActorError as error:
-            return _reason(error)
+            return why_it_ended(error)
         except RayTaskError as error:
-            return str(_cause(error))
+            return str(cause(error))
         except ray.exceptions.RayError as error:
-            return _first_line(error)
+            return first_line(error)
         raise AssertionError("WorkerHost.serving returned")
 
     def _log(self) -> str:
@@ -384,23 +386,3 @@ class WorkerLife:
 def next_epoch(previous: int, now_ns: int) -> int:
     """The epoch of a life that begins at `now_ns`: milliseconds, but always greater than the one before."""
     return max(previous + 1, now_ns // 1_000_000)
-
-
-async def _result(reference: Any) -> Any:
-    """Ray's references are awaitable, but not coroutines."""
-    return await reference
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was raised in the actor, without Ray's remote traceback around it."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _reason(error: RayActorError) -> str:
-    """What Ray knows about the end of a process, without its guesses at the cause."""
-    _, found, detail = str(error).partition("Worker exit detail: ")
-    return (detail if found else str(error)).partition("\n")[0].partition(" Some common causes")[0]

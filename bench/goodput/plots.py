@@ -79,8 +79,9 @@ def _draw_bars(axis: Axes, deployments: Sequence[Mapping[str, Any]]) -> None:
         axis.bar(place, value, width=0.7, color=color, yerr=whiskers, capsize=4)
         axis.bar(place, one["goodput_per_device_99"], width=0.35, color="white", alpha=0.55)
         top = interval[1] if interval else value
+        written = "none" if one["bound_90"] == "<" else f"{one['bound_90']}{value:.2f}"
         axis.annotate(
-            f"{one['bound_90']}{value:.2f}", (place, top), (0, 3), textcoords="offset points",
+            written, (place, top), (0, 3), textcoords="offset points",
             ha="center", va="bottom", fontsize="small",
         )  # fmt: skip
     axis.set_xticks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from collections.abc import Callable
 import pytest
 from prelay.v1 import worker_pb2
 
+from cluster import router_process
 from cluster.config import demo_model_path
 from cluster.demo.run import demo_config
 from cluster.errors import AddressInUseError, RouterError, WorkerError
+from cluster.process_tree import descendants
 from cluster.router_config import router_settings
 from cluster.router_process import RouterProcess
 from router.settings import RouterSettings
@@ -60,6 +63,17 @@ async def test_a_router_that_cannot_start_says_why(on_line: Callable[[str], None
     nowhere = str(demo_model_path() / "nowhere")
     with pytest.raises(RouterError, match="nowhere"):
         await RouterProcess.start(settings(checkpoint=nowhere), on_line)
+
+
+async def test_one_that_takes_too_long_is_not_left_behind(
+    on_line: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_process, "_START_TIMEOUT_S", 0.01)
+    before = set(descendants(os.getpid()))
+    with pytest.raises(RouterError, match="did not listen within"):
+        await RouterProcess.start(settings(), on_line)
+    while set(descendants(os.getpid())) - before:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 @pytest.mark.slow
