@@ -34,8 +34,8 @@ _STOP_EXIT_CODES = """
 \b
 Exit codes:
   0  done
-  1  there is none of this name, or the Ray cluster does not answer
-  2  the command line is wrong
+  1  the Ray cluster does not answer
+  2  the command line is wrong, or there is no deployment of this name
 """
 
 # Flags that set one key of the configuration each: flag, key, type, metavar, help.
