@@ -20,7 +20,7 @@ demo: .venv/core
 	$(BIN)/prelay demo
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow
