@@ -65,11 +65,13 @@ def test_a_worker_that_was_left_has_the_spec_that_its_name_says() -> None:
 
 
 class RayHosts:
-    """A head without work and a node, started by the script that operators use, both here. The head keeps its
-    state in `folder`."""
+    """A head without work and a node, started by the script that operators use, both here."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, state: dict[str, str], options: tuple[str, ...]) -> None:
+        """state, options: of the environment and the head's command line, where it keeps its state."""
         self._folder = folder
+        self._state = state
+        self._options = options
         (self._port,) = free_ports(1)
         self.address = f"127.0.0.1:{self._port}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -77,7 +79,7 @@ class RayHosts:
     def start_head(self) -> None:
         # The node beside it would be taken for a head that still runs.
         (self._folder / "ray_current_cluster").unlink(missing_ok=True)
-        self._start("head", "head", f"--port={self._port}", f"--temp-dir={self._folder}")
+        self._start("head", "head", f"--port={self._port}", f"--temp-dir={self._folder}", *self._options)
         while not _listens(self._port):
             assert self._processes["head"].poll() is None, (self._folder / "head.log").read_text()
             time.sleep(0.1)
@@ -102,11 +104,7 @@ class RayHosts:
     def _start(self, name: str, role: str, *options: str) -> None:
         words = [option for option in options if not option.startswith("--")]
         options = tuple(option for option in options if option.startswith("--"))
-        environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": str(self._folder / "state"),
-        }
+        environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | self._state
         with (self._folder / f"{name}.log").open("a") as log:
             self._processes[name] = subprocess.Popen(
                 [
@@ -123,18 +121,41 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.fixture
-def ray_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayHosts]:
+@contextlib.contextmanager
+def head_state(kind: str, folder: Path) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """Environment and options by which it outlives the head."""
+    if kind == "directory":
+        (folder / "state").mkdir()
+        yield {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "state")}, ()
+        return
+    if (binary := shutil.which("redis-server")) is None:
+        pytest.skip("there is no redis-server (Debian's package redis-server)")
+    (port,), password = free_ports(1), "of-a-redis-under-test"
+    with (folder / "redis.log").open("w") as log:
+        options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", password)
+        redis = subprocess.Popen([binary, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        while not _listens(port):
+            assert redis.poll() is None, (folder / "redis.log").read_text()
+            time.sleep(0.05)
+        yield {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}"}, (f"--redis-password={password}",)
+    finally:
+        redis.kill()
+        redis.wait()
+
+
+@pytest.fixture(params=["directory", "redis"])
+def ray_hosts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayHosts]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-a-detached-deployment-under-test")
     folder = Path(tempfile.mkdtemp(prefix="prelay-", dir="/tmp"))  # Ray's sockets need a short path
-    (folder / "state").mkdir()
-    hosts = RayHosts(folder)
-    hosts.start_head()
-    hosts.start_node()
-    yield hosts
-    hosts.kill_all()
-    shutil.rmtree(folder)
+    with contextlib.ExitStack() as ends:
+        ends.callback(shutil.rmtree, folder)
+        hosts = RayHosts(folder, *ends.enter_context(head_state(request.param, folder)))
+        ends.callback(hosts.kill_all)
+        hosts.start_head()
+        hosts.start_node()
+        yield hosts
 
 
 def free_ports(count: int) -> list[int]:
@@ -145,15 +166,17 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def kill_actor(name: str) -> None:
-    """The only one of that class."""
+def kill_actor(name: str) -> list[psutil.Process]:
+    """The only one of that class. Returns the processes that it had started, which end now."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{name}"):
                 found.append(process)
     (actor,) = found
+    children: list[psutil.Process] = actor.children()
     actor.kill()
+    return children
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -204,9 +227,9 @@ async def test_its_controller_dies_and_takes_over_what_serves(
     assert await wrong_answers(router, prompts) == []
 
     # And its router, which is told of all workers anew.
-    kill_actor("RouterHost")
-    while _listens(int(router["admin"].rpartition(":")[2])):  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+    ending = kill_actor("RouterHost")
+    assert ending, "the router is its child"
+    await asyncio.to_thread(psutil.wait_procs, ending)
     await until(lambda: _has_workers(router, 2))
     assert await wrong_answers(router, prompts) == []
 
