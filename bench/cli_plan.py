@@ -18,6 +18,7 @@ from cluster.cli_options import not_nan, tls_option
 from cluster.planner.errors import PlanError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
+from engine import cores
 from engine.latency import ProfileError
 
 if TYPE_CHECKING:
@@ -171,6 +172,11 @@ def plan(as_json: bool, plot: Path | None, out: Path | None, explain: bool, **ch
     return 0
 
 
+def _processes() -> ProcessPoolExecutor:
+    """One for each core. They start anew, and would run the sources of what this one has compiled."""
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), cores.use_compiled)
+
+
 def _found(asked: Asked, *, for_rate: float | None, what_if: bool) -> Found:
     """Raises NoPlanError."""
     from bench.plan.report import Found
@@ -178,8 +184,8 @@ def _found(asked: Asked, *, for_rate: float | None, what_if: bool) -> Found:
     from cluster.planner.search import search
     from cluster.planner.sensitivity import sensitivity
 
-    question, processes = asked.question, len(os.sched_getaffinity(0))
-    with progress("plan") as show, ProcessPoolExecutor(processes, get_context("spawn")) as executor:
+    question = asked.question
+    with progress("plan") as show, _processes() as executor:
         also = [] if asked.now is None else [asked.now]
         answer = search(question, asked.kinds, executor, show, also)
         enough = [] if for_rate is None else cheapest(question, answer, for_rate, executor, show)

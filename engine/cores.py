@@ -61,9 +61,9 @@ def source_of(module: str) -> Path:
 
 
 def source_hash() -> str:
-    """Of all that is compiled."""
+    """Of all that is compiled, and of what changes it before."""
     found = hashlib.sha256()
-    for module in MODULES:
+    for module in (*MODULES, "engine.native.constructors"):
         found.update((ROOT / source_of(module)).read_bytes())
     return found.hexdigest()[:16]
 
@@ -114,8 +114,13 @@ class _Loader(ExtensionFileLoader):
 
 
 def _make_picklable(cls: Any) -> None:
-    """As dataclasses with slots are: mypyc's own way to restore an object stumbles over frozen ones."""
-    cls.__getstate__ = lambda self: [getattr(self, field.name) for field in dataclasses.fields(self)]
+    """By its constructor, without which compiled classes make no objects; or, where not every field is for
+    it, as dataclasses with slots are. (mypyc's own way to restore an object stumbles over frozen ones.)"""
+    fields = dataclasses.fields(cls)
+    if all(field.init for field in fields):
+        cls.__reduce__ = lambda self: (cls, tuple(getattr(self, field.name) for field in fields))
+        return
+    cls.__getstate__ = lambda self: [getattr(self, field.name) for field in fields]
     cls.__setstate__ = _restore
 
 

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from engine import cores
+from engine.native.constructors import with_constructors
 
 _MYPY = """
 [mypy]
@@ -35,9 +36,11 @@ def build(directory: Path) -> None:
     made_from = cores.source_hash()  # who edits one meanwhile has another
     with tempfile.TemporaryDirectory() as work:
         fresh = Path(work, "cores")
+        copy = Path(work, "sources")
+        _copy_sources(copy)
         # A process of its own: the compiler looks at where it is, and setuptools changes what is global.
         command = [sys.executable, "-m", _THIS, "--compile", str(work), str(fresh)]
-        done = subprocess.run(command, cwd=cores.ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
             errors = [line for line in lines if "error" in line.lower()] or lines
@@ -48,6 +51,19 @@ def build(directory: Path) -> None:
             (directory / cores.HASH_FILE).write_text(made_from)  # last: nobody uses half of them
         except OSError as error:
             raise BuildError(f"{directory} cannot be written: {error}") from error
+
+
+def _copy_sources(copy: Path) -> None:
+    """Of ours, all: the compiler reads types there. And the cores as they are to be compiled."""
+    for package in {module.partition(".")[0] for module in cores.MODULES}:
+        shutil.copytree(cores.ROOT / package, copy / package, ignore=_all_but_sources)
+    for module in cores.MODULES:
+        file = copy / cores.source_of(module)
+        file.write_text(with_constructors(file.read_text()))
+
+
+def _all_but_sources(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not (name.endswith(".py") or Path(folder, name).is_dir())]
 
 
 def _compile(work: Path, directory: Path) -> None:
