@@ -165,7 +165,7 @@ def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     from engine.native import build_cores
 
     sources = tmp_path / "sources"
-    for module in cores.MODULES:
+    for module in (*cores.MODULES, "engine.native.constructors"):
         source = sources / cores.source_of(module)
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("broken: int = ''")
