@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from bench import simulating
 from bench.cli_parts import need_directory, need_matplotlib, progress
 from cluster.cli_options import not_nan, tls_option
 from cluster.planner.errors import PlanError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
-from engine import cores
 from engine.latency import ProfileError
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def plan(as_json: bool, plot: Path | None, out: Path | None, explain: bool, **ch
 
 
 def _processes() -> ProcessPoolExecutor:
-    """One for each core. They start anew, and would run the sources of what this one has compiled."""
-    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), cores.use_compiled)
+    """One for each core. They start anew, and would know nothing of how this one began."""
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), simulating.begin)
 
 
 def _found(asked: Asked, *, for_rate: float | None, what_if: bool) -> Found:

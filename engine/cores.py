@@ -6,7 +6,7 @@ that was edited since) the sources are run, which decide the same, about half as
 asks for them: a debugger and a profiler see more there.
 
 What serves always runs the sources: mypyc checks the types of all that it is given, and once brought a whole
-process down (decision 23). `bench/__main__.py` says which commands simulate.
+process down (decision 23). `bench/simulating.py` says which commands simulate.
 
 `engine/native/build_cores.py` compiles, into `DIRECTORY`. Imports nothing but the standard library: the
 installer imports it before anything else is there.

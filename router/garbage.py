@@ -1,4 +1,4 @@
-"""How often the router's process looks for garbage."""
+"""How often a process looks for garbage that serves, or simulates, many requests."""
 
 import gc
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import simulates
+from bench.simulating import simulates
 from engine import cores
 from engine.latency import LatencyModel
 from router.slo import SloLimits
