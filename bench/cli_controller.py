@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from pathlib import Path
@@ -12,18 +13,21 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cli_parts import need_matplotlib, progress
+from bench.errors import MeasurementError
 from cluster.errors import ModelError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
 
 if TYPE_CHECKING:
-    from bench.controller.measure import Experiment
+    from bench.controller.live import LiveExperiment
+    from bench.controller.measure import Experiment, Show
 
 _SHAPES = Path(__file__).parent / "shapes"
 _EXIT_CODES = """
 \b
 Exit codes:
   0  done, whatever the figures are
+  1  a deployment did not start, or has ended
   2  the command line, the experiment or a trace is wrong
   130  interrupted
 """
@@ -36,7 +40,7 @@ Exit codes:
     type=Path,
     required=True,
     metavar="FILE.yaml",
-    help="An experiment of `prelay bench goodput` with a simulated model: its workers and workloads.",
+    help="An experiment of `prelay bench goodput`: its model, workers and workloads.",
 )
 @click.option(
     "--traces",
@@ -68,33 +72,36 @@ Exit codes:
     default=2.0,
     show_default=True,
     metavar="S",
-    help="That a drained worker is gone when it changes its role.",
+    help="That a drained worker is gone when it changes its role in virtual time.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Draw the result.")
 def controller(as_json: bool, plot: Path | None, **chosen: Any) -> int:
-    """Whether `prelay serve --controller act` finds the roles that a workload calls for; in virtual time.
+    """Whether `prelay serve --controller act` finds the roles that a workload calls for.
 
     Held against an oracle, which knows each phase and has from its beginning the shape that serves it best,
-    and against roles that stay what they are. What changes roles is the code that serves; the workers' steps
-    take what the experiment's profile says, and forecasts take no time.
+    and against roles that stay what they are. What changes roles is the code that serves. With a simulated
+    model all is in virtual time: workers' steps take what the experiment's profile says, and forecasts take
+    no time. Otherwise workers, router and load are real, one deployment after the other on this machine.
 
     \b
     Examples:
       prelay bench controller --config deploy/bench/large-pools.yaml --traces ~/traces \\
         --phases azure-conversation@9,azure-code@16,azure-conversation@9 --slo ttft=2,tpot=160ms
+      prelay bench controller --config deploy/bench/two-cores.yaml --traces ~/traces --workers 2 \\
+        --phases azure-conversation@2,azure-code@0.8 --seconds 300 --seeds 1 --slo ttft=2.5,tpot=25ms
     """
     need_matplotlib(plot)
     try:
         with tempfile.TemporaryDirectory(prefix="prelay-bench-") as folder:
             experiment = _experiment(chosen, Path(folder))
-            from bench.controller.measure import measure
-
             with progress("bench controller") as show:
-                result = measure(experiment, show)
+                result = _measured(experiment, show)
     except (BadInputError, SimulationError, ModelError) as error:
         raise click.UsageError(str(error)) from error
+    except MeasurementError as error:
+        raise click.ClickException(str(error)) from error
     if plot is not None:
         from bench.controller.plot import draw_controller
 
@@ -106,8 +113,19 @@ def controller(as_json: bool, plot: Path | None, **chosen: Any) -> int:
     return 0
 
 
-def _experiment(chosen: dict[str, Any], folder: Path) -> Experiment:
+def _measured(experiment: Experiment | LiveExperiment, show: Show) -> dict[str, Any]:
+    """Raises BadInputError, SimulationError, MeasurementError."""
+    from bench.controller.live import LiveExperiment, measure_live
+    from bench.controller.measure import measure
+
+    if isinstance(experiment, LiveExperiment):
+        return asyncio.run(measure_live(experiment, show))
+    return measure(experiment, show)
+
+
+def _experiment(chosen: dict[str, Any], folder: Path) -> Experiment | LiveExperiment:
     """Raises BadInputError, ModelError."""
+    from bench.controller.live import LiveExperiment
     from bench.controller.measure import Experiment
     from bench.controller.phases import Shift
     from bench.goodput.checkpoint import checkpoint_of, profile_of
@@ -122,11 +140,6 @@ def _experiment(chosen: dict[str, Any], folder: Path) -> Experiment:
     if slo.ttft.relative or slo.tpot.relative:
         raise BadInputError("--slo: give seconds or ms, as in ttft=2,tpot=160ms; all phases have the same")
     profile = profile_of(experiment.model, folder)
-    if profile is None:
-        raise BadInputError(
-            f"{chosen['config_file']}: the model is not simulated, so it is not known how long steps take; "
-            "give an experiment with model.load: simulated, as deploy/bench/large-pools.yaml"
-        )
     pools = {"prefill": {"replicas": 1}, "decode": {"replicas": chosen["workers"] - 1}}
     part = DeploymentPart(serve={"router": {"policy": "goodput"}, **pools, "mixed": {"replicas": 0}})
     experiment = experiment.model_copy(update={"deployments": {"workers": part}})
@@ -143,9 +156,10 @@ def _experiment(chosen: dict[str, Any], folder: Path) -> Experiment:
     }
     shift = Shift.parse(chosen["phases"], chosen["seconds"], sources, list(experiment.workloads))
     limits = Limits(slo.ttft.value, slo.tpot.value)
-    return Experiment(
-        variant.under(limits), read_profile(profile), shift, limits, chosen["seeds"], chosen["away"]
-    )
+    config, seeds = variant.under(limits), chosen["seeds"]
+    if profile is None:
+        return LiveExperiment(config, shift, limits, seeds, experiment.measure.timeout_s)
+    return Experiment(config, read_profile(profile), shift, limits, seeds, chosen["away"])
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -157,7 +171,7 @@ def _table(result: dict[str, Any]) -> Table:
         *(f"{one['workload']}, {one['rate']:g}/s" for one in phases),
         "of the oracle's",
         title=f"Good requests/s on {result['devices']} devices, TTFT {slo['ttft_s']:g} s, TPOT "
-        f"{slo['tpot_s']:g} s, simulated",
+        f"{slo['tpot_s']:g} s, {'simulated' if result['simulated'] else 'real'}",
     )
     table.add_row(
         "oracle", *(f"{one['oracle']['goodput']:.2f} ({one['oracle']['shape']})" for one in phases), "100%"

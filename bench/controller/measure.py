@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.controller.contenders import Controlled, Watched, kind_of, reshaping
 from bench.controller.phases import Phase, Shift
+from bench.controller.report import CONTROLLER, Best, Judge, Ran, report, shapes_of
 from bench.simulate.twin import Correction, Twin
 from cluster.config import ServeConfig
 from cluster.planner.hardware import Devices, Hardware
@@ -35,7 +36,6 @@ from router.pool_view import Role
 
 _CANDIDATES = 3
 """Shapes that the oracle tries out, of those that promise most."""
-_BIN_S = 30.0
 
 Show = Callable[[float, str], None]
 
@@ -74,7 +74,7 @@ class Experiment:
         """What the oracle tries out. Raises SimulationError, BadInputError."""
         kind = kind_of({role: self._twin.worker(role) for role in Role})
         hardware = Hardware([Devices(DEVICE, self.num_workers * kind.devices)])
-        shapes = _shapes(self.num_workers)
+        shapes = shapes_of(self.num_workers)
         asked = question_about(phase.source.dataset, self.slo, hardware)
         shares = dict(zip(shapes, forecast(asked, [kind], shapes, phase.rate), strict=True))
         return sorted(shapes, key=lambda shape: -shares[shape])[:_CANDIDATES]
@@ -97,11 +97,11 @@ class Experiment:
 
 def measure(experiment: Experiment, show: Show) -> dict[str, Any]:
     """Raises SimulationError, BadInputError."""
-    shift, slo = experiment.shift, experiment.slo
+    shift = experiment.shift
     seeds = range(experiment.seeds)
-    best: list[tuple[Shape, float]] = []
+    best: list[Best] = []
     candidates: list[Shape] = []
-    known: dict[tuple[str, float], tuple[Shape, float]] = {}
+    known: dict[tuple[str, float], Best] = {}
     for number, phase in enumerate(shift.phases):
         key = phase.source.name, phase.rate
         if key not in known:
@@ -117,22 +117,16 @@ def measure(experiment: Experiment, show: Show) -> dict[str, Any]:
             f"not one request is good on {experiment.num_workers} workers, whatever their roles; give limits "
             "that can be kept, lower rates, or more workers"
         )
-    begins_s, first = shift.begins_s, best[0][0]
+    first = best[0][0]
     whole = {seed: shift.arrivals(seed) for seed in seeds}
-
-    def goods_of(rows: Sequence[Row]) -> list[float]:
-        """Good requests/s by phase."""
-        found = [0] * len(begins_s)
-        for row in rows:
-            number = sum(begin_s <= row.arrival_s for begin_s in begins_s) - 1
-            found[number] += outcome_of(row, slo) is Outcome.GOOD
-        return [count / phase.seconds for count, phase in zip(found, shift.phases, strict=True)]
-
     fixed = {}
     for number, shape in enumerate(candidates):
         show(0.2 + 0.3 * number / len(candidates), f"{shape}, which stay")
         fixed[shape] = [experiment.run(shape, whole[seed], seed, Watched()) for seed in seeds]
-    best_fixed = max(candidates, key=lambda shape: sum(sum(goods_of(rows)) for rows in fixed[shape]))
+    judge = Judge(shift, experiment.limits)
+    best_fixed = max(
+        candidates, key=lambda shape: sum(judge.whole(judge.goods(rows)) for rows in fixed[shape])
+    )
     runs, changes, looks = [], [], []
     for seed in seeds:
         show(0.5 + 0.5 * seed / len(seeds), f"the controller, seed {seed}")
@@ -140,40 +134,13 @@ def measure(experiment: Experiment, show: Show) -> dict[str, Any]:
         runs.append(experiment.run(first, whole[seed], seed, shaper))
         changes.append([{"at_s": at_s, "shape": str(shape)} for at_s, shape in shaper.shapes])
         looks.append([look.to_json() for look in shaper.looks])
-    oracle = [good for _, good in best]
-
-    def result(name: str, shape: Shape, rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
-        by_seed = [goods_of(one) for one in rows]
-        goods = [sum(some) / len(some) for some in zip(*by_seed, strict=True)]
-        return {
-            "name": name,
-            "begins_with": str(shape),
-            "goodput": goods,
-            "of_oracle": [good / most if most else 0.0 for good, most in zip(goods, oracle, strict=True)],
-            "of_oracle_whole": _mean(goods, shift) / _mean(oracle, shift),
-            "of_oracle_by_seed": [_mean(one, shift) / _mean(oracle, shift) for one in by_seed],
-            "timeline": _timeline(rows[0], slo, shift.seconds),
-        }
-
-    return {
-        "devices": experiment.num_workers * experiment.config.mixed.num_ranks,
-        "slo": {"ttft_s": experiment.limits.ttft_s, "tpot_s": experiment.limits.tpot_s},
-        "seeds": experiment.seeds,
-        "phases": [
-            {
-                "workload": phase.source.name,
-                "rate": phase.rate,
-                "seconds": phase.seconds,
-                "oracle": {"shape": str(shape), "goodput": good},
-            }
-            for phase, (shape, good) in zip(shift.phases, best, strict=True)
-        ],
-        "deployments": [
-            {**result("controller", first, runs), "shapes": changes, "looks": looks},
-            result("first stays", first, fixed[first]),
-            result("best stays", best_fixed, fixed[best_fixed]),
-        ],
-    }
+    ran = [
+        Ran(CONTROLLER, first, runs, {"shapes": changes, "looks": looks}),
+        Ran("first stays", first, fixed[first]),
+        Ran("best stays", best_fixed, fixed[best_fixed]),
+    ]
+    devices = experiment.num_workers * experiment.config.mixed.num_ranks
+    return {"simulated": True, **report(judge, devices, best, ran)}
 
 
 def _alone(experiment: Experiment, shape: Shape, phase: Phase, number: int) -> float:
@@ -184,27 +151,3 @@ def _alone(experiment: Experiment, shape: Shape, phase: Phase, number: int) -> f
         rows = experiment.run(shape, requests, seed, Watched())
         good += sum(outcome_of(row, experiment.slo) is Outcome.GOOD for row in rows)
     return good / experiment.seeds / phase.seconds
-
-
-def _shapes(num_workers: int) -> list[Shape]:
-    """All that can serve."""
-    every = [
-        Shape(prefill, decode, num_workers - prefill - decode)
-        for prefill in range(num_workers + 1)
-        for decode in range(num_workers + 1 - prefill)
-    ]
-    return [shape for shape in every if shape.can_serve]
-
-
-def _mean(goods: Sequence[float], shift: Shift) -> float:
-    """Over all phases."""
-    total = sum(good * phase.seconds for good, phase in zip(goods, shift.phases, strict=True))
-    return total / shift.seconds
-
-
-def _timeline(rows: Sequence[Row], slo: Slo, seconds: float) -> list[tuple[float, float]]:
-    """(seconds, good requests/s of those that arrived in the half-minute from then on)."""
-    counts = [0] * (int(seconds / _BIN_S) + 1)
-    for row in rows:
-        counts[int(row.arrival_s / _BIN_S)] += outcome_of(row, slo) is Outcome.GOOD
-    return [(number * _BIN_S, count / _BIN_S) for number, count in enumerate(counts[:-1])]

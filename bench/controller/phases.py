@@ -26,7 +26,12 @@ class Phase:
     def arrivals(self, seed: int) -> list[Arrival]:
         """From 0 on."""
         spec = WorkloadSpec(self.source.dataset, Arrivals.parse("poisson"), range(0))
-        return arrivals(spec, seed, self.rate, count=max(1, round(self.rate * self.seconds)))
+        return arrivals(spec, seed, self.rate, count=self.count)
+
+    @property
+    def count(self) -> int:
+        """Requests."""
+        return max(1, round(self.rate * self.seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,17 @@ class Shift:
 
     def of_phases(self, seed: int) -> list[list[Arrival]]:
         """What comes in each, from its own beginning on."""
-        return [phase.arrivals(seed * _SEEDS + number) for number, phase in enumerate(self.phases)]
+        return [phase.arrivals(own_seed) for _, phase, own_seed in self.placed(seed)]
+
+    def placed(self, seed: int) -> list[tuple[float, Phase, int]]:
+        """When each begins, and a seed of its own."""
+        seeds = range(seed * _SEEDS, (seed + 1) * _SEEDS)
+        return list(zip(self.begins_s, self.phases, seeds, strict=False))
 
     def arrivals(self, seed: int) -> list[Arrival]:
         """All of it."""
         return [
             replace(one, arrival_s=begin_s + one.arrival_s)
-            for begin_s, some in zip(self.begins_s, self.of_phases(seed), strict=True)
-            for one in some
+            for begin_s, phase, own_seed in self.placed(seed)
+            for one in phase.arrivals(own_seed)
         ]

@@ -35,7 +35,7 @@ def draw_controller(result: Mapping[str, Any], target: Path) -> None:
     slo = result["slo"]
     figure.suptitle(
         f"{result['devices']} devices, TTFT <= {slo['ttft_s']:g} s, TPOT <= {slo['tpot_s'] * 1000:g} ms, "
-        "simulated",
+        f"{'simulated' if result['simulated'] else 'real'}",
         fontsize="medium",
     )
     figure.savefig(target, dpi=110)

@@ -34,10 +34,12 @@ _LAST_LINES = 12
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """grpc, metrics: HOST:PORT. while_up: the result of some work, as long as the deployment is there."""
+    """grpc, metrics, admin: HOST:PORT. while_up: the result of some work, as long as the deployment is
+    there."""
 
     grpc: str
     metrics: str
+    admin: str
     _process: asyncio.subprocess.Process
     _said: collections.deque[str]
 
@@ -84,7 +86,7 @@ async def serving(config: ServeConfig, on_line: Callable[[str], None]) -> AsyncI
             await process.wait()
             raise _ended(process, said)
         addresses = ready.result()
-        yield Served(addresses["grpc"], addresses["metrics"], process, said)
+        yield Served(addresses["grpc"], addresses["metrics"], addresses["admin"], process, said)
     finally:
         try:
             await _stop(process)

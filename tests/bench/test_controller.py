@@ -11,9 +11,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 from bench.cli_controller import _experiment, controller
+from bench.controller import live
 from bench.controller.contenders import Watched
-from bench.controller.measure import Experiment, _shapes
+from bench.controller.measure import Experiment
 from bench.controller.phases import Phase, Shift
+from bench.controller.report import shapes_of
 from bench.goodput.experiment import WorkloadPart
 from bench.goodput.sources import Source, source_of
 from cluster.config import demo_model_path
@@ -83,7 +85,7 @@ def test_phases_follow_each_other_and_have_what_their_rates_say() -> None:
 
 
 def test_all_shapes_serve_and_have_all_workers() -> None:
-    shapes = _shapes(3)
+    shapes = shapes_of(3)
     assert len(shapes) == len(set(shapes))
     assert {shape.prefill + shape.decode + shape.mixed for shape in shapes} == {3}
     assert {Shape(2, 1, 0), Shape(0, 0, 3), Shape(1, 1, 1)} <= set(shapes)
@@ -165,13 +167,25 @@ def test_nonsense_is_answered_with_what_would_do(config: Path, words: list[str],
     assert said in answered.output
 
 
-def test_a_model_of_which_nobody_knows_how_fast_it_is_is_refused(config: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.ray
+def test_with_a_model_that_is_there_all_is_real(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "shapes_of", lambda count: [Shape(count - 1, 1, 0)])
     raw = yaml.safe_load(config.read_text())
-    raw["model"] = {"path": str(demo_model_path())}
+    raw["model"] = {"path": str(demo_model_path()), "load": "weights"}
     config.write_text(yaml.safe_dump(raw))
-    answered = run(config, "--phases", "talk@2", *SLO)
-    assert answered.exit_code == 2
-    assert "model.load: simulated" in answered.output
+    words = ["--phases", "talk@2,code@1", "--seconds", "4", "--workers", "2", "--seeds", "1"]
+    done = run(config, *words, "--slo", "ttft=20,tpot=2", "--json", "--plot", str(tmp_path / "a.png"))
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert not result["simulated"]
+    assert result["goodput_of_shapes"] == {"1 prefill + 1 decode + 0 mixed": [2.0, 1.0]}
+    assert [one["name"] for one in result["deployments"]] == ["controller", "first stays", "best stays"]
+    assert result["deployments"][0]["goodput"] == [2.0, 1.0]
+    assert result["deployments"][0]["shapes"] == [[{"at_s": 0.0, "shape": "1 prefill + 1 decode + 0 mixed"}]]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_unknown_workload_is_bad_input() -> None:

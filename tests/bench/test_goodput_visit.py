@@ -64,7 +64,7 @@ async def up(target: AtOnce, seconds: float = 60.0) -> Visit:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", f"import time; time.sleep({seconds})", stdin=asyncio.subprocess.PIPE
     )
-    served = Served("127.0.0.1:1", "127.0.0.1:2", process, deque(["it is tired"]))
+    served = Served("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", process, deque(["it is tired"]))
     return Visit(served, target, await target.check())
 
 
