@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.controller.phases import Shift
-from bench.controller.report import CONTROLLER, Judge, Ran, report, shapes_of
+from bench.controller.report import CONTROLLER, Judge, Ran, check_possible, report, shapes_of
 from bench.goodput.visit import Visit, send, spec_of, visiting
 from cluster.config import ServeConfig
 from cluster.errors import WorkerError
@@ -24,7 +24,6 @@ from cluster.roles import ROLE_NAMES
 from cluster.router_admin import RouterAdmin
 from cluster.workload.arrivals import Arrivals
 from cluster.workload.drawing import workload
-from cluster.workload.errors import BadInputError
 from cluster.workload.jobs import Job, Row
 from cluster.workload.slo import Limits
 from router.pool_view import Role
@@ -99,11 +98,7 @@ async def measure_live(experiment: LiveExperiment, show: Show) -> dict[str, Any]
         max(((shape, good[number]) for shape, good in goods.items()), key=lambda one: one[1])
         for number in range(len(shift.phases))
     ]
-    if not any(good for _, good in best):
-        raise BadInputError(
-            f"not one request was good on {experiment.num_workers} workers, whatever their roles; give "
-            "limits that can be kept, lower rates, or more workers"
-        )
+    check_possible(best, experiment.num_workers)
     first, best_fixed = best[0][0], max(shapes, key=lambda shape: judge.whole(goods[shape]))
     runs = [await run(first, seed, CONTROLLER, acts=True) for seed in seeds]
     details = {

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.controller.contenders import Controlled, Watched, kind_of, reshaping
 from bench.controller.phases import Phase, Shift
-from bench.controller.report import CONTROLLER, Best, Judge, Ran, report, shapes_of
+from bench.controller.report import CONTROLLER, Best, Judge, Ran, check_possible, report, shapes_of
 from bench.simulate.twin import Correction, Twin
 from cluster.config import ServeConfig
 from cluster.planner.hardware import Devices, Hardware
@@ -112,11 +112,7 @@ def measure(experiment: Experiment, show: Show) -> dict[str, Any]:
             shape = max(goods, key=lambda one: goods[one])
             known[key] = shape, goods[shape]
         best.append(known[key])
-    if not any(good for _, good in best):
-        raise BadInputError(
-            f"not one request is good on {experiment.num_workers} workers, whatever their roles; give limits "
-            "that can be kept, lower rates, or more workers"
-        )
+    check_possible(best, experiment.num_workers)
     first = best[0][0]
     whole = {seed: shift.arrivals(seed) for seed in seeds}
     fixed = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.controller.phases import Shift
 from cluster.role_decider import Shape
+from cluster.workload.errors import BadInputError
 from cluster.workload.jobs import Row
 from cluster.workload.judge import Outcome, outcome_of
 from cluster.workload.slo import Limits, Slo
@@ -67,6 +68,15 @@ class Judge:
         begins_s = [number * _BIN_S for number in range(len(counts))]
         widths_s = [min(_BIN_S, self.shift.seconds - begin_s) for begin_s in begins_s]
         return [(at_s, count / width) for at_s, count, width in zip(begins_s, counts, widths_s, strict=True)]
+
+
+def check_possible(best: Sequence[Best], num_workers: int) -> None:
+    """Raises BadInputError if there is nothing to compare with."""
+    if not any(good for _, good in best):
+        raise BadInputError(
+            f"not one request is good on {num_workers} workers, whatever their roles; give limits that can be "
+            "kept, lower rates, or more workers"
+        )
 
 
 def report(judge: Judge, devices: int, best: Sequence[Best], runs: Sequence[Ran]) -> dict[str, Any]:
