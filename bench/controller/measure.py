@@ -27,7 +27,6 @@ from cluster.role_forecast import forecast, question_about
 from cluster.simulator.cluster_spec import ClusterSpec
 from cluster.simulator.run import simulate
 from cluster.workload.drawing import Arrival
-from cluster.workload.errors import BadInputError
 from cluster.workload.jobs import Row
 from cluster.workload.judge import Outcome, outcome_of
 from cluster.workload.slo import Limits, Slo

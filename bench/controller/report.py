@@ -74,8 +74,8 @@ def check_possible(best: Sequence[Best], num_workers: int) -> None:
     """Raises BadInputError if there is nothing to compare with."""
     if not any(good for _, good in best):
         raise BadInputError(
-            f"not one request is good on {num_workers} workers, whatever their roles; give limits that can be "
-            "kept, lower rates, or more workers"
+            f"not one request is good on {num_workers} workers, whatever their roles; give limits that can "
+            "be kept, lower rates, or more workers"
         )
 
 
