@@ -37,7 +37,10 @@ Exit codes:
 @click.command(epilog=_EXIT_CODES)
 @click.option("--model", metavar="NAME", help="A checkpoint, a shape of prelay's, or one of the profile's.")
 @click.option(
-    "--profile", type=Path, metavar="FILE", help="Of DistServe (JSON) or Splitwise (CSV): measured."
+    "--profile",
+    type=Path,
+    metavar="FILE",
+    help="Measured step times: of `prelay profile --json`, DistServe (JSON) or Splitwise (CSV).",
 )
 @click.option("--gpus", metavar="KIND:N,...", help="a100-80g:16,h100-80g:8, or KIND:N:PRICE an hour.")
 @click.option(
@@ -95,6 +98,12 @@ Exit codes:
 )
 @click.option("--kv-bytes", type=click.IntRange(0), metavar="N", help="Of the KV of a token, with --profile.")
 @click.option(
+    "--kv-tokens",
+    type=click.IntRange(16),
+    metavar="N",
+    help="Room of a worker's KV cache, with a profile of prelay's.",
+)
+@click.option(
     "--count",
     type=click.IntRange(20),
     default=600,
@@ -137,6 +146,8 @@ def plan(as_json: bool, plot: Path | None, out: Path | None, explain: bool, **ch
     Examples:
       prelay plan --model llama-3.1-8b --gpus h100-80g:8 --dataset synthetic:prompt=1024,answer=256 \\
           --slo ttft=0.5,tpot=0.03 --explain --out plan.yaml
+      prelay plan --profile core.json --gpus core:4 --kv-tokens 32768 \\
+          --dataset synthetic:prompt=512,answer=64 --slo ttft=2,tpot=60ms
       prelay plan --live 127.0.0.1:9091 --explain
       prelay plan --profile a100-80g.opt-13b.distserve.json --model opt-13b --gpus a100-80g:4 \\
           --dataset sharegpt:lengths.csv --max-tokens 2048 --slo ttft=0.2,tpot=0.1 --mode distserve --json

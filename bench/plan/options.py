@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.load.options import arrivals_of, source_of
-from bench.simulate.kv import checkpoint_of, known_model, model_of
-from bench.simulate.profiles import is_distserve
+from bench.simulate.kv import checkpoint_of, known_model, kv_bytes_of, model_of
+from bench.simulate.profiles import is_distserve, worker_profile
+from bench.simulate.splits import Split
 from cluster.planner.errors import PlanError
 from cluster.planner.hardware import Hardware, parse_devices
 from cluster.planner.kinds import Kind, Kinds, ReckonedKinds
-from cluster.planner.live import Live
-from cluster.planner.measured import MeasuredKinds
+from cluster.planner.live import DEVICE, Live
+from cluster.planner.measured import MeasuredKinds, WorkerKinds
+from cluster.planner.memory import footprint
 from cluster.planner.plans import Objective, Plan
 from cluster.planner.question import SETTLE_S, Question
 from cluster.planner.splitwise import SplitwiseKinds, SplitwiseProfile
@@ -60,11 +62,7 @@ def asked_of(chosen: dict[str, Any]) -> Asked:
             raise PlanError("--mode distserve needs a --profile of DistServe's, and --gpus")
     elif chosen["gpus"] is None:
         raise PlanError("--gpus KIND:N is missing, or --live HOST:PORT of a cluster that runs")
-    hardware = (
-        live.hardware
-        if live is not None and on_its_own
-        else Hardware(parse_devices(chosen["gpus"]), chosen["per_node"], chosen["inter"] * 1e9)
-    )
+    hardware = live.hardware if live is not None and on_its_own else _hardware(chosen)
     question = replace(_question(chosen, hardware, live), is_owned=on_its_own)
     for devices in hardware.devices:
         question.objective.of_gpu(devices.gpu)  # known before anything is measured
@@ -76,6 +74,13 @@ def asked_of(chosen: dict[str, Any]) -> Asked:
         question = replace(question, slo=question.slo.with_idle(_idle(question, kinds)))
     now = live.plan() if live is not None and on_its_own else None
     return Asked(question, kinds, live, now)
+
+
+def _hardware(chosen: dict[str, Any]) -> Hardware:
+    path: Path | None = chosen["profile"]
+    measured = path is not None and path.suffix != ".csv" and not is_distserve(path)
+    devices = parse_devices(chosen["gpus"], unknown_link=DEVICE.link_bytes_per_s if measured else None)
+    return Hardware(devices, chosen["per_node"], chosen["inter"] * 1e9)
 
 
 def _question(chosen: dict[str, Any], hardware: Hardware, live: Live | None) -> Question:
@@ -112,6 +117,8 @@ def _question(chosen: dict[str, Any], hardware: Hardware, live: Live | None) -> 
 
 def _kinds(chosen: dict[str, Any], hardware: Hardware) -> Kinds:
     path: Path | None = chosen["profile"]
+    if chosen["kv_tokens"] is not None and (path is None or path.suffix == ".csv" or is_distserve(path)):
+        raise PlanError("--kv-tokens is for a --profile of `prelay profile`; else it is known, or reckoned")
     if path is None:
         if chosen["mode"] == "distserve":
             raise PlanError("--mode distserve needs a --profile of DistServe's")
@@ -126,11 +133,7 @@ def _kinds(chosen: dict[str, Any], hardware: Hardware) -> Kinds:
             raise PlanError(f"--model NAME is missing: {path} has {', '.join(measured.models)}")
         return SplitwiseKinds(measured, chosen["model"], model_of(chosen["model"]), hardware)
     if not is_distserve(path):
-        raise PlanError(
-            f"--profile {path} says how long the steps of one worker take, where it was measured: `prelay "
-            "simulate` takes it, and a running cluster of such workers is planned with --live; here one "
-            "of DistServe's (JSON, by model and split) or Splitwise's (CSV) is needed"
-        )
+        return _worker_kinds(path, chosen, hardware)
     profile = DistServeProfile.read(path)
     if chosen["model"] is None:
         raise PlanError(f"--model NAME is missing: {path} has {', '.join(profile.models)}")
@@ -142,6 +145,27 @@ def _kinds(chosen: dict[str, Any], hardware: Hardware) -> Kinds:
             "the profile does not say it"
         )
     return MeasuredKinds(profile, profile.named(chosen["model"]), hardware, chosen["kv_bytes"] or 0)
+
+
+def _worker_kinds(path: Path, chosen: dict[str, Any], hardware: Hardware) -> WorkerKinds:
+    """Of what `prelay profile` has measured."""
+    profile = worker_profile(path, None, Split())
+    if chosen["mode"] == "distserve":
+        raise PlanError(f"--mode distserve needs a --profile of DistServe's, which {path} is not")
+    name = chosen["model"] or profile.model
+    if name is not None and profile.model is not None and Path(name).name != profile.model:
+        raise PlanError(f"--model {name}: {path} was measured with {profile.model}; profile that model")
+    if len(hardware.devices) > 1:
+        raise PlanError(f"--gpus {chosen['gpus']}: {path} was measured on devices of one kind; give one")
+    model, gpu = None if name is None else known_model(name), hardware.devices[0].gpu
+    room = chosen["kv_tokens"]
+    if room is None and model is not None and gpu.memory_bytes:
+        room = footprint(model, 1, 1, gpu.memory_bytes, "bfloat16").kv_tokens
+    if room is None:
+        raise PlanError(
+            f"--kv-tokens N is missing, the room of a worker's KV cache: of {gpu.name} it cannot be reckoned"
+        )
+    return WorkerKinds(profile.latency, room, kv_bytes_of({**chosen, "model": name}), hardware)
 
 
 def _idle(question: Question, kinds: Sequence[Kind]) -> IdleTimes:

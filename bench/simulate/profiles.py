@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.simulate.splits import Split
 from cluster.errors import ConfigError
@@ -23,20 +24,16 @@ KV_TOKENS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """kv_tokens: None if the profile does not say."""
+    """kv_tokens, model: None if the profile does not say."""
 
     latency: LatencyModel
     kv_tokens: int | None
+    model: str | None = None
 
 
 def is_distserve(path: Path) -> bool:
     """Whether the file says nothing of itself but has models in it. Raises SimulationError."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SimulationError(f"--profile {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SimulationError(f"--profile {path} is not JSON: {error}") from error
+    raw = _read(path)
     return isinstance(raw, dict) and "coefficients" not in raw and "latency" not in raw
 
 
@@ -49,12 +46,22 @@ def worker_profile(path: Path, model: str | None, split: Split) -> WorkerProfile
                 "that are split differently; give tp=1,pp=1, or a profile of DistServe's"
             )
         try:
-            return WorkerProfile(read_profile(path), None)
+            latency, name = read_profile(path), _read(path).get("model")
         except ConfigError as error:
             raise SimulationError(str(error).replace("model.profile is", "--profile")) from error
+        return WorkerProfile(latency, None, name if isinstance(name, str) else None)
     profile = DistServeProfile.read(path)
     times = profile.step_times(profile.named(_needed(profile, model)), split.tp, split.pp)
     return WorkerProfile(latency_of(times), times.capacity)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SimulationError(f"--profile {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise SimulationError(f"--profile {path} is not JSON: {error}") from error
 
 
 def _needed(profile: DistServeProfile, model: str | None) -> str:

@@ -75,20 +75,23 @@ class Hardware:
         return sum(one.count for one in self.devices)
 
 
-def parse_devices(text: str) -> list[Devices]:
+def parse_devices(text: str, *, unknown_link: float | None = None) -> list[Devices]:
     """`a100-80g:16,h100-80g:8`, where a kind may be followed by a price an hour, as in `a100-80g:16:1.8`.
-    Raises HardwareError."""
+    unknown_link: bytes/s of links between devices of which nothing is known but how long steps take, whatever
+    they are called; None refuses these. Raises HardwareError."""
     found: list[Devices] = []
     for part in text.split(","):
         name, _, rest = part.strip().partition(":")
         count, _, price = rest.partition(":")
-        if name not in GPUS:
+        gpu = GPUS.get(name)
+        if gpu is None and name and unknown_link is not None:
+            gpu = Gpu(name, 0.0, 0.0, 0.0, unknown_link)
+        if gpu is None:
             raise HardwareError(
                 f"--gpus {text!r}: nothing is known of {name!r}; there are {', '.join(sorted(GPUS))}"
             )
         if not (count.isascii() and count.isdigit() and int(count) > 0):
             raise HardwareError(f"--gpus {text!r}: how many of {name}? Write it as {name}:8")
-        gpu = GPUS[name]
         if price:
             gpu = replace(gpu, price=_price(text, price))
         found.append(Devices(gpu, int(count)))

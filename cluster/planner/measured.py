@@ -48,6 +48,26 @@ class MeasuredKinds:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerKinds:
+    """The one kind that prelay has measured itself: a worker as it is, which counts as one device."""
+
+    latency: LatencyModel
+    kv_tokens: int
+    kv_bytes: int
+    hardware: Hardware
+
+    def kinds(self, longest: int) -> Sequence[Kind]:
+        """Raises NoPlanError."""
+        if self.kv_tokens < longest:
+            raise NoPlanError(
+                f"a worker holds {self.kv_tokens} tokens, and the longest sequence has {longest}: give "
+                "it more room (--kv-tokens), or leave long requests out (--max-tokens)"
+            )
+        gpu = self.hardware.devices[0].gpu
+        return [Kind(gpu, 1, 1, self.latency, self.kv_tokens, self.kv_bytes, is_measured=True)]
+
+
 def latency_of(times: StepTimes) -> LatencyModel:
     """The same step times as a model that production's cores take. A step passes all stages one after the
     other; what the first one costs more for Ray, it does not cost here.

@@ -25,6 +25,7 @@ from cluster.workload.datasets import load_dataset
 from cluster.workload.drawing import WorkloadSpec
 from cluster.workload.slo import Slo
 from engine.config import ModelConfig
+from engine.latency import LatencyModel
 from router.pool_view import Role
 
 Run = Callable[..., int]
@@ -153,6 +154,61 @@ def test_what_cannot_be_is_said(
 ) -> None:
     assert run(*ant(profile), *change) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def core(tmp_path: Path) -> Path:
+    """What `prelay profile --json` writes, as far as it is read."""
+    latency = LatencyModel({"step": 0.01, "rows": 0.001, "decode_sequences": 0.001, "decode_context": 1e-6})
+    path = tmp_path / "core.json"
+    path.write_text(json.dumps({"model": "smollm2-135m", "latency": latency.to_json()}))
+    return path
+
+
+def of_core(core: Path) -> list[str]:
+    asked = ["--profile", str(core), "--gpus", "core:2", "--dataset", "synthetic:prompt=200,answer=40"]
+    return [*asked, "--slo", "ttft=2,tpot=60ms", "--count", "20", "--seeds", "1"]
+
+
+def test_workers_that_prelay_has_profiled_are_planned_with(
+    run: Run, core: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*of_core(core), "--kv-tokens", "8192", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    devices = {sum(plan[role]["replicas"] for role in ("prefill", "decode", "mixed") if plan.get(role))
+               for plan in result["plans"]}  # fmt: skip
+    assert devices <= {1, 2}
+    assert max(plan["goodput_per_device"] for plan in result["plans"]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ((), 2, "--kv-tokens N is missing, the room of a worker's KV cache: of core it cannot be reckoned"),
+        (("--kv-tokens", "128"), 1, "a worker holds 128 tokens, and the longest sequence has 240"),
+        (("--kv-tokens", "8192", "--model", "qwen3-8b"), 2, "was measured with smollm2-135m"),
+        (("--kv-tokens", "8192", "--gpus", "core:1,nuc:1"), 2, "devices of one kind"),
+        (("--kv-tokens", "8192", "--mode", "distserve"), 2, "needs a --profile of DistServe's, which"),
+        (("--kv-tokens", "8192", "--objective", "watt"), 2, "core"),
+    ],
+)
+def test_what_a_profile_of_a_worker_leaves_open_is_asked_for(
+    run: Run,
+    core: Path,
+    change: tuple[str, ...],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(*of_core(core), *change) == code
+    assert said in capsys.readouterr().err
+
+
+def test_room_is_not_asked_for_where_it_is_known(
+    run: Run, profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*ant(profile), "--kv-tokens", "4096") == 2
+    assert "--kv-tokens is for a --profile of `prelay profile`" in capsys.readouterr().err
 
 
 def test_a_model_that_fits_nowhere(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
