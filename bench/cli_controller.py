@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cli_parts import need_matplotlib, progress
-from bench.errors import MeasurementError
 from cluster.errors import ModelError
 from cluster.simulator.errors import SimulationError
 from cluster.workload.errors import BadInputError
@@ -100,8 +99,6 @@ def controller(as_json: bool, plot: Path | None, **chosen: Any) -> int:
                 result = _measured(experiment, show)
     except (BadInputError, SimulationError, ModelError) as error:
         raise click.UsageError(str(error)) from error
-    except MeasurementError as error:
-        raise click.ClickException(str(error)) from error
     if plot is not None:
         from bench.controller.plot import draw_controller
 
