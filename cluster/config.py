@@ -116,6 +116,22 @@ class ServeConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _controllers_have_bounds_that_hold(self) -> Self:
+        least, most = self.controller.min_workers, self.controller.max_workers
+        given = {"controller.min_workers": least, "controller.max_workers": most}
+        names = " and ".join(name for name, value in given.items() if value is not None)
+        if names and self.controller.mode == "none":
+            raise ValueError(f"{names}: controller.mode is none, so nobody looks at it; set it to act")
+        there = sum(pool.replicas for pool in self.pools.values())
+        for name, bound, is_kept in (
+            ("controller.min_workers", least, least is None or there >= least),
+            ("controller.max_workers", most, most is None or there <= most),
+        ):
+            if not is_kept:
+                raise ValueError(f"{name} is {bound}, but there are {there} workers: change one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _detached_needs_nothing_of_this_process(self) -> Self:
         name = self.ray.detached
         if name is not None and self.ray.address is None:

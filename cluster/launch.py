@@ -26,7 +26,7 @@ from cluster.pool_changes import can_serve
 from cluster.ray_cluster import Left, RayCluster
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
-from cluster.role_controller import RoleController
+from cluster.role_controller import RoleController, size_decider
 from cluster.router_actors import RouterActors
 from cluster.router_admin import Routers
 from cluster.router_config import router_settings
@@ -160,10 +160,13 @@ class Deployment:
 
     def _controllers(self, router: Routers, reshape: Reshape) -> Sequence[Coroutine[Any, Any, object]]:
         """None, or the one that changes roles."""
-        mode = self._config.controller.mode
-        if mode == "none":
+        section = self._config.controller
+        if section.mode == "none":
             return ()
-        return (RoleController(router, reshape, self._reporter, acts=mode == "act").keep(),)
+        controller = RoleController(
+            router, reshape, self._reporter, acts=section.mode == "act", sizes=size_decider(self._config)
+        )
+        return (controller.keep(),)
 
     @property
     def lives(self) -> Sequence[WorkerLife]:
@@ -182,6 +185,10 @@ class Deployment:
         self._lives.append(life)
         self._keep(life)
         return live
+
+    async def has_room(self, spec: HostSpec) -> bool:
+        """Whether one more would find its devices free."""
+        return await self._cluster.has_room(spec)
 
     async def remove(self, life: WorkerLife) -> None:
         """A worker is no longer wanted."""

@@ -201,6 +201,12 @@ class RayCluster:
             await self.give_back(group, spec.worker_id)  # else it would take them later, for nobody
             raise
 
+    async def has_room(self, spec: HostSpec) -> bool:
+        """Whether as much as that worker needs is free, all nodes together."""
+        free = await self._call(ray.available_resources)
+        wanted = {"CPU": float(spec.num_cpus), **spec.resources}
+        return all(free.get(name, 0.0) >= value for name, value in wanted.items())
+
     async def _wait_for_room(
         self, group: PlacementGroup, spec: HostSpec, bundle: Mapping[str, float]
     ) -> None:

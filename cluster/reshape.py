@@ -50,6 +50,8 @@ class Workers(Protocol):
 
     async def remove(self, life: WorkerLife) -> None: ...
 
+    async def has_room(self, spec: HostSpec) -> bool: ...
+
 
 class Reshape:
     """config: resolved and checked, as the deployment was started with it."""
@@ -72,6 +74,11 @@ class Reshape:
     def is_settled(self) -> bool:
         """Whether all workers are up, in their own roles, and get requests."""
         return not self.standing_in and len(self._serving()) == len(self._workers.lives)
+
+    async def has_room(self, role: worker_pb2.Role) -> bool:
+        """Whether another worker of that role would find its devices free."""
+        templates = [life.template for life in self._workers.lives]
+        return await self._workers.has_room(another_worker(self._config, role, templates))
 
     async def set_role(
         self, worker_id: str, role: worker_pb2.Role, drain_s: float

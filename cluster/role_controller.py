@@ -15,16 +15,18 @@ import os
 import time
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
+from cluster.config import ServeConfig
 from cluster.errors import ClusterError
 from cluster.planner.errors import PlanError
 from cluster.planner.live import Live
 from cluster.planner.question import Question
 from cluster.reporter import Reporter
 from cluster.reshape import Reshape
-from cluster.role_decider import Decision, RoleDecider, Shape, Verdict
-from cluster.role_forecast import foresee, question_about
+from cluster.role_decider import Decision, RoleDecider, Shape, SizeDecider, Verdict
+from cluster.role_forecast import forecast, foresee, question_about
 from cluster.roles import ROLE_NAMES
 from cluster.router_admin import Routers
 from cluster.simulator.errors import SimulationError
@@ -37,7 +39,8 @@ _NICE = 19
 
 
 class RoleController:
-    """acts: whether it changes roles, or only says that it would."""
+    """acts: whether it changes roles, or only says that it would. sizes: decides how many workers there are;
+    None leaves them as many."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class RoleController:
         reporter: Reporter,
         *,
         acts: bool,
+        sizes: SizeDecider | None = None,
         tick_s: float = TICK_S,
     ) -> None:
         self._router = router
@@ -54,6 +58,7 @@ class RoleController:
         self._acts = acts
         self._tick_s = tick_s
         self._decider = RoleDecider()
+        self._sizes = sizes
 
     async def keep(self) -> None:
         """For ever."""
@@ -80,14 +85,21 @@ class RoleController:
         present = shape_of(live)
         if not present.can_serve or rate <= 0 or not self._reshape.is_settled:
             return
+        run = partial(asyncio.get_running_loop().run_in_executor, executor)
         try:
-            forecasts = await asyncio.get_running_loop().run_in_executor(
-                executor, foresee, asked, kinds, present, rate, self._decider.delta
-            )
+            forecasts = await run(foresee, asked, kinds, present, rate, self._decider.delta)
+            decision = self._decider.look(time.monotonic(), present, forecasts)
+            if self._sizes is not None and decision.verdict is not Verdict.STAY:
+                self._sizes.stay(time.monotonic())
+            elif self._sizes is not None:
+                share = forecasts[present]
+                others = self._sizes.candidates(present, share)
+                shares = await run(forecast, asked, kinds, others, rate) if others else []
+                forecasts = {present: share, **dict(zip(others, shares, strict=True))}
+                decision = self._sizes.look(time.monotonic(), present, forecasts)
         except SimulationError as error:
             self._reporter.event(f"controller: what came cannot be simulated: {error}")
             return
-        decision = self._decider.look(time.monotonic(), present, forecasts)
         if decision.verdict is not Verdict.STAY:
             self._reporter.event(said(decision, present, forecasts, live, acts=self._acts))
         if decision.verdict is Verdict.CHANGE and self._acts and not self._reshape.changing.locked():
@@ -95,7 +107,12 @@ class RoleController:
 
     async def _change(self, present: Shape, best: Shape) -> None:
         wanted = {role: getattr(best, name) for role, name in ROLE_NAMES.items()}
-        if sum(wanted.values()) != present.prefill + present.decode + present.mixed:
+        more = [role for role, name in ROLE_NAMES.items() if wanted[role] > getattr(present, name)]
+        if best.size > present.size and not await self._reshape.has_room(more[0]):
+            self._reporter.event(
+                f"controller: Ray has no room for another {ROLE_NAMES[more[0]]} worker: add a node, or lower "
+                "controller.max_workers"
+            )
             return
         async with self._reshape.changing:
             try:
@@ -103,6 +120,13 @@ class RoleController:
                     self._reporter.event(f"controller: {line}")
             except ClusterError as error:
                 self._reporter.event(f"controller: {error}")
+
+
+def size_decider(config: ServeConfig) -> SizeDecider | None:
+    """None if the configuration wants no other number of workers than it begins with."""
+    section, there = config.controller, sum(pool.replicas for pool in config.pools.values())
+    least, most = section.min_workers or there, section.max_workers or there
+    return None if least == most else SizeDecider(least, most, section.target)
 
 
 def question_of(live: Live) -> Question:

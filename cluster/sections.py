@@ -297,9 +297,16 @@ class SloSection(Section):
 
 
 class ControllerSection(Section):
-    """mode: none; observe, which says when it would change a worker's role; act, which does so."""
+    """mode: none; observe, which says when it would change a worker's role; act, which does so.
+
+    min_workers, max_workers: within which it also removes and adds workers, where Ray has room for them; None
+    is as many as there are at first. target: attainment for which it does.
+    """
 
     mode: Literal["none", "observe", "act"] = "none"
+    min_workers: Count | None = None
+    max_workers: Count | None = None
+    target: Annotated[float, Field(gt=0, le=0.99)] = 0.9
 
 
 class TlsSection(Section):

@@ -70,7 +70,11 @@ class World:
         self.log: list[str] = []
         self.lives = [Life(spec, self.log) for spec in worker_specs(self.config)]
         self.left = [0]
+        self.is_free = True
         self.reshape = Reshape(self.config, cast(Any, self), cast(RouterProcess, self))
+
+    async def has_room(self, spec: HostSpec) -> bool:
+        return self.is_free
 
     async def add(self, spec: HostSpec) -> LiveWorker:
         self.log.append(f"add {spec.worker_id}")

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prelay.v1 import admin_pb2, worker_pb2
 
-from cluster.errors import WorkerError
+from cluster.errors import ConfigError, WorkerError
 from cluster.planner.live import Live
-from cluster.role_controller import RoleController, question_of, shape_of
-from cluster.role_decider import RoleDecider, Shape, Verdict
+from cluster.role_controller import RoleController, question_of, shape_of, size_decider
+from cluster.role_decider import RoleDecider, Shape, SizeDecider, Verdict
 from cluster.role_forecast import forecast, foresee
 from cluster.simulator.errors import SimulationError
-from tests.cluster.test_reshape import World
+from tests.cluster.test_reshape import World, configured
 
 PAIR, TWO_MIXED = Shape(1, 1, 0), Shape(0, 0, 2)
 LATENCY = {"step": 0.01, "rows": 4e-4, "decode_context": 1e-6}
@@ -72,6 +72,45 @@ def test_changes_are_never_closer_than_the_pause_and_always_gain(
             assert 10.0 * tick - changed[-1] >= 60.0
             changed.append(10.0 * tick)
             present = decision.best
+
+
+def test_a_worker_more_where_the_target_is_not_kept_and_one_less_where_it_is_kept_without() -> None:
+    decider = SizeDecider(2, 3, target=0.9, delta=0.05, patience=3, rest=5, cool_down_s=60.0)
+    grown, three = PAIR.resized(+1), Shape(2, 1, 0)
+    assert set(grown) == {three, Shape(1, 2, 0), Shape(1, 1, 1)}
+    assert decider.candidates(PAIR, 0.6) == grown
+    assert decider.candidates(PAIR, 0.92) == [], "neither short of the target nor far beyond it"
+    found = [decider.look(now, PAIR, {PAIR: 0.6, three: 0.95}) for now in (0.0, 10.0, 20.0)]
+    assert [one.verdict for one in found] == [Verdict.WAIT, Verdict.WAIT, Verdict.CHANGE]
+    assert found[-1].best == three
+    assert decider.candidates(three, 0.5) == [], "there are no more to be had"
+    assert set(decider.candidates(three, 0.99)) == {PAIR}, "two that read and nobody who writes cannot serve"
+    less = [decider.look(now, three, {three: 0.99, PAIR: 0.96}) for now in range(30, 100, 10)]
+    assert [one.verdict for one in less] == [Verdict.WAIT] * 5 + [Verdict.CHANGE, Verdict.WAIT]
+    assert decider.candidates(PAIR, 1.0) == [], "there are to be two"
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.84), (0.8, 0.5), (0.96, 0.94)])
+def test_as_many_workers_as_before(shares: tuple[float, float]) -> None:
+    decider, present = SizeDecider(1, 4), Shape(2, 1, 0)
+    for now in range(60):
+        others = decider.candidates(present, shares[0])
+        forecasts = {present: shares[0], **dict.fromkeys(others, shares[1])}
+        assert decider.look(10.0 * now, present, forecasts).verdict is Verdict.STAY
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=100))
+def test_there_are_never_more_or_fewer_than_there_may_be(shares: list[tuple[float, float]]) -> None:
+    decider, present, changed = SizeDecider(2, 4, rest=4, cool_down_s=50.0), Shape(1, 1, 1), -1e9
+    for tick, (share, other) in enumerate(shares):
+        others = decider.candidates(present, share)
+        decision = decider.look(10.0 * tick, present, {present: share, **dict.fromkeys(others, other)})
+        if decision.verdict is Verdict.CHANGE:
+            assert abs(decision.best.size - present.size) == 1
+            assert 10.0 * tick - changed >= 50.0
+            changed, present = 10.0 * tick, decision.best
+            assert 2 <= present.size <= 4
+            assert present.can_serve
 
 
 def status_of(*roles: worker_pb2.Role) -> admin_pb2.GetStatusResponse:
@@ -169,6 +208,46 @@ async def test_a_role_is_changed_after_three_looks(acts: bool) -> None:
         roles = [life.role for life in world.lives]
         wanted = numbers["best"]
         assert wanted == f"{roles.count(P)} prefill + {roles.count(D)} decode + {roles.count(M)} mixed"
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+async def test_a_worker_is_added_where_there_is_room(is_free: bool) -> None:
+    world = World("prefill.replicas=1", "decode.replicas=1")
+    world.is_free = is_free
+    said: list[str] = []
+    world.event = said.append  # type: ignore[attr-defined]
+    router = Router(status_of(P, D), workload_of(1000, 8, 3.0))
+    sizes = SizeDecider(2, 3, patience=1)
+    controller = RoleController(cast(Any, router), world.reshape, cast(Any, world), acts=True, sizes=sizes)
+    controller._decider = RoleDecider(delta=1.0)  # of roles nothing is expected
+    await controller._look(cast(Any, Here()))
+    numbers = json.loads(said[0].removeprefix("controller: "))
+    assert (numbers["verdict"], numbers["present"]) == ("change", "1 prefill + 1 decode + 0 mixed")
+    assert set(numbers["forecasts"]) == {str(shape) for shape in (PAIR, *PAIR.resized(+1))}
+    assert len(world.lives) == (3 if is_free else 2)
+    assert any("Ray has no room for another" in line for line in said) == (not is_free)
+
+
+def test_sizes_are_the_configurations() -> None:
+    assert size_decider(configured("controller.mode=act")) is None
+    sizes = size_decider(configured("controller.mode=act", "controller.max_workers=3"))
+    assert sizes is not None
+    assert sizes.candidates(PAIR, 0.5)
+    assert not sizes.candidates(PAIR, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "complaint"),
+    [
+        (["controller.max_workers=3"], "controller.mode is none, so nobody looks at it"),
+        (["controller.mode=act", "controller.max_workers=1"], "max_workers is 1, but there are 2 workers"),
+        (["controller.mode=act", "controller.min_workers=3"], "min_workers is 3, but there are 2 workers"),
+        (["controller.mode=act", "controller.target=1"], r"controller\.target"),
+    ],
+)
+def test_bounds_that_do_not_hold_are_refused(assignments: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        configured(*assignments)
 
 
 async def test_what_cannot_be_simulated_is_said() -> None:
