@@ -98,6 +98,9 @@ class Deployment:
         self._reporter.progress("router", "ready", 1.0)
         workers = await _unless_it_fails(_end_of(router), self._start_workers(router))
         self._reshape = reshape = Reshape(self._config, self, router)
+        if self._config.ray.detached is not None:
+            for worker_id in await reshape.take_over_drains():
+                self._reporter.event(f"worker {worker_id} is drained, as it was")
         self._cover = Cover(self, reshape, self._reporter)
         self._control = await ControlServer.start(reshape, self._control_beside(), self._identity)
         await router.controlled_at(self._control.address)

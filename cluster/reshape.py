@@ -75,6 +75,15 @@ class Reshape:
         """Whether all workers are up, in their own roles, and get requests."""
         return not self.standing_in and len(self._serving()) == len(self._workers.lives)
 
+    async def take_over_drains(self) -> list[str]:
+        """Whom routers give nothing new stays empty, though whoever asked for it is gone. Returns their names.
+        Raises WorkerError."""
+        found = [worker.info for worker in (await self._router.status()).workers if worker.draining]
+        for info in found:
+            await self._router.drain(info.worker_id, info.epoch, draining=True)  # those that come back, too
+            self._drained[info.worker_id] = info.epoch
+        return [info.worker_id for info in found]
+
     async def has_room(self, role: worker_pb2.Role) -> bool:
         """Whether another worker of that role would find its devices free."""
         templates = [life.template for life in self._workers.lives]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from prelay.v1 import worker_pb2
+from prelay.v1 import admin_pb2, worker_pb2
 
 from cluster.config import ServeConfig
 from cluster.config_file import load_config, parse_assignment
@@ -167,6 +167,30 @@ async def _turn() -> None:
 
     gc.collect()
     await asyncio.sleep(0)
+
+
+async def test_who_was_drained_before_stays_so() -> None:
+    world = World("decode.replicas=2")
+    workers = [
+        admin_pb2.WorkerStatus(
+            info=worker_pb2.WorkerInfo(worker_id=life.worker_id, epoch=1),
+            draining=life.worker_id == "decode-1",
+        )
+        for life in world.lives
+    ]
+
+    async def status() -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(workers=workers)
+
+    world.status = status  # type: ignore[attr-defined]
+    assert await world.reshape.take_over_drains() == ["decode-1"]
+    assert world.log == ["drain decode-1"]
+    assert not world.reshape.is_settled
+    with pytest.raises(ConfigError, match="without decode-0 nobody could write answers"):
+        await all_of(world.reshape.drain("decode-0", 1.0))
+    await all_of(world.reshape.drain("decode-1", 1.0, undo=True))
+    assert world.log[-1] == "undrain decode-1"
+    assert world.reshape.is_settled
 
 
 async def test_drain_stays_until_it_is_undone() -> None:
