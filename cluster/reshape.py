@@ -76,8 +76,8 @@ class Reshape:
         return not self.standing_in and len(self._serving()) == len(self._workers.lives)
 
     async def take_over_drains(self) -> list[str]:
-        """Whom routers give nothing new stays empty, though whoever asked for it is gone. Returns their names.
-        Raises WorkerError."""
+        """Whom routers give nothing new stays empty, though whoever asked for it is gone. Returns their
+        names. Raises WorkerError."""
         found = [worker.info for worker in (await self._router.status()).workers if worker.draining]
         for info in found:
             await self._router.drain(info.worker_id, info.epoch, draining=True)  # those that come back, too
