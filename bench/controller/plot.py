@@ -53,7 +53,8 @@ def _draw_goods(axis: Axes, result: Mapping[str, Any], ends_s: list[float]) -> N
     for one, color in zip(result["deployments"], _COLORS, strict=True):
         name = one["name"] if "shapes" in one else f"{one['name']}: {one['begins_with']}"
         seconds, values = zip(*one["timeline"], strict=True)
-        axis.step(seconds, values, where="post", color=color, label=f"{name}, {one['of_oracle_whole']:.0%}")
+        steps = [*seconds, ends_s[-1]], [*values, values[-1]]
+        axis.step(*steps, where="post", color=color, label=f"{name}, {one['of_oracle_whole']:.0%}")
     axis.plot([], [], color=_ORACLE, linewidth=2, linestyle="--", label="oracle")
     axis.set(ylabel="good requests / s, by arrival in half-minutes", ylim=(0, None))
     axis.legend(loc="lower left", frameon=False)
