@@ -2,7 +2,7 @@
 
 Nothing is written twice: what is compiled is the annotated Python that everybody reads. It is used only if
 it was made for this Python, and from the sources as they are now; in every other case (no compiler, a source
-that was edited since) the sources are run, which decide the same, about half as fast. PRELAY_CORES=source
+that was edited since) the sources are run, which decide the same, a third as fast. PRELAY_CORES=source
 asks for them: a debugger and a profiler see more there.
 
 What serves always runs the sources: mypyc checks the types of all that it is given, and once brought a whole
