@@ -18,6 +18,7 @@ from engine.fake import fake_answer
 from engine.sequence import RequestKey, TokenSampling
 from tests.decode_worker.pair_client import Router
 from tests.decode_worker.test_pair_faults import all_free, started
+from tests.fuzz_seeds import FUZZ_SEEDS
 from transfer.handshake import our_handshake
 from transfer.layout import WorkerLayout
 
@@ -92,7 +93,7 @@ def commands(dice: random.Random, peers: Sequence[worker_pb2.PeerRef]) -> list[w
     return [worker_pb2.RouterMessage(seq=dice.randrange(5), **kind) for kind in dice.choices(kinds, k=20)]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", FUZZ_SEEDS)
 @pytest.mark.parametrize("is_mixed", [False, True])
 async def test_a_router_gone_mad(pair, make_router, sampling, seed: int, is_mixed: bool) -> None:
     prefill = await pair.prefill()
@@ -121,7 +122,7 @@ async def test_a_router_gone_mad(pair, make_router, sampling, seed: int, is_mixe
     await all_free(pair, router)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", FUZZ_SEEDS)
 async def test_a_peer_gone_mad(pair, make_router, sampling, seed: int) -> None:
     prefill, decode, router = await started(pair, make_router)
     dice = random.Random(seed)

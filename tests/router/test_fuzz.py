@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from router.grpc_api import SERVICE_NAME
+from tests.fuzz_seeds import FUZZ_CASES, FUZZ_SEEDS
 
 _PROMISES = [
     not_a_server_error,
@@ -81,7 +82,7 @@ def bytes_of(dice: random.Random, body: dict[str, Any]) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", FUZZ_SEEDS)
 async def test_http(start_cluster, seed: int) -> None:
     cluster = await start_cluster()
     dice = random.Random(seed)
@@ -116,7 +117,7 @@ async def test_http_by_its_own_description(start_cluster) -> None:
 
             @given(case=operation.as_strategy())
             @settings(
-                max_examples=40,
+                max_examples=FUZZ_CASES,
                 deadline=None,
                 database=None,
                 derandomize=True,
@@ -134,7 +135,7 @@ async def test_http_by_its_own_description(start_cluster) -> None:
     await cluster.settled()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", FUZZ_SEEDS)
 async def test_grpc(start_cluster, seed: int) -> None:
     cluster = await start_cluster()
     dice = random.Random(seed)
