@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import cli
+from bench import cli, cli_engine
 from engine.latency import LatencyModel
 
 TINY = {
@@ -50,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """`python -m bench ...` in this process, with a tiny shape beside no other; returns the exit code."""
     (tmp_path / "shapes" / "tiny").mkdir(parents=True)
     (tmp_path / "shapes" / "tiny" / "config.json").write_text(json.dumps(TINY))
-    monkeypatch.setattr(cli, "SHAPES", tmp_path / "shapes")
+    monkeypatch.setattr(cli_engine, "SHAPES", tmp_path / "shapes")
     cores = os.sched_getaffinity(0)
 
     def run_main(*arguments: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import cli
+from bench import cli, cli_engine
 from bench.errors import MeasurementError
 from bench.handoff import BATCH, BatchSteps, HandOff, Round, _turns
 from bench.pair_worker import Step
@@ -44,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
-    monkeypatch.setattr(cli, "SHAPES", tmp_path)
+    monkeypatch.setattr(cli_engine, "SHAPES", tmp_path)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_nonsense_is_refused_before_anything_is_measured(
 
 @pytest.mark.usefixtures("shapes")
 def test_two_cores_are_needed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda pid: {3})
+    monkeypatch.setattr(cli_engine.os, "sched_getaffinity", lambda pid: {3})
     assert run(monkeypatch, "--shape", "tiny") == 2
     assert "two cores are needed" in capfd.readouterr().err
 
